@@ -1,0 +1,30 @@
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace nanoflow {
+
+/// Every failure the library reports. The message says what was wrong, the values, and what to do.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+}  // namespace nanoflow
+
+/// NF_CHECK(begin <= end, "rows [", begin, ", ", end, ") are reversed") throws Error when false.
+#define NF_CHECK(condition, ...)                 \
+  do {                                           \
+    if (!(condition)) [[unlikely]] {             \
+      ::nanoflow::fail(__VA_ARGS__);             \
+    }                                            \
+  } while (false)

@@ -1,0 +1,13 @@
+#include "kernels/backend.h"
+
+#include "core/error.h"
+
+namespace nanoflow {
+
+std::shared_ptr<Backend> make_backend(const BackendOptions& options) {
+  if (options.device.kind == Device::Kind::kCpu) return make_cpu_backend(options);
+  fail("device '", options.device,
+       "' needs nanoflow's CUDA backend, which this build does not contain; use device='cpu'");
+}
+
+}  // namespace nanoflow

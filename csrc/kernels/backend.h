@@ -1,0 +1,83 @@
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/arena.h"
+#include "core/device.h"
+#include "kernels/kernels.h"
+
+namespace nanoflow {
+
+/// A point in a lane's queue. wait() and record() refer to the latest record() enqueued before the call,
+/// so an event may be recorded again every step.
+class Event {
+ public:
+  virtual ~Event() = default;
+  /// Blocks the calling host thread until the latest record has been reached. Rethrows the error of the
+  /// lane that recorded it.
+  virtual void synchronize() = 0;
+};
+
+/// One ordered queue of one fixed width (threads on a CPU, SMs on a GPU). Everything enqueued runs in order;
+/// calls come from one host thread at a time. After a failure the rest of the queue is skipped, except
+/// records and notifications, until clear_error().
+class Lane {
+ public:
+  virtual ~Lane() = default;
+  virtual int width() const = 0;
+  virtual void wait(Event& event) = 0;
+  virtual void record(Event& event) = 0;
+  /// Calls fn on an unspecified thread once reached, with the lane's first error or null. An error of a
+  /// lane spreads to every lane that waits for its events.
+  virtual void notify(std::function<void(std::exception_ptr)> fn) = 0;
+  /// Writes the time in nanoseconds (one clock for all lanes of a backend) once reached.
+  virtual void stamp(int64_t* ns) = 0;
+  /// Idles for a while once reached: makes races visible in tests.
+  virtual void delay(std::chrono::microseconds time) = 0;
+  virtual void clear_error() = 0;
+};
+
+struct BackendOptions {
+  Device device;
+  int threads = 0;          // CPU: total lane width, 0 = the cores this process may use
+  std::string isa = "auto";  // CPU: auto, generic, avx2, avx512, avx512_bf16, amx
+};
+
+/// Memory, lanes, events and kernels of one device for one rank.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual Device device() const = 0;
+  /// One line for tables and results, as in "cpu (2 threads, amx)".
+  virtual std::string description() const = 0;
+  /// The whole device's width: the sum of the widths of lanes that are meant to run side by side.
+  virtual int width() const = 0;
+  /// Dense rows are padded to a multiple of this.
+  virtual int row_granularity() const = 0;
+  virtual size_t free_memory() const = 0;
+  virtual Buffer allocate(size_t bytes) = 0;
+  /// Host memory that copies reach at full speed.
+  virtual Buffer allocate_host(size_t bytes) = 0;
+  virtual std::unique_ptr<Lane> make_lane(int width) = 0;
+  virtual std::unique_ptr<Event> make_event() = 0;
+  /// Enqueues a copy between any two of host and device memory.
+  virtual void copy(void* to, const void* from, size_t bytes, Lane& lane) = 0;
+  virtual Kernels& kernels() = 0;
+};
+
+/// Throws Error for a device this build or machine does not have, and says how to get it.
+std::shared_ptr<Backend> make_backend(const BackendOptions& options);
+
+/// Defined by kernels/cpu.
+std::shared_ptr<Backend> make_cpu_backend(const BackendOptions& options);
+/// The instruction sets this machine can run, slowest first; the last is what "auto" takes.
+std::vector<std::string> cpu_isas();
+
+}  // namespace nanoflow

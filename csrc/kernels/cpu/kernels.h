@@ -1,0 +1,36 @@
+#pragma once
+
+#include "kernels/cpu/lane.h"
+#include "kernels/kernels.h"
+
+namespace nanoflow::cpu {
+
+/// Instruction sets, each a superset of the one before in speed, not in results: sums are taken in another
+/// order, so tokens may differ between them, never between batch splits of one of them.
+enum class Isa {
+  kGeneric,     // plain C++
+  kAvx2,        // AVX2, FMA, F16C
+  kAvx512,      // AVX-512 F, BW, DQ, VL
+  kAvx512Bf16,  // and bf16 dot products
+  kAmx,         // and bf16 matrix tiles
+};
+
+class CpuKernels : public Kernels {
+ public:
+  explicit CpuKernels(Isa isa) : isa_(isa) {}
+
+  void run(const Embed& op, Lane& lane) override;
+  void run(const RmsNorm& op, Lane& lane) override;
+  void run(const AddRmsNorm& op, Lane& lane) override;
+  void run(const Gemm& op, Lane& lane) override;
+  void run(const RopeAppend& op, Lane& lane) override;
+  void run(const Attention& op, Lane& lane) override;
+  void run(const SiluMul& op, Lane& lane) override;
+  void run(const GatherRows& op, Lane& lane) override;
+  void run(const Sample& op, Lane& lane) override;
+
+ private:
+  Isa isa_;
+};
+
+}  // namespace nanoflow::cpu

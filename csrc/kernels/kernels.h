@@ -1,0 +1,27 @@
+#pragma once
+
+#include "kernels/ops.h"
+
+namespace nanoflow {
+
+class Lane;
+
+/// The operations of one backend. Every run() enqueues on the lane and returns: it never allocates device
+/// memory, never synchronises, and reads shapes, not data. Shapes are checked before anything is enqueued;
+/// what fails later is stored with the lane. An op that a backend forgets does not compile.
+class Kernels {
+ public:
+  virtual ~Kernels() = default;
+
+  virtual void run(const Embed& op, Lane& lane) = 0;
+  virtual void run(const RmsNorm& op, Lane& lane) = 0;
+  virtual void run(const AddRmsNorm& op, Lane& lane) = 0;
+  virtual void run(const Gemm& op, Lane& lane) = 0;
+  virtual void run(const RopeAppend& op, Lane& lane) = 0;
+  virtual void run(const Attention& op, Lane& lane) = 0;
+  virtual void run(const SiluMul& op, Lane& lane) = 0;
+  virtual void run(const GatherRows& op, Lane& lane) = 0;
+  virtual void run(const Sample& op, Lane& lane) = 0;
+};
+
+}  // namespace nanoflow

@@ -1,0 +1,59 @@
+#include "kernels/ops.h"
+
+namespace nanoflow {
+namespace {
+
+Region memory(const Tensor& tensor) {
+  const auto begin = reinterpret_cast<uint64_t>(tensor.bytes());
+  return {Region::kMemory, begin, begin + tensor.span_bytes()};
+}
+
+Region kv(const KvRows& rows) {
+  return {rows.layer, static_cast<uint64_t>(rows.begin), static_cast<uint64_t>(rows.end)};
+}
+
+/// The rows of a whole-step tensor that an attention op touches.
+Region rows_of(const Tensor& tensor, const KvRows& rows) {
+  return memory(tensor.slice_rows(rows.begin, rows.end));
+}
+
+}  // namespace
+
+Regions Embed::reads() const { return {memory(token_pool), memory(table)}; }
+Regions Embed::writes() const { return {memory(out)}; }
+
+Regions RmsNorm::reads() const { return {memory(x), memory(weight)}; }
+Regions RmsNorm::writes() const { return {memory(out)}; }
+
+Regions AddRmsNorm::reads() const { return {memory(x), memory(residual), memory(weight)}; }
+Regions AddRmsNorm::writes() const { return {memory(residual), memory(out)}; }
+
+Regions Gemm::reads() const { return {memory(x), memory(weight)}; }
+Regions Gemm::writes() const { return {memory(out)}; }
+
+Regions RopeAppend::reads() const { return {memory(qkv)}; }
+Regions RopeAppend::writes() const { return {memory(qkv), kv(rows)}; }
+
+Regions Attention::reads() const { return {rows_of(q, rows), kv(rows)}; }
+Regions Attention::writes() const { return {rows_of(out, rows)}; }
+
+Regions SiluMul::reads() const { return {memory(gate_up)}; }
+Regions SiluMul::writes() const { return {memory(out)}; }
+
+Regions GatherRows::reads() const { return {memory(x)}; }
+Regions GatherRows::writes() const { return {memory(out)}; }
+
+Regions Sample::reads() const { return {memory(logits)}; }
+Regions Sample::writes() const { return {memory(logits), memory(token_pool), memory(sampled)}; }
+
+std::string_view name_of(const Op& op) {
+  return std::visit([](const auto& o) { return o.kName; }, op);
+}
+Regions reads_of(const Op& op) {
+  return std::visit([](const auto& o) { return o.reads(); }, op);
+}
+Regions writes_of(const Op& op) {
+  return std::visit([](const auto& o) { return o.writes(); }, op);
+}
+
+}  // namespace nanoflow

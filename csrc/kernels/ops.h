@@ -1,0 +1,182 @@
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "core/tensor.h"
+
+// One struct per operation. Dims: T rows (tokens), R requests, S sampled rows, H hidden, I
+// intermediate, V vocabulary, Hq/Hkv query and KV heads, D head dim, P pages, N/K GEMM dims.
+// Step tables (tokens, positions, page table, sampling parameters) are written before a step's first
+// op and constant while it runs, so ops do not list them among their reads.
+
+namespace nanoflow {
+
+/// A stretch of something that ops read and write: bytes of memory, or rows of a layer's KV cache
+/// (page numbers are data, so KV hazards are told by the rows whose keys and values they hold).
+struct Region {
+  static constexpr int64_t kMemory = -1;
+
+  int64_t space;  // kMemory, or the layer whose KV cache it is
+  uint64_t begin, end;
+
+  bool overlaps(const Region& other) const {
+    return space == other.space && begin < other.end && other.begin < end;
+  }
+  bool contains(const Region& other) const {
+    return space == other.space && begin <= other.begin && other.end <= end;
+  }
+};
+
+using Regions = std::vector<Region>;
+
+/// A row interval of the step, as a key into a layer's KV cache.
+struct KvRows {
+  int layer;
+  int64_t begin, end;  // rows of the padded step
+};
+
+/// out = table[token]. A token t < 0 stands for token_pool[-1 - t]: the last sample of that slot.
+struct Embed {
+  Tensor tokens;      // [T] int32
+  Tensor token_pool;  // [slots] int32
+  Tensor table;       // [V, H]
+  Tensor out;         // [T, H]
+
+  static constexpr std::string_view kName = "embed";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// out = x / rms(x) * weight
+struct RmsNorm {
+  Tensor x, out;  // [T, H]
+  Tensor weight;  // [H]
+  float eps;
+
+  static constexpr std::string_view kName = "rms_norm";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// residual += x; out = residual / rms(residual) * weight
+struct AddRmsNorm {
+  Tensor x, residual, out;  // [T, H]
+  Tensor weight;            // [H]
+  float eps;
+
+  static constexpr std::string_view kName = "add_rms_norm";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// out = x · weightᵀ, accumulated in float. out has x's dtype or float32.
+struct Gemm {
+  Tensor x;       // [T, K]
+  Tensor weight;  // [N, K], rows contiguous
+  Tensor out;     // [T, N]
+
+  static constexpr std::string_view kName = "gemm";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// Rotates q and k in place (the two halves of a head are the pairs) and appends k and v to the cache.
+struct RopeAppend {
+  Tensor qkv;              // [T, (Hq + 2 Hkv) * D]: q heads, k heads, v heads
+  Tensor positions;        // [T] int32
+  Tensor kv_slots;         // [T] int32: page * page_size + offset, or -1 for a padding row
+  Tensor cos_sin;          // [max positions, D] float32: D/2 cosines, then D/2 sines
+  Tensor k_cache, v_cache;  // [P, Hkv, page_size, D]
+  KvRows rows;
+
+  static constexpr std::string_view kName = "rope_append";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// Who attends to what in a step: device data, the same for all layers.
+struct AttentionTables {
+  Tensor segment_requests;  // [segments + 1] int32: first request of each segment of the step
+  Tensor row_begin;         // [R] int32: first (padded) row of a request
+  Tensor row_count;         // [R] int32: its rows in this step
+  Tensor kv_len;            // [R] int32: its keys once this step's are appended
+  Tensor page_indptr;       // [R + 1] int32: its pages in page_indices
+  Tensor page_indices;      // [pages in use] int32
+};
+
+/// Causal paged attention of the requests in segments [segment_begin, segment_end). Row i of a request
+/// with n rows sees the first kv_len - n + 1 + i keys.
+struct Attention {
+  Tensor q;                 // [T_all, Hq * D], a column slice of qkv; indexed by row_begin
+  Tensor out;               // [T_all, Hq * D]
+  Tensor k_cache, v_cache;  // [P, Hkv, page_size, D]
+  AttentionTables tables;
+  int segment_begin, segment_end;
+  float scale;  // on q·k, usually D^-1/2
+  KvRows rows;  // the rows these segments hold
+
+  static constexpr std::string_view kName = "attention";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// out = silu(gate) * up
+struct SiluMul {
+  Tensor gate_up;  // [T, 2 I]: gate, then up
+  Tensor out;      // [T, I]
+
+  static constexpr std::string_view kName = "silu_mul";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// out[i] = x[index[i]]; an index < 0 gives a row of zeros.
+struct GatherRows {
+  Tensor x;      // [T, H]
+  Tensor index;  // [S] int32
+  Tensor out;    // [S, H]
+
+  static constexpr std::string_view kName = "gather_rows";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// How each sampled row is to be sampled: device data of a step.
+struct SamplingTables {
+  Tensor slots;          // [S] int32: token pool slot that takes the sample, -1 for a padding row
+  Tensor temperature;    // [S] float32: 0 is greedy
+  Tensor top_p;          // [S] float32: 1 keeps all
+  Tensor min_p;          // [S] float32: 0 keeps all
+  Tensor top_k;          // [S] int32: 0 keeps all
+  Tensor seed;           // [S] uint64
+  Tensor counter;        // [S] int32: how many tokens the request has sampled before
+  Tensor banned_indptr;  // [S + 1] int32
+  Tensor banned;         // [banned_indptr[S]] int32: tokens that must not be sampled
+};
+
+/// Samples a token per row from logits; the draw depends on (seed, counter) and the row alone. Writes
+/// it to token_pool[slot] and to sampled (-1 for padding rows, kInvalidLogits where a row is not finite).
+struct Sample {
+  static constexpr int kInvalidLogits = -2;
+
+  Tensor logits;  // [S, V] float32
+  SamplingTables tables;
+  Tensor token_pool;  // [slots] int32
+  Tensor sampled;     // [S] int32
+
+  static constexpr std::string_view kName = "sample";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+using Op = std::variant<Embed, RmsNorm, AddRmsNorm, Gemm, RopeAppend, Attention, SiluMul,
+                        GatherRows, Sample>;
+
+std::string_view name_of(const Op& op);
+Regions reads_of(const Op& op);
+Regions writes_of(const Op& op);
+
+}  // namespace nanoflow

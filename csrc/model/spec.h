@@ -1,0 +1,30 @@
+#pragma once
+
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace nanoflow {
+
+/// Dimensions and traits of a decoder-only model of the Llama family: plain data.
+struct ModelSpec {
+  int vocab_size = 0;         // V
+  int hidden_size = 0;        // H
+  int intermediate_size = 0;  // I
+  int num_layers = 0;
+  int num_heads = 0;     // Hq
+  int num_kv_heads = 0;  // Hkv, divides Hq
+  int head_dim = 0;      // D, even
+  float rms_norm_eps = 1e-5f;
+  bool tie_word_embeddings = false;  // the head reuses the embedding table
+  DType dtype = DType::kBF16;        // of weights, activations and KV cache
+  std::vector<float> rope_inv_freq;  // [D/2] radians per position, scaling already applied
+
+  int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+  /// Bytes of keys and values a token keeps in all layers.
+  size_t kv_bytes_per_token() const;
+  /// Throws Error naming the first field that makes no sense.
+  void check() const;
+};
+
+}  // namespace nanoflow

@@ -1,0 +1,63 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/arena.h"
+#include "core/tensor.h"
+#include "kernels/backend.h"
+#include "model/spec.h"
+
+namespace nanoflow {
+
+/// The weights of one rank, in one allocation of the backend's memory, filled tensor by tensor.
+///
+/// | name                         | shape                    | what                                      |
+/// |------------------------------|--------------------------|-------------------------------------------|
+/// | embed                        | [V, H]                   | token embeddings                          |
+/// | layers.N.input_norm          | [H]                      | before attention                          |
+/// | layers.N.qkv                 | [(Hq + 2 Hkv) * D, H]    | rows of q, then k, then v                 |
+/// | layers.N.o                   | [H, Hq * D]              | attention output                          |
+/// | layers.N.post_norm           | [H]                      | before the MLP                            |
+/// | layers.N.gate_up             | [2 I, H]                 | rows of gate, then up                     |
+/// | layers.N.down                | [H, I]                   | MLP output                                |
+/// | norm                         | [H]                      | before the head                           |
+/// | lm_head                      | [V, H]                   | absent when embeddings are tied           |
+class Weights {
+ public:
+  struct Layer {
+    Tensor input_norm, qkv, o, post_norm, gate_up, down;
+  };
+
+  Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
+
+  /// Copies rows [row_begin, row_begin + rows) of a tensor from host memory, converting between floating
+  /// dtypes. `data` holds whole rows, contiguous. Throws Error on an unknown name, rows outside the tensor,
+  /// or a byte count that is not a multiple of a row.
+  void load(const std::string& name, int64_t row_begin, const void* data, size_t bytes, DType dtype);
+  /// Throws one Error that names every tensor with rows that were never loaded.
+  void check_complete() const;
+
+  const ModelSpec& spec() const { return spec_; }
+  const std::shared_ptr<Backend>& backend() const { return backend_; }
+  size_t bytes() const { return arena_.bytes(); }
+  Tensor embed() const { return arena_.tensor(embed_); }
+  Tensor norm() const { return arena_.tensor(norm_); }
+  Tensor lm_head() const { return arena_.tensor(lm_head_); }
+  Layer layer(int index) const;
+  /// Names, dtypes and shapes, in order.
+  const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
+
+ private:
+  ModelSpec spec_;
+  std::shared_ptr<Backend> backend_;
+  Arena arena_;
+  int embed_ = 0, norm_ = 0, lm_head_ = 0, first_layer_ = 0;  // arena indices
+  std::unique_ptr<Lane> lane_;                                // of the copies
+  Buffer staging_;                                            // converted rows
+  std::vector<std::vector<bool>> loaded_;                     // per entry, per row
+};
+
+}  // namespace nanoflow

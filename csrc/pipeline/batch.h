@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace nanoflow {
+
+/// What limits a batch must keep, for validate().
+struct BatchLimits {
+  int vocab_size, max_rows, max_requests, max_positions, num_pages, page_size, num_slots, segments;
+};
+
+/// One ragged step: rows of several requests, each some prompt tokens (prefill) or one token (decode). Rows of
+/// a request are consecutive; requests are grouped by segment, the finest nano-batches of the schedule, so
+/// that no request straddles a split.
+struct Batch {
+  std::vector<int32_t> tokens;            // [T] token id, or -1 - slot: the last sample of that slot
+  std::vector<int32_t> positions;         // [T] of the token in its request, from 0
+  std::vector<int32_t> request_indptr;    // [R + 1] first row of each request
+  std::vector<int32_t> kv_len;            // [R] keys once this step's rows are appended
+  std::vector<int32_t> page_indptr;       // [R + 1] first entry of each request in page_indices
+  std::vector<int32_t> page_indices;      // pages of the requests, in order of position
+  std::vector<int32_t> segment_requests;  // [segments + 1] first request of each segment
+
+  std::vector<int32_t> sample_rows;  // [S] rows whose next token is sampled
+  std::vector<int32_t> slots;        // [S] token pool slot that takes the sample; each at most once
+  std::vector<float> temperature;    // [S] >= 0; 0 is greedy
+  std::vector<float> top_p;          // [S] in (0, 1]
+  std::vector<float> min_p;          // [S] in [0, 1]
+  std::vector<int32_t> top_k;        // [S] 0 keeps all
+  std::vector<uint64_t> seed;        // [S]
+  std::vector<int32_t> counter;      // [S] tokens the request has sampled before
+  std::vector<int32_t> banned_indptr;  // [S + 1]
+  std::vector<int32_t> banned;         // tokens that must not be sampled
+
+  bool want_logits = false;   // return the logits of the sampled rows
+  bool want_timings = false;  // return when each op ran
+
+  int rows() const { return static_cast<int>(tokens.size()); }
+  int requests() const { return static_cast<int>(kv_len.size()); }
+  int samples() const { return static_cast<int>(sample_rows.size()); }
+  /// First row of a segment (segments() gives T).
+  int segment_row(int segment) const { return request_indptr[segment_requests[segment]]; }
+};
+
+/// Throws Error naming the first array, index and value that break the contract.
+void validate(const Batch& batch, const BatchLimits& limits);
+
+}  // namespace nanoflow

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "model/weights.h"
+#include "pipeline/batch.h"
+#include "pipeline/plan.h"
+#include "pipeline/schedule.h"
+
+namespace nanoflow {
+
+struct EngineConfig {
+  int max_num_batched_tokens = 2048;  // rows of a step
+  int max_num_seqs = 256;             // requests of a step; token pool slots
+  int max_model_len = 2048;           // positions of a request
+  int page_size = 64;                 // tokens of a KV page
+  int num_pages = 0;                  // pages of the KV cache
+  int row_granularity = 0;            // rows of a segment are padded to a multiple; 0 = the backend's
+  int jitter_us = 0;                  // idle up to this long around every event, to expose races
+};
+
+/// When one op of a step ran, in microseconds from the step's start.
+struct OpTiming {
+  std::string name;   // as in "layers.3.mlp.1 gemm"
+  std::string lane;
+  double begin_us, end_us;
+};
+
+struct StepResult {
+  std::vector<int32_t> tokens;  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite
+  std::vector<float> logits;    // [S, V] when asked for
+  std::vector<OpTiming> timings;  // when asked for
+};
+
+class StepState;
+
+/// A step on its way. Copyable; any thread may wait.
+class StepHandle {
+ public:
+  explicit StepHandle(std::shared_ptr<StepState> state) : state_(std::move(state)) {}
+  /// Number of the step, from 1.
+  uint64_t step() const;
+  bool is_done() const;
+  /// Blocks until the step has left the device; rethrows what made it fail.
+  const StepResult& wait() const;
+
+ private:
+  std::shared_ptr<StepState> state_;
+};
+
+/// The model on one device: steps in, sampled tokens out. submit() is called from one thread.
+class Engine {
+ public:
+  static constexpr int kMaxStepsInFlight = 2;
+
+  /// Takes complete weights (Error otherwise), allocates KV cache and workspaces on their backend.
+  Engine(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule);
+  ~Engine();
+
+  /// Checks the batch, queues it and returns at once. Throws Error on a bad batch (nothing is queued) and
+  /// when kMaxStepsInFlight steps have not completed yet.
+  StepHandle submit(Batch batch);
+  /// Steps that have completed, successfully or not: everything they read or wrote may be reused.
+  uint64_t completed_steps() const;
+  /// From the next step on. Throws Error when the schedule does not fit the backend's width.
+  void set_schedule(const Schedule& schedule);
+  const Schedule& schedule() const;
+  /// The plan of a step whose segments hold `segment_rows` rows, of which `samples` are sampled.
+  std::shared_ptr<const Plan> plan(const std::vector<int>& segment_rows, int samples);
+  const EngineConfig& config() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace nanoflow

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace nanoflow {
+
+/// A lane of a schedule: `width` is a share of the device (threads on a CPU, SMs on a GPU).
+struct LaneSpec {
+  std::string name;
+  int width = 0;
+
+  bool operator==(const LaneSpec&) const = default;
+};
+
+/// How one stage of every layer runs: cut at fractions of the step's rows, on one lane.
+struct StageSpec {
+  std::vector<double> split;  // ascending, inside (0, 1); empty is one nano-batch
+  std::string lane;
+
+  bool operator==(const StageSpec&) const = default;
+};
+
+/// Policy as data: which nano-batches each stage is cut into, which lane runs them, in what order they are
+/// issued. Stages: qkv (norm, projection, rope, KV append; the embedding before layer 0), attn, o, mlp, head.
+///
+/// `order` is one period, issued layer by layer: "o.0" is part 0 of stage o, "qkv.1@+1" is of the next layer.
+/// Attention may be left out: it is issued right after the last qkv part it needs. An empty order issues the
+/// stages in turn, part by part. Parts and lanes left out of `stages` run unsplit on the first lane.
+struct Schedule {
+  static constexpr const char* kStages[] = {"qkv", "attn", "o", "mlp", "head"};
+
+  std::string id;
+  std::vector<LaneSpec> lanes;
+  std::map<std::string, StageSpec> stages;
+  std::vector<std::string> order;
+
+  bool operator==(const Schedule&) const = default;
+
+  /// All split fractions, ascending: the boundaries of the segments a batch is dealt to.
+  std::vector<double> cuts() const;
+  /// The stage's entry, or its default.
+  StageSpec stage(const std::string& name) const;
+  /// Throws Error on an unknown stage or lane, fractions out of order, or an order that lacks or repeats a part.
+  void check() const;
+};
+
+}  // namespace nanoflow
