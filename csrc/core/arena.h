@@ -34,7 +34,8 @@ class Buffer {
   Deleter deleter_;
 };
 
-/// Named, aligned carve-outs of one Buffer. Describe first, then bind: addresses never change afterwards.
+/// Named, aligned carve-outs of one Buffer. Describe first, then bind: addresses never change
+/// afterwards.
 class Arena {
  public:
   struct Entry {
@@ -51,6 +52,7 @@ class Arena {
   size_t bytes() const { return bytes_; }
   /// Takes the memory; it must hold bytes().
   void bind(Buffer buffer);
+  std::byte* data() const { return buffer_.data(); }
   Tensor tensor(int index) const;
   Tensor tensor(const std::string& name) const;
   const std::vector<Entry>& entries() const { return entries_; }

@@ -50,7 +50,8 @@ struct TypeTag {
   using type = T;
 };
 
-/// Calls fn(TypeTag<T>{}) with the C++ type of a floating dtype; otherwise an Error that names `what`.
+/// Calls fn(TypeTag<T>{}) with the C++ type of a floating dtype; otherwise an Error that names
+/// `what`.
 template <typename Fn>
 decltype(auto) dispatch_float(DType dtype, std::string_view what, Fn&& fn) {
   switch (dtype) {

@@ -22,9 +22,9 @@ template <typename... Parts>
 }  // namespace nanoflow
 
 /// NF_CHECK(begin <= end, "rows [", begin, ", ", end, ") are reversed") throws Error when false.
-#define NF_CHECK(condition, ...)                 \
-  do {                                           \
-    if (!(condition)) [[unlikely]] {             \
-      ::nanoflow::fail(__VA_ARGS__);             \
-    }                                            \
+#define NF_CHECK(condition, ...)     \
+  do {                               \
+    if (!(condition)) [[unlikely]] { \
+      ::nanoflow::fail(__VA_ARGS__); \
+    }                                \
   } while (false)

@@ -9,7 +9,8 @@
 
 namespace nanoflow {
 
-/// Checks the shapes of an op's operands against named dimensions. The first use of a name binds it:
+/// Checks the shapes of an op's operands against named dimensions. The first use of a name binds
+/// it:
 ///
 ///   ShapeMatcher match("rms_norm");
 ///   match("x", x, {"T", "H"}).dtype(x.dtype());

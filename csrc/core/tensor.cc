@@ -33,8 +33,8 @@ bool Tensor::is_contiguous() const {
 }
 
 Tensor Tensor::slice_rows(int64_t begin, int64_t end) const {
-  NF_CHECK(dims_ >= 1 && 0 <= begin && begin <= end && end <= shape_[0], "rows [", begin, ", ",
-           end, ") are outside ", *this);
+  NF_CHECK(dims_ >= 1 && 0 <= begin && begin <= end && end <= shape_[0], "rows [", begin, ", ", end,
+           ") are outside ", *this);
   Tensor view = *this;
   view.data_ = bytes() + begin * strides_[0] * static_cast<int64_t>(size_of(dtype_));
   view.shape_[0] = end - begin;

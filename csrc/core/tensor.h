@@ -11,8 +11,8 @@
 
 namespace nanoflow {
 
-/// A view of memory somebody else owns: trivially copyable, held by value in every op. Strides are in
-/// elements. An empty view (no data) stands for an optional operand that is absent.
+/// A view of memory somebody else owns: trivially copyable, held by value in every op. Strides are
+/// in elements. An empty view (no data) stands for an optional operand that is absent.
 class Tensor {
  public:
   static constexpr int kMaxDims = 5;

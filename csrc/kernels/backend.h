@@ -15,27 +15,27 @@
 
 namespace nanoflow {
 
-/// A point in a lane's queue. wait() and record() refer to the latest record() enqueued before the call,
-/// so an event may be recorded again every step.
+/// A point in a lane's queue. wait() and record() refer to the latest record() enqueued before the
+/// call, so an event may be recorded again every step.
 class Event {
  public:
   virtual ~Event() = default;
-  /// Blocks the calling host thread until the latest record has been reached. Rethrows the error of the
-  /// lane that recorded it.
+  /// Blocks the calling host thread until the latest record has been reached. Rethrows the error of
+  /// the lane that recorded it.
   virtual void synchronize() = 0;
 };
 
-/// One ordered queue of one fixed width (threads on a CPU, SMs on a GPU). Everything enqueued runs in order;
-/// calls come from one host thread at a time. After a failure the rest of the queue is skipped, except
-/// records and notifications, until clear_error().
+/// One ordered queue of one fixed width (threads on a CPU, SMs on a GPU). Everything enqueued runs
+/// in order; calls come from one host thread at a time. After a failure the rest of the queue is
+/// skipped, except records and notifications, until clear_error().
 class Lane {
  public:
   virtual ~Lane() = default;
   virtual int width() const = 0;
   virtual void wait(Event& event) = 0;
   virtual void record(Event& event) = 0;
-  /// Calls fn on an unspecified thread once reached, with the lane's first error or null. An error of a
-  /// lane spreads to every lane that waits for its events.
+  /// Calls fn on an unspecified thread once reached, with the lane's first error or null. An error
+  /// of a lane spreads to every lane that waits for its events.
   virtual void notify(std::function<void(std::exception_ptr)> fn) = 0;
   /// Writes the time in nanoseconds (one clock for all lanes of a backend) once reached.
   virtual void stamp(int64_t* ns) = 0;
@@ -46,7 +46,7 @@ class Lane {
 
 struct BackendOptions {
   Device device;
-  int threads = 0;          // CPU: total lane width, 0 = the cores this process may use
+  int threads = 0;           // CPU: total lane width, 0 = the cores this process may use
   std::string isa = "auto";  // CPU: auto, generic, avx2, avx512, avx512_bf16, amx
 };
 

@@ -6,9 +6,10 @@ namespace nanoflow {
 
 class Lane;
 
-/// The operations of one backend. Every run() enqueues on the lane and returns: it never allocates device
-/// memory, never synchronises, and reads shapes, not data. Shapes are checked before anything is enqueued;
-/// what fails later is stored with the lane. An op that a backend forgets does not compile.
+/// The operations of one backend. Every run() enqueues on the lane and returns: it never allocates
+/// device memory, never synchronises, and reads shapes, not data. Shapes are checked before
+/// anything is enqueued; what fails later is stored with the lane. An op that a backend forgets
+/// does not compile.
 class Kernels {
  public:
   virtual ~Kernels() = default;

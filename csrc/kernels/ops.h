@@ -9,8 +9,8 @@
 
 // One struct per operation. Dims: T rows (tokens), R requests, S sampled rows, H hidden, I
 // intermediate, V vocabulary, Hq/Hkv query and KV heads, D head dim, P pages, N/K GEMM dims.
-// Step tables (tokens, positions, page table, sampling parameters) are written before a step's first
-// op and constant while it runs, so ops do not list them among their reads.
+// Step tables (tokens, positions, page table, sampling parameters) are written before a step's
+// first op and constant while it runs, so ops do not list them among their reads.
 
 namespace nanoflow {
 
@@ -83,12 +83,13 @@ struct Gemm {
   Regions writes() const;
 };
 
-/// Rotates q and k in place (the two halves of a head are the pairs) and appends k and v to the cache.
+/// Rotates q and k in place (the two halves of a head are the pairs) and appends k and v to the
+/// cache.
 struct RopeAppend {
-  Tensor qkv;              // [T, (Hq + 2 Hkv) * D]: q heads, k heads, v heads
-  Tensor positions;        // [T] int32
-  Tensor kv_slots;         // [T] int32: page * page_size + offset, or -1 for a padding row
-  Tensor cos_sin;          // [max positions, D] float32: D/2 cosines, then D/2 sines
+  Tensor qkv;               // [T, (Hq + 2 Hkv) * D]: q heads, k heads, v heads
+  Tensor positions;         // [T] int32
+  Tensor kv_slots;          // [T] int32: page * page_size + offset, or -1 for a padding row
+  Tensor cos_sin;           // [max positions, D] float32: D/2 cosines, then D/2 sines
   Tensor k_cache, v_cache;  // [P, Hkv, page_size, D]
   KvRows rows;
 
@@ -107,8 +108,8 @@ struct AttentionTables {
   Tensor page_indices;      // [pages in use] int32
 };
 
-/// Causal paged attention of the requests in segments [segment_begin, segment_end). Row i of a request
-/// with n rows sees the first kv_len - n + 1 + i keys.
+/// Causal paged attention of the requests in segments [segment_begin, segment_end). Row i of a
+/// request with n rows sees the first kv_len - n + 1 + i keys.
 struct Attention {
   Tensor q;                 // [T_all, Hq * D], a column slice of qkv; indexed by row_begin
   Tensor out;               // [T_all, Hq * D]
@@ -157,8 +158,9 @@ struct SamplingTables {
   Tensor banned;         // [banned_indptr[S]] int32: tokens that must not be sampled
 };
 
-/// Samples a token per row from logits; the draw depends on (seed, counter) and the row alone. Writes
-/// it to token_pool[slot] and to sampled (-1 for padding rows, kInvalidLogits where a row is not finite).
+/// Samples a token per row from logits; the draw depends on (seed, counter) and the row alone.
+/// Writes it to token_pool[slot] and to sampled (-1 for padding rows, kInvalidLogits where a row is
+/// not finite).
 struct Sample {
   static constexpr int kInvalidLogits = -2;
 

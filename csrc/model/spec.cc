@@ -22,8 +22,9 @@ void ModelSpec::check() const {
   NF_CHECK(num_heads % num_kv_heads == 0, "model spec: num_kv_heads ", num_kv_heads,
            " does not divide num_heads ", num_heads);
   NF_CHECK(head_dim % 2 == 0, "model spec: head_dim ", head_dim, " is odd");
-  NF_CHECK(rope_inv_freq.size() * 2 == static_cast<size_t>(head_dim), "model spec: rope_inv_freq has ",
-           rope_inv_freq.size(), " values but head_dim ", head_dim, " needs ", head_dim / 2);
+  NF_CHECK(rope_inv_freq.size() * 2 == static_cast<size_t>(head_dim),
+           "model spec: rope_inv_freq has ", rope_inv_freq.size(), " values but head_dim ",
+           head_dim, " needs ", head_dim / 2);
   NF_CHECK(rms_norm_eps > 0, "model spec: rms_norm_eps is ", rms_norm_eps);
   dispatch_float(dtype, "model spec", [](auto) {});
 }

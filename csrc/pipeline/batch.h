@@ -7,19 +7,22 @@ namespace nanoflow {
 
 /// What limits a batch must keep, for validate().
 struct BatchLimits {
-  int vocab_size, max_rows, max_requests, max_positions, num_pages, page_size, num_slots, segments;
+  int vocab_size, max_rows, max_requests, max_positions;
+  int num_pages, page_size, max_page_entries;
+  int num_slots, max_banned;
+  int segments;  // of the schedule
 };
 
-/// One ragged step: rows of several requests, each some prompt tokens (prefill) or one token (decode). Rows of
-/// a request are consecutive; requests are grouped by segment, the finest nano-batches of the schedule, so
-/// that no request straddles a split.
+/// One ragged step: rows of several requests, each some prompt tokens (prefill) or one token
+/// (decode). Rows of a request are consecutive; requests are grouped by segment, the finest
+/// nano-batches of the schedule, so that no request straddles a split.
 struct Batch {
-  std::vector<int32_t> tokens;            // [T] token id, or -1 - slot: the last sample of that slot
-  std::vector<int32_t> positions;         // [T] of the token in its request, from 0
-  std::vector<int32_t> request_indptr;    // [R + 1] first row of each request
-  std::vector<int32_t> kv_len;            // [R] keys once this step's rows are appended
-  std::vector<int32_t> page_indptr;       // [R + 1] first entry of each request in page_indices
-  std::vector<int32_t> page_indices;      // pages of the requests, in order of position
+  std::vector<int32_t> tokens;          // [T] token id, or -1 - slot: the last sample of that slot
+  std::vector<int32_t> positions;       // [T] of the token in its request, from 0
+  std::vector<int32_t> request_indptr;  // [R + 1] first row of each request
+  std::vector<int32_t> kv_len;          // [R] keys once this step's rows are appended
+  std::vector<int32_t> page_indptr;     // [R + 1] first entry of each request in page_indices
+  std::vector<int32_t> page_indices;    // pages of the requests, in order of position
   std::vector<int32_t> segment_requests;  // [segments + 1] first request of each segment
 
   std::vector<int32_t> sample_rows;  // [S] rows whose next token is sampled

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -19,20 +20,21 @@ struct EngineConfig {
   int max_model_len = 2048;           // positions of a request
   int page_size = 64;                 // tokens of a KV page
   int num_pages = 0;                  // pages of the KV cache
-  int row_granularity = 0;            // rows of a segment are padded to a multiple; 0 = the backend's
-  int jitter_us = 0;                  // idle up to this long around every event, to expose races
+  int row_granularity = 0;  // rows of a segment are padded to a multiple; 0 = the backend's
+  int jitter_us = 0;        // idle up to this long around every event, to expose races
 };
 
 /// When one op of a step ran, in microseconds from the step's start.
 struct OpTiming {
-  std::string name;   // as in "layers.3.mlp.1 gemm"
+  std::string name;  // as in "layers.3.mlp.1 gemm"
   std::string lane;
   double begin_us, end_us;
 };
 
 struct StepResult {
-  std::vector<int32_t> tokens;  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite
-  std::vector<float> logits;    // [S, V] when asked for
+  std::vector<int32_t>
+      tokens;  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite
+  std::vector<float> logits;      // [S, V] when asked for
   std::vector<OpTiming> timings;  // when asked for
 };
 
@@ -61,16 +63,18 @@ class Engine {
   Engine(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule);
   ~Engine();
 
-  /// Checks the batch, queues it and returns at once. Throws Error on a bad batch (nothing is queued) and
-  /// when kMaxStepsInFlight steps have not completed yet.
+  /// Checks the batch, queues it and returns at once. Throws Error on a bad batch (nothing is
+  /// queued) and when kMaxStepsInFlight steps have not completed yet.
   StepHandle submit(Batch batch);
   /// Steps that have completed, successfully or not: everything they read or wrote may be reused.
   uint64_t completed_steps() const;
   /// From the next step on. Throws Error when the schedule does not fit the backend's width.
   void set_schedule(const Schedule& schedule);
   const Schedule& schedule() const;
-  /// The plan of a step whose segments hold `segment_rows` rows, of which `samples` are sampled.
-  std::shared_ptr<const Plan> plan(const std::vector<int>& segment_rows, int samples);
+  /// The plan a schedule gives a step whose segments hold `segment_rows` rows, `samples` of them
+  /// sampled.
+  std::shared_ptr<const Plan> plan(const Schedule& schedule, const std::vector<int>& segment_rows,
+                                   int samples) const;
   const EngineConfig& config() const;
 
  private:

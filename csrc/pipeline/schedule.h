@@ -22,12 +22,24 @@ struct StageSpec {
   bool operator==(const StageSpec&) const = default;
 };
 
-/// Policy as data: which nano-batches each stage is cut into, which lane runs them, in what order they are
-/// issued. Stages: qkv (norm, projection, rope, KV append; the embedding before layer 0), attn, o, mlp, head.
+/// One entry of a schedule's order.
+struct OrderItem {
+  std::string stage;
+  int part = 0;
+  int layer_offset = 0;  // 1 for "@+1"
+};
+
+/// "qkv.1@+1" → {qkv, 1, 1}; throws Error on anything else.
+OrderItem parse_order_item(const std::string& text);
+
+/// Policy as data: which nano-batches each stage is cut into, which lane runs them, in what order
+/// they are issued. Stages: qkv (norm, projection, rope, KV append; the embedding before layer 0),
+/// attn, o, mlp, head.
 ///
-/// `order` is one period, issued layer by layer: "o.0" is part 0 of stage o, "qkv.1@+1" is of the next layer.
-/// Attention may be left out: it is issued right after the last qkv part it needs. An empty order issues the
-/// stages in turn, part by part. Parts and lanes left out of `stages` run unsplit on the first lane.
+/// `order` is one period, issued layer by layer: "o.0" is part 0 of stage o, "qkv.1@+1" is of the
+/// next layer. Attention may be left out: it is issued right after the last qkv part it needs. An
+/// empty order issues the stages in turn, part by part. Parts and lanes left out of `stages` run
+/// unsplit on the first lane.
 struct Schedule {
   static constexpr const char* kStages[] = {"qkv", "attn", "o", "mlp", "head"};
 
@@ -42,8 +54,13 @@ struct Schedule {
   std::vector<double> cuts() const;
   /// The stage's entry, or its default.
   StageSpec stage(const std::string& name) const;
-  /// Throws Error on an unknown stage or lane, fractions out of order, or an order that lacks or repeats a part.
+  int lane_index(const std::string& name) const;
+  /// Throws Error on an unknown stage or lane, fractions out of order, or an order that lacks or
+  /// repeats a part.
   void check() const;
+
+ private:
+  void check_order() const;
 };
 
 }  // namespace nanoflow

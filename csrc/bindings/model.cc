@@ -1,0 +1,89 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "bindings/array.h"
+#include "bindings/register.h"
+#include "model/spec.h"
+#include "model/weights.h"
+
+namespace py = pybind11;
+
+namespace nanoflow {
+namespace {
+
+void register_spec(py::module_& m) {
+  py::class_<ModelSpec>(m, "ModelSpec", "Dimensions and traits of a decoder of the Llama family.")
+      .def(py::init([](int vocab_size, int hidden_size, int intermediate_size, int num_layers,
+                       int num_heads, int num_kv_heads, int head_dim,
+                       std::vector<float> rope_inv_freq, float rms_norm_eps,
+                       bool tie_word_embeddings, const std::string& dtype) {
+             ModelSpec spec{.vocab_size = vocab_size,
+                            .hidden_size = hidden_size,
+                            .intermediate_size = intermediate_size,
+                            .num_layers = num_layers,
+                            .num_heads = num_heads,
+                            .num_kv_heads = num_kv_heads,
+                            .head_dim = head_dim,
+                            .rms_norm_eps = rms_norm_eps,
+                            .tie_word_embeddings = tie_word_embeddings,
+                            .dtype = parse_dtype(dtype),
+                            .rope_inv_freq = std::move(rope_inv_freq)};
+             spec.check();
+             return spec;
+           }),
+           py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("num_layers"), py::arg("num_heads"),
+           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("rope_inv_freq"),
+           py::arg("rms_norm_eps") = 1e-5f, py::arg("tie_word_embeddings") = false,
+           py::arg("dtype") = "bfloat16")
+      .def_readonly("vocab_size", &ModelSpec::vocab_size)
+      .def_readonly("hidden_size", &ModelSpec::hidden_size)
+      .def_readonly("intermediate_size", &ModelSpec::intermediate_size)
+      .def_readonly("num_layers", &ModelSpec::num_layers)
+      .def_readonly("num_heads", &ModelSpec::num_heads)
+      .def_readonly("num_kv_heads", &ModelSpec::num_kv_heads)
+      .def_readonly("head_dim", &ModelSpec::head_dim)
+      .def_readonly("rope_inv_freq", &ModelSpec::rope_inv_freq)
+      .def_readonly("rms_norm_eps", &ModelSpec::rms_norm_eps)
+      .def_readonly("tie_word_embeddings", &ModelSpec::tie_word_embeddings)
+      .def_property_readonly(
+          "dtype", [](const ModelSpec& spec) { return std::string(to_string(spec.dtype)); })
+      .def_property_readonly("kv_bytes_per_token", &ModelSpec::kv_bytes_per_token);
+}
+
+}  // namespace
+
+void register_model(py::module_& m) {
+  register_spec(m);
+  py::class_<Weights, std::shared_ptr<Weights>>(
+      m, "Weights", "The weights of one rank in the backend's memory, filled tensor by tensor.")
+      .def(py::init<const ModelSpec&, std::shared_ptr<Backend>>(), py::arg("spec"),
+           py::arg("backend"))
+      .def(
+          "load",
+          [](Weights& weights, const std::string& name, const py::array& array, int row_begin) {
+            const Tensor tensor = as_tensor(array);
+            NF_CHECK(tensor.is_contiguous(), "weight ", name, " is not contiguous");
+            py::gil_scoped_release release;
+            weights.load(name, row_begin, tensor.bytes(), tensor.span_bytes(), tensor.dtype());
+          },
+          py::arg("name"), py::arg("array"), py::arg("row_begin") = 0,
+          "Copies rows into a tensor, converting float32, float16 or bfloat16 (a uint16 array).")
+      .def("check_complete", &Weights::check_complete,
+           "Raises EngineError naming every tensor with rows that were never loaded.")
+      .def("shapes",
+           [](const Weights& weights) {
+             py::dict shapes;
+             for (const Arena::Entry& entry : weights.entries()) {
+               shapes[py::str(entry.name)] = py::tuple(py::cast(entry.shape));
+             }
+             return shapes;
+           })
+      .def_property_readonly("bytes", &Weights::bytes)
+      .def_property_readonly("spec", &Weights::spec)
+      .def_property_readonly("backend", &Weights::backend);
+}
+
+}  // namespace nanoflow

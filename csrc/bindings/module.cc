@@ -1,0 +1,12 @@
+#include "bindings/register.h"
+#include "core/error.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "nanoflow's engine: what runs on the device, one step at a time.";
+  pybind11::register_exception<nanoflow::Error>(m, "EngineError", PyExc_RuntimeError);
+  nanoflow::register_backend(m);
+  nanoflow::register_model(m);
+  nanoflow::register_schedule(m);
+  nanoflow::register_engine(m);
+  nanoflow::register_run_op(m);
+}

@@ -1,0 +1,55 @@
+#include "pipeline/schedule.h"
+
+#include <pybind11/operators.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+
+#include "bindings/register.h"
+#include "pipeline/plan.h"
+#include "pipeline/validate.h"
+
+namespace py = pybind11;
+
+namespace nanoflow {
+
+void register_schedule(py::module_& m) {
+  py::class_<LaneSpec>(m, "LaneSpec", "A lane and its share of the device (threads or SMs).")
+      .def(py::init<std::string, int>(), py::arg("name"), py::arg("width"))
+      .def_readonly("name", &LaneSpec::name)
+      .def_readonly("width", &LaneSpec::width)
+      .def(py::self == py::self);
+  py::class_<StageSpec>(m, "StageSpec", "Where a stage is cut and which lane runs it.")
+      .def(py::init<std::vector<double>, std::string>(), py::arg("split") = std::vector<double>(),
+           py::arg("lane") = "")
+      .def_readonly("split", &StageSpec::split)
+      .def_readonly("lane", &StageSpec::lane)
+      .def(py::self == py::self);
+  py::class_<Schedule>(m, "Schedule", "Which nano-batches run on which lane in what order.")
+      .def(py::init<std::string, std::vector<LaneSpec>, std::map<std::string, StageSpec>,
+                    std::vector<std::string>>(),
+           py::arg("id"), py::arg("lanes"), py::arg("stages") = std::map<std::string, StageSpec>(),
+           py::arg("order") = std::vector<std::string>())
+      .def_readonly("id", &Schedule::id)
+      .def_readonly("lanes", &Schedule::lanes)
+      .def_readonly("stages", &Schedule::stages)
+      .def_readonly("order", &Schedule::order)
+      .def("cuts", &Schedule::cuts, "Row fractions at which requests may not straddle.")
+      .def("check", &Schedule::check, "Raises EngineError when the schedule is inconsistent.")
+      .def(py::self == py::self);
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "The ops of a step, placed and ordered.")
+      .def("__repr__",
+           [](const Plan& plan) {
+             std::ostringstream text;
+             text << plan;
+             return text.str();
+           })
+      .def("__len__", [](const Plan& plan) { return plan.ops.size(); })
+      .def_readonly("lanes", &Plan::lanes)
+      .def(
+          "validate",
+          [](const Plan& plan, int device_width) { return validate(plan, device_width); },
+          py::arg("device_width"), "Everything wrong with the plan; empty when it is sound.");
+}
+
+}  // namespace nanoflow

@@ -1,0 +1,150 @@
+#include "model/decoder.h"
+
+#include <cmath>
+#include <utility>
+
+#include "core/error.h"
+
+namespace nanoflow {
+namespace {
+
+Tensor rows(const Tensor& tensor, const RowRange& range) {
+  return tensor.slice_rows(range.row_begin, range.row_end);
+}
+
+KvRows kv_rows(int layer, const RowRange& range) {
+  return {.layer = layer, .begin = range.row_begin, .end = range.row_end};
+}
+
+}  // namespace
+
+std::string_view to_string(Stage stage) {
+  constexpr std::string_view kNames[kNumStages] = {"qkv", "attn", "o", "mlp", "head"};
+  return kNames[static_cast<int>(stage)];
+}
+
+Decoder::Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers)
+    : weights_(std::move(weights)), buffers_(std::move(buffers)) {}
+
+std::vector<Op> Decoder::emit(Stage stage, int layer, const RowRange& range) const {
+  switch (stage) {
+    case Stage::kQkv:
+      return emit_qkv(layer, range);
+    case Stage::kAttention:
+      return emit_attention(layer, range);
+    case Stage::kO:
+      return emit_o(layer, range);
+    case Stage::kMlp:
+      return emit_mlp(layer, range);
+    case Stage::kHead:
+      break;
+  }
+  fail("stage ", to_string(stage), " has no row range; use emit_head");
+}
+
+std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
+  const DecoderBuffers& b = buffers_;
+  const Weights::Layer w = weights_->layer(layer);
+  const float eps = spec().rms_norm_eps;
+  std::vector<Op> ops;
+  if (layer == 0) {
+    ops.push_back(Embed{.tokens = rows(b.tokens, range),
+                        .token_pool = b.token_pool,
+                        .table = weights_->embed(),
+                        .out = rows(b.residual, range)});
+    ops.push_back(RmsNorm{.x = rows(b.residual, range),
+                          .out = rows(b.normed, range),
+                          .weight = w.input_norm,
+                          .eps = eps});
+  } else {
+    ops.push_back(AddRmsNorm{.x = rows(b.branch, range),
+                             .residual = rows(b.residual, range),
+                             .out = rows(b.normed, range),
+                             .weight = w.input_norm,
+                             .eps = eps});
+  }
+  ops.push_back(Gemm{.x = rows(b.normed, range), .weight = w.qkv, .out = rows(b.qkv, range)});
+  ops.push_back(RopeAppend{.qkv = rows(b.qkv, range),
+                           .positions = rows(b.positions, range),
+                           .kv_slots = rows(b.kv_slots, range),
+                           .cos_sin = b.cos_sin,
+                           .k_cache = b.k_cache[layer],
+                           .v_cache = b.v_cache[layer],
+                           .rows = kv_rows(layer, range)});
+  return ops;
+}
+
+std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const {
+  const DecoderBuffers& b = buffers_;
+  const int64_t query_columns = static_cast<int64_t>(spec().num_heads) * spec().head_dim;
+  return {Attention{.q = b.qkv.slice_columns(0, query_columns),
+                    .out = b.attention_out,
+                    .k_cache = b.k_cache[layer],
+                    .v_cache = b.v_cache[layer],
+                    .tables = b.attention,
+                    .segment_begin = range.segment_begin,
+                    .segment_end = range.segment_end,
+                    .scale = 1.0f / std::sqrt(static_cast<float>(spec().head_dim)),
+                    .rows = kv_rows(layer, range)}};
+}
+
+std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {
+  return {Gemm{.x = rows(buffers_.attention_out, range),
+               .weight = weights_->layer(layer).o,
+               .out = rows(buffers_.branch, range)}};
+}
+
+std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
+  const DecoderBuffers& b = buffers_;
+  const Weights::Layer w = weights_->layer(layer);
+  return {AddRmsNorm{.x = rows(b.branch, range),
+                     .residual = rows(b.residual, range),
+                     .out = rows(b.normed, range),
+                     .weight = w.post_norm,
+                     .eps = spec().rms_norm_eps},
+          Gemm{.x = rows(b.normed, range), .weight = w.gate_up, .out = rows(b.gate_up, range)},
+          SiluMul{.gate_up = rows(b.gate_up, range), .out = rows(b.activated, range)},
+          Gemm{.x = rows(b.activated, range), .weight = w.down, .out = rows(b.branch, range)}};
+}
+
+std::vector<Op> Decoder::emit_head(int samples) const {
+  if (samples == 0) return {};
+  const DecoderBuffers& b = buffers_;
+  const auto first = [samples](const Tensor& tensor) { return tensor.slice_rows(0, samples); };
+  return {GatherRows{.x = b.branch, .index = first(b.sample_rows), .out = first(b.head_branch)},
+          GatherRows{.x = b.residual, .index = first(b.sample_rows), .out = first(b.head_residual)},
+          AddRmsNorm{.x = first(b.head_branch),
+                     .residual = first(b.head_residual),
+                     .out = first(b.head_normed),
+                     .weight = weights_->norm(),
+                     .eps = spec().rms_norm_eps},
+          Gemm{.x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)},
+          Sample{.logits = first(b.logits),
+                 .tables = {.slots = first(b.sampling.slots),
+                            .temperature = first(b.sampling.temperature),
+                            .top_p = first(b.sampling.top_p),
+                            .min_p = first(b.sampling.min_p),
+                            .top_k = first(b.sampling.top_k),
+                            .seed = first(b.sampling.seed),
+                            .counter = first(b.sampling.counter),
+                            .banned_indptr = b.sampling.banned_indptr.slice_rows(0, samples + 1),
+                            .banned = b.sampling.banned},
+                 .token_pool = b.token_pool,
+                 .sampled = first(b.sampled)}};
+}
+
+std::vector<float> rope_table(const ModelSpec& spec, int positions) {
+  const size_t half = spec.rope_inv_freq.size();
+  std::vector<float> table(static_cast<size_t>(positions) * 2 * half);
+  for (int position = 0; position < positions; ++position) {
+    float* row = table.data() + static_cast<size_t>(position) * 2 * half;
+    for (size_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(position) * spec.rope_inv_freq[i];
+      row[i] = std::cos(angle);
+      row[half + i] = std::sin(angle);
+    }
+  }
+  return table;
+}
+
+}  // namespace nanoflow

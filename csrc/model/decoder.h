@@ -1,0 +1,77 @@
+#pragma once
+
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "kernels/ops.h"
+#include "model/weights.h"
+
+namespace nanoflow {
+
+/// The parts of a layer that a schedule places separately.
+enum class Stage {
+  kQkv,        // norm, projection, rope, KV append; the embedding before layer 0
+  kAttention,  // paged attention
+  kO,          // output projection
+  kMlp,        // norm, gate and up, SiLU, down
+  kHead,       // last norm of the sampled rows, logits, sampling; once a step
+};
+
+inline constexpr int kNumStages = 5;
+std::string_view to_string(Stage stage);
+
+/// A nano-batch: padded rows [row_begin, row_end), which hold segments [segment_begin,
+/// segment_end).
+struct RowRange {
+  int64_t row_begin, row_end;
+  int segment_begin, segment_end;
+};
+
+/// The fixed buffers a step works in. T and S are capacities.
+struct DecoderBuffers {
+  Tensor residual;       // [T, H]
+  Tensor normed;         // [T, H] input of a projection
+  Tensor qkv;            // [T, (Hq + 2 Hkv) * D]
+  Tensor attention_out;  // [T, Hq * D]
+  Tensor branch;         // [T, H] output of o or down, not yet added to the residual
+  Tensor gate_up;        // [T, 2 I]
+  Tensor activated;      // [T, I]
+  Tensor head_branch, head_residual, head_normed;  // [S, H]
+  Tensor logits;                                   // [S, V] float32
+  Tensor token_pool;                               // [slots] int32
+  Tensor sampled;                                  // [S] int32
+  Tensor cos_sin;                                  // [positions, D] float32
+  std::vector<Tensor> k_cache, v_cache;            // per layer: [P, Hkv, page_size, D]
+
+  Tensor tokens, positions, kv_slots;  // [T] int32
+  Tensor sample_rows;                  // [S] int32
+  AttentionTables attention;
+  SamplingTables sampling;
+};
+
+/// Emits the ops of one stage for one row range: the Llama family, by the traits of its spec.
+class Decoder {
+ public:
+  Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers);
+
+  const ModelSpec& spec() const { return weights_->spec(); }
+  const DecoderBuffers& buffers() const { return buffers_; }
+  /// Ops in order of execution. The head samples the first `samples` rows of its tables.
+  std::vector<Op> emit(Stage stage, int layer, const RowRange& range) const;
+  std::vector<Op> emit_head(int samples) const;
+
+ private:
+  std::vector<Op> emit_qkv(int layer, const RowRange& range) const;
+  std::vector<Op> emit_attention(int layer, const RowRange& range) const;
+  std::vector<Op> emit_o(int layer, const RowRange& range) const;
+  std::vector<Op> emit_mlp(int layer, const RowRange& range) const;
+
+  std::shared_ptr<const Weights> weights_;
+  DecoderBuffers buffers_;
+};
+
+/// [positions, D] values for RopeAppend::cos_sin from a spec's inverse frequencies.
+std::vector<float> rope_table(const ModelSpec& spec, int positions);
+
+}  // namespace nanoflow

@@ -1,0 +1,104 @@
+#include "model/weights.h"
+
+#include <algorithm>
+#include <sstream>
+#include <utility>
+
+#include "core/error.h"
+
+namespace nanoflow {
+namespace {
+
+constexpr int kTensorsPerLayer = 6;
+
+void convert(const void* from, DType from_dtype, void* to, DType to_dtype, size_t count) {
+  dispatch_float(to_dtype, "weights", [&](auto tag) {
+    using To = typename decltype(tag)::type;
+    dispatch_float(from_dtype, "weights", [&](auto from_tag) {
+      using From = typename decltype(from_tag)::type;
+      const From* source = static_cast<const From*>(from);
+      To* target = static_cast<To*>(to);
+      for (size_t i = 0; i < count; ++i) target[i] = static_cast<To>(static_cast<float>(source[i]));
+    });
+  });
+}
+
+}  // namespace
+
+Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
+    : spec_(spec), backend_(std::move(backend)) {
+  spec_.check();
+  const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size;
+  const int64_t heads = static_cast<int64_t>(spec_.num_heads) * spec_.head_dim;
+  embed_ = arena_.add("embed", spec_.dtype, {spec_.vocab_size, hidden});
+  first_layer_ = embed_ + 1;
+  for (int layer = 0; layer < spec_.num_layers; ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    arena_.add(prefix + "input_norm", spec_.dtype, {hidden});
+    arena_.add(prefix + "qkv", spec_.dtype, {spec_.qkv_size(), hidden});
+    arena_.add(prefix + "o", spec_.dtype, {hidden, heads});
+    arena_.add(prefix + "post_norm", spec_.dtype, {hidden});
+    arena_.add(prefix + "gate_up", spec_.dtype, {2 * inner, hidden});
+    arena_.add(prefix + "down", spec_.dtype, {hidden, inner});
+  }
+  norm_ = arena_.add("norm", spec_.dtype, {hidden});
+  lm_head_ = spec_.tie_word_embeddings
+                 ? embed_
+                 : arena_.add("lm_head", spec_.dtype, {spec_.vocab_size, hidden});
+  arena_.bind(backend_->allocate(arena_.bytes()));
+  lane_ = backend_->make_lane(backend_->width());
+  for (const Arena::Entry& entry : arena_.entries()) {
+    loaded_.emplace_back(static_cast<size_t>(entry.shape[0]), false);
+  }
+}
+
+void Weights::load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
+                   DType dtype) {
+  const auto& entries = arena_.entries();
+  const auto entry = std::find_if(entries.begin(), entries.end(),
+                                  [&](const Arena::Entry& e) { return e.name == name; });
+  NF_CHECK(entry != entries.end(), "the model has no weight named ", name);
+  const int index = static_cast<int>(entry - entries.begin());
+  const Tensor tensor = arena_.tensor(index);
+  const size_t row_values = tensor.dims() == 1 ? 1 : static_cast<size_t>(tensor.size(1));
+  const size_t row_bytes = row_values * size_of(dtype);
+  NF_CHECK(bytes % row_bytes == 0, "weight ", name, " is ", tensor, "; ", bytes,
+           " bytes are not whole rows of ", row_bytes);
+  const auto rows = static_cast<int64_t>(bytes / row_bytes);
+  const Tensor target = tensor.slice_rows(row_begin, row_begin + rows);
+  const size_t target_bytes = target.span_bytes();
+  const void* source = data;
+  if (dtype != tensor.dtype()) {
+    if (staging_.bytes() < target_bytes) staging_ = backend_->allocate_host(target_bytes);
+    convert(data, dtype, staging_.data(), tensor.dtype(), static_cast<size_t>(target.numel()));
+    source = staging_.data();
+  }
+  backend_->copy(target.bytes(), source, target_bytes, *lane_);
+  const auto done = backend_->make_event();
+  lane_->record(*done);
+  done->synchronize();
+  std::fill_n(loaded_[index].begin() + row_begin, rows, true);
+}
+
+void Weights::check_complete() const {
+  std::ostringstream missing;
+  for (size_t i = 0; i < loaded_.size(); ++i) {
+    const auto rows = std::count(loaded_[i].begin(), loaded_[i].end(), false);
+    if (rows == 0) continue;
+    missing << (missing.tellp() > 0 ? ", " : "") << arena_.entries()[i].name << " (" << rows
+            << " of " << loaded_[i].size() << " rows)";
+  }
+  NF_CHECK(missing.tellp() == 0, "weights were not loaded: ", missing.str());
+}
+
+Weights::Layer Weights::layer(int index) const {
+  const int first = first_layer_ + index * kTensorsPerLayer;
+  return {.input_norm = arena_.tensor(first),
+          .qkv = arena_.tensor(first + 1),
+          .o = arena_.tensor(first + 2),
+          .post_norm = arena_.tensor(first + 3),
+          .gate_up = arena_.tensor(first + 4),
+          .down = arena_.tensor(first + 5)};
+}
+
+}  // namespace nanoflow

@@ -1,0 +1,95 @@
+#include "pipeline/engine.h"
+
+#include <utility>
+
+#include "core/error.h"
+#include "pipeline/worker.h"
+
+namespace nanoflow {
+namespace {
+
+void check(const EngineConfig& config, const ModelSpec& spec) {
+  const auto positive = [](const char* name, int value) {
+    NF_CHECK(value > 0, "engine config: ", name, " is ", value, " but must be positive");
+  };
+  positive("max_num_batched_tokens", config.max_num_batched_tokens);
+  positive("max_num_seqs", config.max_num_seqs);
+  positive("max_model_len", config.max_model_len);
+  positive("page_size", config.page_size);
+  positive("num_pages", config.num_pages);
+  NF_CHECK(config.row_granularity >= 0 && config.jitter_us >= 0,
+           "engine config: row_granularity and jitter_us must not be negative");
+  const int64_t tokens = static_cast<int64_t>(config.num_pages) * config.page_size;
+  NF_CHECK(tokens >= config.max_model_len, "the KV cache holds ", tokens, " tokens (",
+           tokens * static_cast<int64_t>(spec.kv_bytes_per_token()),
+           " bytes), too few for one request of max_model_len ", config.max_model_len,
+           "; lower max_model_len or raise kv_cache_memory_bytes");
+}
+
+}  // namespace
+
+uint64_t StepHandle::step() const { return state_->step; }
+bool StepHandle::is_done() const { return state_->is_done(); }
+const StepResult& StepHandle::wait() const {
+  state_->wait();
+  return state_->result;
+}
+
+class Engine::Impl {
+ public:
+  Impl(const EngineConfig& config, std::shared_ptr<Weights> weights)
+      : config(config), worker(config, std::move(weights)) {}
+
+  EngineConfig config;
+  Worker worker;
+  std::shared_ptr<const Schedule> schedule;
+  uint64_t submitted = 0;
+};
+
+Engine::Engine(const EngineConfig& config, std::shared_ptr<Weights> weights,
+               const Schedule& schedule) {
+  NF_CHECK(weights != nullptr, "the engine needs weights");
+  weights->check_complete();
+  check(config, weights->spec());
+  impl_ = std::make_unique<Impl>(config, std::move(weights));
+  set_schedule(schedule);
+}
+
+Engine::~Engine() = default;
+
+StepHandle Engine::submit(Batch batch) {
+  const uint64_t in_flight = impl_->submitted - impl_->worker.completed_steps();
+  NF_CHECK(in_flight < kMaxStepsInFlight, in_flight,
+           " steps are in flight; wait for the first before another submit()");
+  if (const std::exception_ptr error = impl_->worker.error()) std::rethrow_exception(error);
+  const auto segments = static_cast<int>(impl_->schedule->cuts().size()) + 1;
+  nanoflow::validate(batch, impl_->worker.workspace().limits(segments));
+  auto state = std::make_shared<StepState>();
+  state->step = ++impl_->submitted;
+  state->batch = std::move(batch);
+  state->schedule = impl_->schedule;
+  impl_->worker.enqueue(state);
+  return StepHandle(state);
+}
+
+uint64_t Engine::completed_steps() const { return impl_->worker.completed_steps(); }
+
+void Engine::set_schedule(const Schedule& schedule) {
+  schedule.check();
+  // A small plan with rows in every segment shows what is wrong with the schedule before a step
+  // needs it.
+  plan(schedule, std::vector<int>(schedule.cuts().size() + 1, 1), 1);
+  impl_->schedule = std::make_shared<Schedule>(schedule);
+}
+
+const Schedule& Engine::schedule() const { return *impl_->schedule; }
+
+std::shared_ptr<const Plan> Engine::plan(const Schedule& schedule,
+                                         const std::vector<int>& segment_rows, int samples) const {
+  const Worker& worker = impl_->worker;
+  return worker.build(schedule, worker.workspace().padded(segment_rows, samples));
+}
+
+const EngineConfig& Engine::config() const { return impl_->config; }
+
+}  // namespace nanoflow

@@ -1,0 +1,55 @@
+#include "pipeline/executor.h"
+
+#include <chrono>
+
+namespace nanoflow {
+
+Executor::Executor(Backend& backend, int jitter_us)
+    : backend_(backend), jitter_us_(jitter_us), forked_(backend.make_event()) {}
+
+Lane& Executor::lane(const LaneSpec& spec) {
+  std::unique_ptr<Lane>& lane = lanes_[{spec.name, spec.width}];
+  if (lane == nullptr) lane = backend_.make_lane(spec.width);
+  return *lane;
+}
+
+void Executor::jitter(Lane& lane) {
+  if (jitter_us_ == 0) return;
+  lane.delay(std::chrono::microseconds(random_() % static_cast<unsigned>(jitter_us_)));
+}
+
+void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
+  if (finished_.size() < plan.ops.size()) finished_.resize(plan.ops.size());
+  while (joined_.size() < plan.lanes.size()) joined_.push_back(backend_.make_event());
+  for (const NanoOp& n : plan.ops) {
+    if (n.is_awaited && finished_[n.id] == nullptr) finished_[n.id] = backend_.make_event();
+  }
+  Kernels& kernels = backend_.kernels();
+
+  std::vector<Lane*> lanes;
+  origin.record(*forked_);
+  for (const LaneSpec& spec : plan.lanes) {
+    lanes.push_back(&lane(spec));
+    lanes.back()->wait(*forked_);
+  }
+  for (const NanoOp& n : plan.ops) {
+    Lane& lane = *lanes[n.lane];
+    for (OpId dep : n.deps) {
+      jitter(lane);
+      lane.wait(*finished_[dep]);
+    }
+    if (stamps != nullptr) lane.stamp(&stamps[2 * n.id]);
+    std::visit([&](const auto& op) { kernels.run(op, lane); }, n.op);
+    if (stamps != nullptr) lane.stamp(&stamps[2 * n.id + 1]);
+    if (n.is_awaited) {
+      jitter(lane);
+      lane.record(*finished_[n.id]);
+    }
+  }
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    lanes[i]->record(*joined_[i]);
+    origin.wait(*joined_[i]);
+  }
+}
+
+}  // namespace nanoflow

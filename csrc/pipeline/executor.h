@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "pipeline/plan.h"
+
+namespace nanoflow {
+
+/// Runs plans. Lanes and events are made on first use and kept; a lane is known by name and width.
+class Executor {
+ public:
+  /// jitter_us > 0 idles up to that long before every wait and record, to expose missing
+  /// dependencies.
+  Executor(Backend& backend, int jitter_us);
+
+  /// Enqueues the plan between what `origin` has been given and what it will be given next: all
+  /// lanes fork from it and join into it. `stamps`, when given, gets two times a NanoOp: begin and
+  /// end in nanoseconds.
+  void run(const Plan& plan, Lane& origin, int64_t* stamps = nullptr);
+
+ private:
+  Lane& lane(const LaneSpec& spec);
+  void jitter(Lane& lane);
+
+  Backend& backend_;
+  int jitter_us_;
+  std::minstd_rand random_;
+  std::map<std::pair<std::string, int>, std::unique_ptr<Lane>> lanes_;
+  std::unique_ptr<Event> forked_;
+  std::vector<std::unique_ptr<Event>> joined_;    // by lane of the plan
+  std::vector<std::unique_ptr<Event>> finished_;  // by OpId, null where nobody has ever waited
+};
+
+}  // namespace nanoflow

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstdint>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "kernels/ops.h"
+#include "model/decoder.h"
+#include "pipeline/schedule.h"
+
+namespace nanoflow {
+
+using OpId = int32_t;
+
+/// Where an op comes from: stage part `part` of a layer.
+struct OpLabel {
+  Stage stage = Stage::kQkv;
+  int layer = 0;
+  int part = 0;
+};
+
+/// An op on one row range, on a lane, with the ops of other lanes that must have finished before
+/// it.
+struct NanoOp {
+  Op op;
+  OpLabel label;
+  OpId id = 0;              // its index in Plan::ops
+  int lane = 0;             // index in Plan::lanes
+  std::vector<OpId> deps;   // on other lanes; order within a lane is the order of ids
+  bool is_awaited = false;  // some op's deps name it
+};
+
+/// The ops of a step in order of issue, bound to one rank's buffers; immutable. Valid for any batch
+/// with these padded segment rows and sample rows.
+struct Plan {
+  std::string schedule_id;
+  std::vector<LaneSpec> lanes;
+  std::vector<NanoOp> ops;
+  std::vector<int> segment_rows;  // padded
+  int samples = 0;                // padded
+};
+
+/// What a plan is valid for, apart from its schedule.
+struct PlanKey {
+  std::vector<int> segment_rows;  // padded
+  int samples = 0;                // padded
+
+  auto operator<=>(const PlanKey&) const = default;
+};
+
+/// As in "layers.3.mlp.1 gemm".
+std::string label_of(const NanoOp& op);
+/// One line an op: id, lane, label, shapes of what it writes, deps.
+std::ostream& operator<<(std::ostream& out, const Plan& plan);
+
+}  // namespace nanoflow

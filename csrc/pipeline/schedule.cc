@@ -1,0 +1,106 @@
+#include "pipeline/schedule.h"
+
+#include <algorithm>
+#include <charconv>
+#include <iterator>
+#include <set>
+
+#include "core/error.h"
+
+namespace nanoflow {
+namespace {
+
+constexpr std::string_view kNextLayer = "@+1";
+
+bool is_stage(std::string_view name) {
+  return std::find(std::begin(Schedule::kStages), std::end(Schedule::kStages), name) !=
+         std::end(Schedule::kStages);
+}
+
+}  // namespace
+
+OrderItem parse_order_item(const std::string& text) {
+  OrderItem item;
+  std::string_view rest = text;
+  if (rest.ends_with(kNextLayer)) {
+    item.layer_offset = 1;
+    rest.remove_suffix(kNextLayer.size());
+  }
+  const size_t dot = rest.find('.');
+  item.stage = std::string(rest.substr(0, dot));
+  NF_CHECK(is_stage(item.stage) && item.stage != "head", "order item '", text,
+           "' names no stage of a layer; use for example qkv.0, attn.1, o.0, mlp.1 or qkv.0@+1");
+  const std::string_view number = dot == std::string_view::npos ? "" : rest.substr(dot + 1);
+  const char* end = number.data() + number.size();
+  const auto [parsed, code] = std::from_chars(number.data(), end, item.part);
+  NF_CHECK(!number.empty() && code == std::errc() && parsed == end && item.part >= 0,
+           "order item '", text, "' has no part number; use for example ", item.stage, ".0");
+  return item;
+}
+
+std::vector<double> Schedule::cuts() const {
+  std::set<double> cuts;
+  for (const auto& [name, stage] : stages) cuts.insert(stage.split.begin(), stage.split.end());
+  return {cuts.begin(), cuts.end()};
+}
+
+StageSpec Schedule::stage(const std::string& name) const {
+  const auto entry = stages.find(name);
+  StageSpec stage = entry == stages.end() ? StageSpec{} : entry->second;
+  if (stage.lane.empty()) stage.lane = lanes.at(0).name;
+  return stage;
+}
+
+int Schedule::lane_index(const std::string& name) const {
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    if (lanes[i].name == name) return static_cast<int>(i);
+  }
+  fail("schedule '", id, "' has no lane named '", name, "'");
+}
+
+void Schedule::check() const {
+  NF_CHECK(!lanes.empty(), "schedule '", id, "' has no lanes");
+  std::set<std::string> names;
+  for (const LaneSpec& lane : lanes) {
+    NF_CHECK(lane.width >= 1, "schedule '", id, "': lane '", lane.name, "' has width ", lane.width,
+             " but needs at least 1");
+    NF_CHECK(names.insert(lane.name).second, "schedule '", id, "' has two lanes named '", lane.name,
+             "'");
+  }
+  for (const auto& [name, stage] : stages) {
+    NF_CHECK(is_stage(name), "schedule '", id, "' has an unknown stage '", name,
+             "'; stages are qkv, attn, o, mlp and head");
+    NF_CHECK(name != "head" || stage.split.empty(), "schedule '", id, "': stage head is not split");
+    NF_CHECK(stage.lane.empty() || names.count(stage.lane), "schedule '", id, "': stage ", name,
+             " runs on lane '", stage.lane, "', which does not exist");
+    double last = 0;
+    for (double fraction : stage.split) {
+      NF_CHECK(fraction > last && fraction < 1, "schedule '", id, "': stage ", name,
+               " is split at ", fraction, " after ", last, "; fractions ascend inside (0, 1)");
+      last = fraction;
+    }
+  }
+  check_order();
+}
+
+void Schedule::check_order() const {
+  if (order.empty()) return;
+  std::map<std::string, std::set<int>> seen;
+  for (const std::string& text : order) {
+    const OrderItem item = parse_order_item(text);
+    const int parts = static_cast<int>(stage(item.stage).split.size()) + 1;
+    NF_CHECK(item.part < parts, "schedule '", id, "': order item '", text, "' but stage ",
+             item.stage, " has ", parts, " parts");
+    NF_CHECK(seen[item.stage].insert(item.part).second, "schedule '", id, "': ", item.stage, ".",
+             item.part, " is ordered twice");
+  }
+  for (const char* name : kStages) {
+    if (std::string_view(name) == "head") continue;
+    if (std::string_view(name) == "attn" && seen["attn"].empty()) continue;  // follows its qkv
+    const size_t parts = stage(name).split.size() + 1;
+    NF_CHECK(seen[name].size() == parts, "schedule '", id, "': the order has ", seen[name].size(),
+             " of the ", parts, " parts of stage ", name);
+  }
+}
+
+}  // namespace nanoflow

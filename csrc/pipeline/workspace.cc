@@ -1,0 +1,234 @@
+#include "pipeline/workspace.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace nanoflow {
+namespace {
+
+int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int max_page_entries(const EngineConfig& config) {
+  const int pages = (config.max_model_len + config.page_size - 1) / config.page_size;
+  return config.max_num_seqs * pages;
+}
+
+}  // namespace
+
+Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
+                     const KvCache& cache)
+    : config_(config),
+      spec_(spec),
+      backend_(backend),
+      granularity_(config.row_granularity > 0 ? config.row_granularity
+                                              : backend.row_granularity()) {
+  allocate_activations();
+  allocate_tables();
+  upload_rope_table();
+  for (int layer = 0; layer < spec_.num_layers; ++layer) {
+    buffers_.k_cache.push_back(cache.k(layer));
+    buffers_.v_cache.push_back(cache.v(layer));
+  }
+}
+
+void Workspace::allocate_activations() {
+  const int64_t rows = config_.max_num_batched_tokens + kMaxSegments * granularity_;
+  const int64_t samples = round_up(config_.max_num_seqs, granularity_);
+  const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size;
+  const DType dtype = spec_.dtype;
+  Arena& a = activations_;
+  a.add("residual", dtype, {rows, hidden});
+  a.add("normed", dtype, {rows, hidden});
+  a.add("qkv", dtype, {rows, spec_.qkv_size()});
+  a.add("attention_out", dtype, {rows, static_cast<int64_t>(spec_.num_heads) * spec_.head_dim});
+  a.add("branch", dtype, {rows, hidden});
+  a.add("gate_up", dtype, {rows, 2 * inner});
+  a.add("activated", dtype, {rows, inner});
+  a.add("head_branch", dtype, {samples, hidden});
+  a.add("head_residual", dtype, {samples, hidden});
+  a.add("head_normed", dtype, {samples, hidden});
+  a.add("logits", DType::kF32, {samples, spec_.vocab_size});
+  a.add("token_pool", DType::kI32, {config_.max_num_seqs});
+  a.add("sampled", DType::kI32, {samples});
+  a.add("cos_sin", DType::kF32, {config_.max_model_len, spec_.head_dim});
+  a.bind(backend_.allocate(a.bytes()));
+  buffers_.residual = a.tensor("residual");
+  buffers_.normed = a.tensor("normed");
+  buffers_.qkv = a.tensor("qkv");
+  buffers_.attention_out = a.tensor("attention_out");
+  buffers_.branch = a.tensor("branch");
+  buffers_.gate_up = a.tensor("gate_up");
+  buffers_.activated = a.tensor("activated");
+  buffers_.head_branch = a.tensor("head_branch");
+  buffers_.head_residual = a.tensor("head_residual");
+  buffers_.head_normed = a.tensor("head_normed");
+  buffers_.logits = a.tensor("logits");
+  buffers_.token_pool = a.tensor("token_pool");
+  buffers_.sampled = a.tensor("sampled");
+  buffers_.cos_sin = a.tensor("cos_sin");
+}
+
+void Workspace::allocate_tables() {
+  const int64_t rows = buffers_.residual.size(0), samples = buffers_.sampled.size(0);
+  const int64_t requests = config_.max_num_seqs;
+  Arena& t = tables_;
+  t.add("tokens", DType::kI32, {rows});
+  t.add("positions", DType::kI32, {rows});
+  t.add("kv_slots", DType::kI32, {rows});
+  t.add("sample_rows", DType::kI32, {samples});
+  t.add("segment_requests", DType::kI32, {kMaxSegments + 1});
+  t.add("row_begin", DType::kI32, {requests});
+  t.add("row_count", DType::kI32, {requests});
+  t.add("kv_len", DType::kI32, {requests});
+  t.add("page_indptr", DType::kI32, {requests + 1});
+  t.add("page_indices", DType::kI32, {max_page_entries(config_)});
+  t.add("slots", DType::kI32, {samples});
+  t.add("temperature", DType::kF32, {samples});
+  t.add("top_p", DType::kF32, {samples});
+  t.add("min_p", DType::kF32, {samples});
+  t.add("top_k", DType::kI32, {samples});
+  t.add("seed", DType::kU64, {samples});
+  t.add("counter", DType::kI32, {samples});
+  t.add("banned_indptr", DType::kI32, {samples + 1});
+  t.add("banned", DType::kI32, {requests * kBannedPerRequest});
+  t.bind(backend_.allocate(t.bytes()));
+  for (Buffer& buffer : staging_) buffer = backend_.allocate_host(t.bytes());
+  buffers_.tokens = t.tensor("tokens");
+  buffers_.positions = t.tensor("positions");
+  buffers_.kv_slots = t.tensor("kv_slots");
+  buffers_.sample_rows = t.tensor("sample_rows");
+  buffers_.attention = {.segment_requests = t.tensor("segment_requests"),
+                        .row_begin = t.tensor("row_begin"),
+                        .row_count = t.tensor("row_count"),
+                        .kv_len = t.tensor("kv_len"),
+                        .page_indptr = t.tensor("page_indptr"),
+                        .page_indices = t.tensor("page_indices")};
+  buffers_.sampling = {.slots = t.tensor("slots"),
+                       .temperature = t.tensor("temperature"),
+                       .top_p = t.tensor("top_p"),
+                       .min_p = t.tensor("min_p"),
+                       .top_k = t.tensor("top_k"),
+                       .seed = t.tensor("seed"),
+                       .counter = t.tensor("counter"),
+                       .banned_indptr = t.tensor("banned_indptr"),
+                       .banned = t.tensor("banned")};
+}
+
+void Workspace::upload_rope_table() {
+  const std::vector<float> table = rope_table(spec_, config_.max_model_len);
+  const auto lane = backend_.make_lane(1);
+  const auto done = backend_.make_event();
+  backend_.copy(buffers_.cos_sin.bytes(), table.data(), table.size() * sizeof(float), *lane);
+  lane->record(*done);
+  done->synchronize();
+}
+
+BatchLimits Workspace::limits(int segments) const {
+  return {.vocab_size = spec_.vocab_size,
+          .max_rows = config_.max_num_batched_tokens,
+          .max_requests = config_.max_num_seqs,
+          .max_positions = config_.max_model_len,
+          .num_pages = config_.num_pages,
+          .page_size = config_.page_size,
+          .max_page_entries = max_page_entries(config_),
+          .num_slots = config_.max_num_seqs,
+          .max_banned = config_.max_num_seqs * kBannedPerRequest,
+          .segments = segments};
+}
+
+PlanKey Workspace::padded(const std::vector<int>& segment_rows, int samples) const {
+  NF_CHECK(segment_rows.size() <= kMaxSegments, "a step has at most ", kMaxSegments,
+           " segments, not ", segment_rows.size());
+  PlanKey key{.segment_rows = segment_rows, .samples = round_up(samples, granularity_)};
+  for (int& rows : key.segment_rows) rows = round_up(rows, granularity_);
+  return key;
+}
+
+PlanKey Workspace::key_of(const Batch& batch) const {
+  std::vector<int> rows;
+  for (size_t s = 0; s + 1 < batch.segment_requests.size(); ++s) {
+    rows.push_back(batch.segment_row(static_cast<int>(s) + 1) -
+                   batch.segment_row(static_cast<int>(s)));
+  }
+  return padded(rows, batch.samples());
+}
+
+template <typename T>
+T* Workspace::staged(const Tensor& table, int ring) const {
+  return reinterpret_cast<T*>(staging_[ring].data() + (table.bytes() - tables_.data()));
+}
+
+void Workspace::stage(const Batch& batch, const PlanKey& key, int ring) {
+  stage_rows(batch, key, ring);
+  stage_samples(batch, key, ring);
+}
+
+void Workspace::stage_rows(const Batch& batch, const PlanKey& key, int ring) {
+  const DecoderBuffers& b = buffers_;
+  int32_t* tokens = staged<int32_t>(b.tokens, ring);
+  int32_t* positions = staged<int32_t>(b.positions, ring);
+  int32_t* kv_slots = staged<int32_t>(b.kv_slots, ring);
+  int32_t* row_begin = staged<int32_t>(b.attention.row_begin, ring);
+  int32_t* row_count = staged<int32_t>(b.attention.row_count, ring);
+  padded_row_.resize(batch.tokens.size());
+  int padded_begin = 0;
+  for (size_t s = 0; s < key.segment_rows.size(); ++s) {
+    const int padded_end = padded_begin + key.segment_rows[s];
+    int out = padded_begin;
+    for (int r = batch.segment_requests[s]; r < batch.segment_requests[s + 1]; ++r) {
+      row_begin[r] = out;
+      row_count[r] = batch.request_indptr[r + 1] - batch.request_indptr[r];
+      const int32_t* pages = batch.page_indices.data() + batch.page_indptr[r];
+      for (int row = batch.request_indptr[r]; row < batch.request_indptr[r + 1]; ++row, ++out) {
+        const int position = batch.positions[row];
+        tokens[out] = batch.tokens[row];
+        positions[out] = position;
+        kv_slots[out] =
+            pages[position / config_.page_size] * config_.page_size + position % config_.page_size;
+        padded_row_[row] = out;
+      }
+    }
+    for (; out < padded_end; ++out) {
+      tokens[out] = positions[out] = 0;
+      kv_slots[out] = -1;
+    }
+    padded_begin = padded_end;
+  }
+  const AttentionTables& a = b.attention;
+  std::ranges::copy(batch.segment_requests, staged<int32_t>(a.segment_requests, ring));
+  std::ranges::copy(batch.kv_len, staged<int32_t>(a.kv_len, ring));
+  std::ranges::copy(batch.page_indptr, staged<int32_t>(a.page_indptr, ring));
+  std::ranges::copy(batch.page_indices, staged<int32_t>(a.page_indices, ring));
+}
+
+void Workspace::stage_samples(const Batch& batch, const PlanKey& key, int ring) {
+  const DecoderBuffers& b = buffers_;
+  const SamplingTables& s = b.sampling;
+  const int samples = batch.samples();
+  int32_t* rows = staged<int32_t>(b.sample_rows, ring);
+  for (int i = 0; i < samples; ++i) rows[i] = padded_row_[batch.sample_rows[i]];
+  const auto fill = [&]<typename T>(const Tensor& table, const std::vector<T>& values, T padding) {
+    T* out = staged<T>(table, ring);
+    std::ranges::copy(values, out);
+    std::fill(out + samples, out + key.samples, padding);
+  };
+  std::fill(rows + samples, rows + key.samples, -1);
+  fill(s.slots, batch.slots, -1);
+  fill(s.temperature, batch.temperature, 0.0f);
+  fill(s.top_p, batch.top_p, 1.0f);
+  fill(s.min_p, batch.min_p, 0.0f);
+  fill(s.top_k, batch.top_k, 0);
+  fill(s.seed, batch.seed, uint64_t{0});
+  fill(s.counter, batch.counter, 0);
+  int32_t* indptr = staged<int32_t>(s.banned_indptr, ring);
+  std::ranges::copy(batch.banned_indptr, indptr);
+  std::fill(indptr + samples + 1, indptr + key.samples + 1, batch.banned_indptr.back());
+  std::ranges::copy(batch.banned, staged<int32_t>(s.banned, ring));
+}
+
+void Workspace::upload(int ring, Lane& lane) {
+  backend_.copy(tables_.data(), staging_[ring].data(), tables_.bytes(), lane);
+}
+
+}  // namespace nanoflow

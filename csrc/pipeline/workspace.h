@@ -1,0 +1,57 @@
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "core/arena.h"
+#include "model/decoder.h"
+#include "pipeline/batch.h"
+#include "pipeline/engine.h"
+#include "pipeline/kv_cache.h"
+#include "pipeline/plan.h"
+
+namespace nanoflow {
+
+/// Every fixed buffer of one rank. Activations, token pool and step tables live on the device; the
+/// tables have one staging copy on the host for each step in flight, of the same layout, so that a
+/// step starts with one copy in stream order.
+class Workspace {
+ public:
+  static constexpr int kMaxSegments = 16;
+  static constexpr int kBannedPerRequest = 64;
+
+  Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
+            const KvCache& cache);
+
+  const DecoderBuffers& buffers() const { return buffers_; }
+  BatchLimits limits(int segments) const;
+  /// Rows of each segment and samples, padded.
+  PlanKey key_of(const Batch& batch) const;
+  PlanKey padded(const std::vector<int>& segment_rows, int samples) const;
+  /// Fills staging copy `ring` from a valid batch. No step may be using the copy.
+  void stage(const Batch& batch, const PlanKey& key, int ring);
+  /// Enqueues staging copy `ring` → tables.
+  void upload(int ring, Lane& lane);
+  size_t bytes() const { return activations_.bytes() + tables_.bytes(); }
+
+ private:
+  void allocate_activations();
+  void allocate_tables();
+  void upload_rope_table();
+  /// Where a table lives in a staging copy.
+  template <typename T>
+  T* staged(const Tensor& table, int ring) const;
+  void stage_rows(const Batch& batch, const PlanKey& key, int ring);
+  void stage_samples(const Batch& batch, const PlanKey& key, int ring);
+
+  EngineConfig config_;
+  ModelSpec spec_;
+  Backend& backend_;
+  int granularity_;
+  Arena activations_, tables_;
+  std::array<Buffer, Engine::kMaxStepsInFlight> staging_;
+  DecoderBuffers buffers_;
+  std::vector<int> padded_row_;  // of each row of the batch being staged
+};
+
+}  // namespace nanoflow
