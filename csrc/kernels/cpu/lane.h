@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 
@@ -16,7 +18,8 @@ class Worker {
 
   int index() const { return index_; }  // 0 .. width() - 1
   int width() const { return width_; }
-  /// Waits until every thread of the lane has come here; all must call it equally often.
+  /// Waits until every thread of the lane has come here; all must call it equally often. Throws
+  /// (and the lane drops it) where another thread of the task has failed.
   void sync() const;
 
   struct Range {
@@ -24,6 +27,11 @@ class Worker {
   };
   /// This thread's share of [0, count), contiguous, in multiples of `grain` but for the last.
   Range share(int64_t count, int64_t grain = 1) const;
+  /// 0, 1, 2, ... in a task, each to one of its threads: work for whoever is free.
+  int64_t claim() const;
+  /// The memory asked for with the task: 64-byte aligned, the same for all threads, contents
+  /// undefined.
+  std::byte* scratch() const;
 
  private:
   int index_, width_;
@@ -34,10 +42,12 @@ class Worker {
 class CpuLane : public Lane {
  public:
   explicit CpuLane(int width);
-  ~CpuLane() override;
+  ~CpuLane() override;  // runs what is queued
 
-  /// Queues fn; every thread of the lane calls it once. The next task starts when all have returned.
-  void enqueue(std::function<void(const Worker&)> fn);
+  /// Queues fn; every thread of the lane calls it once. The next task starts when all have
+  /// returned. The scratch belongs to the lane, is reused by every task and grows when a task asks
+  /// for more than before.
+  void enqueue(std::function<void(const Worker&)> fn, size_t scratch_bytes = 0);
 
   int width() const override;
   void wait(Event& event) override;
@@ -50,5 +60,10 @@ class CpuLane : public Lane {
  private:
   std::unique_ptr<Team> team_;
 };
+
+/// The lane as what it is; Error for a lane of another backend.
+CpuLane& cpu_lane(Lane& lane);
+
+std::unique_ptr<Event> make_cpu_event();
 
 }  // namespace nanoflow::cpu

@@ -1,0 +1,86 @@
+#include "kernels/cpu/host.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <fstream>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <thread>
+
+#include "core/error.h"
+
+namespace nanoflow::cpu {
+namespace {
+
+constexpr size_t kHugePage = 2 << 20;
+constexpr int kNoLimit = std::numeric_limits<int>::max();
+
+/// The value of a line "key: value" of a /proc file, empty where there is none.
+std::string proc_value(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind(key + ":", 0) == 0) return line.substr(key.size() + 1);
+  }
+  return "";
+}
+
+/// Counts a list like "0-3,8".
+int count_cores(const std::string& list) {
+  std::istringstream text(list);
+  int count = 0;
+  for (int first; text >> first;) {
+    int last = first;
+    if (text.peek() == '-') text.ignore() >> last;
+    if (text.peek() == ',') text.ignore();
+    count += last - first + 1;
+  }
+  return count;
+}
+
+int cores_of_affinity() {
+  const int count = count_cores(proc_value("/proc/self/status", "Cpus_allowed_list"));
+  return count > 0 ? count : static_cast<int>(std::thread::hardware_concurrency());
+}
+
+/// Quota and period in µs of version 2, as a container sees its own group. "max" is no quota.
+int cores_of_quota() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  double quota = 0, period = 0;
+  if (!(file >> quota >> period) || period <= 0) return kNoLimit;
+  return static_cast<int>(quota / period + 0.5);
+}
+
+size_t physical_memory() {
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+}
+
+}  // namespace
+
+int usable_cores() { return std::max(1, std::min(cores_of_affinity(), cores_of_quota())); }
+
+size_t available_memory() {
+  std::istringstream kib(proc_value("/proc/meminfo", "MemAvailable"));
+  if (size_t value = 0; kib >> value) return value << 10;
+  return physical_memory();
+}
+
+Buffer allocate_memory(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : Arena::kAlignment;
+  const size_t rounded = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+  // A system that overcommits would grant what it can never back.
+  void* memory = bytes > physical_memory() ? nullptr : std::aligned_alloc(alignment, rounded);
+  NF_CHECK(memory != nullptr, "cannot allocate ", bytes, " bytes of host memory; ",
+           available_memory(), " are available");
+#ifdef MADV_HUGEPAGE
+  // Advice: a system without huge pages refuses it, and nothing is lost.
+  if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
+  return Buffer(memory, bytes, Device{}, [](void* data) { std::free(data); });
+}
+
+}  // namespace nanoflow::cpu
