@@ -1,0 +1,195 @@
+#include "pipeline/planner.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+
+#include "pipeline/executor.h"
+#include "pipeline/kv_cache.h"
+#include "pipeline/validate.h"
+#include "pipeline/workspace.h"
+#include "recording_backend.h"
+#include "tiny_model.h"
+
+using namespace nanoflow;
+using namespace nanoflow::testing;
+
+namespace {
+
+/// A decoder of the tiny model on a backend that computes nothing.
+struct Fixture {
+  explicit Fixture(int num_layers = 2)
+      : backend(std::make_shared<RecordingBackend>()),
+        weights(random_weights(tiny_spec(num_layers), backend)),
+        config{.max_num_batched_tokens = 64,
+               .max_num_seqs = 8,
+               .max_model_len = 32,
+               .page_size = 4,
+               .num_pages = 64},
+        cache(weights->spec(), *backend, config.num_pages, config.page_size),
+        workspace(config, weights->spec(), *backend, cache),
+        decoder(weights, workspace.buffers()) {
+    backend->log.clear();
+  }
+
+  std::shared_ptr<RecordingBackend> backend;
+  std::shared_ptr<Weights> weights;
+  EngineConfig config;
+  KvCache cache;
+  Workspace workspace;
+  Decoder decoder;
+};
+
+int find_op(const Plan& plan, const std::string& label) {
+  for (const NanoOp& op : plan.ops) {
+    if (label_of(op) == label) return op.id;
+  }
+  FAIL("no op ", label);
+  return -1;
+}
+
+}  // namespace
+
+TEST_CASE("the sequential plan needs no dependency") {
+  Fixture f;
+  const Plan plan = build_plan(f.decoder, sequential(4), {.segment_rows = {12}, .samples = 3});
+  CHECK(plan.ops.size() == 2 * 9 + 1 + 5);
+  for (const NanoOp& op : plan.ops) {
+    CHECK(op.deps.empty());
+    CHECK_FALSE(op.is_awaited);
+  }
+  CHECK(label_of(plan.ops[0]) == "layers.0.qkv.0 embed");
+  CHECK(label_of(plan.ops.back()) == "head sample");
+  CHECK(validate(plan, 8).empty());
+}
+
+TEST_CASE("ping-pong waits where data crosses lanes and nowhere else") {
+  Fixture f;
+  const Plan plan = build_plan(f.decoder, pingpong(4, 2), {.segment_rows = {8, 8}, .samples = 2});
+  CHECK(validate(plan, 8).empty());
+  const int attention = find_op(plan, "layers.1.attn.1 attention");
+  CHECK(plan.ops[attention].lane == 1);
+  CHECK(plan.ops[attention].deps == std::vector<OpId>{find_op(plan, "layers.1.qkv.1 rope_append")});
+  const int o = find_op(plan, "layers.0.o.1 gemm");
+  CHECK(plan.ops[o].deps == std::vector<OpId>{find_op(plan, "layers.0.attn.1 attention")});
+  // Attention of one nano-batch is issued before the other's projections: they may run side by
+  // side.
+  CHECK(find_op(plan, "layers.0.attn.1 attention") < find_op(plan, "layers.0.o.0 gemm"));
+  int waits = 0;
+  for (const NanoOp& op : plan.ops) waits += static_cast<int>(op.deps.size());
+  CHECK(waits == 2 * 2 * 2);  // layers × nano-batches × (attention after rope, o after attention)
+}
+
+TEST_CASE("a stage cut finer than its neighbour waits for all parts it covers") {
+  Fixture f;
+  Schedule schedule = pingpong(4, 2);
+  schedule.stages["qkv"].split = {0.25, 0.5, 0.75};
+  schedule.order = {"o.0", "mlp.0", "qkv.0@+1", "qkv.1@+1", "o.1", "mlp.1", "qkv.3@+1", "qkv.2@+1"};
+  const Plan plan = build_plan(f.decoder, schedule, {.segment_rows = {4, 4, 4, 4}, .samples = 2});
+  CHECK(validate(plan, 8).empty());
+  const int attention = find_op(plan, "layers.1.attn.1 attention");
+  CHECK(plan.ops[attention].deps ==
+        std::vector<OpId>{find_op(plan, "layers.1.qkv.2 rope_append")});  // issued after part 3
+}
+
+TEST_CASE("parts without rows and steps without samples are left out") {
+  Fixture f;
+  const Plan plan = build_plan(f.decoder, pingpong(4, 2), {.segment_rows = {0, 8}, .samples = 0});
+  CHECK(validate(plan, 8).empty());
+  for (const NanoOp& op : plan.ops) {
+    CHECK(op.label.part == 1);
+    CHECK(op.label.stage != Stage::kHead);
+  }
+}
+
+TEST_CASE("an order that runs an op before its input is refused") {
+  Fixture f;
+  Schedule schedule = pingpong(4, 2);
+  schedule.order = {"qkv.0", "qkv.1", "o.0", "o.1", "mlp.0", "mlp.1", "attn.0", "attn.1"};
+  CHECK_THROWS_WITH_AS(
+      build_plan(f.decoder, schedule, {.segment_rows = {8, 8}, .samples = 2}),
+      "layers.0.o.0 gemm is issued before attention of layer 0 (stage attn), on which it depends",
+      Error);
+  CHECK_THROWS_AS(build_plan(f.decoder, pingpong(4, 2), {.segment_rows = {8}, .samples = 2}),
+                  Error);
+}
+
+TEST_CASE("validate finds a planted missing dependency") {
+  Fixture f;
+  const Plan sound = build_plan(f.decoder, pingpong(4, 2), {.segment_rows = {8, 8}, .samples = 2});
+  int planted = 0;
+  for (const NanoOp& op : sound.ops) {
+    if (op.deps.empty()) continue;
+    Plan broken = sound;
+    broken.ops[op.id].deps.clear();
+    const std::vector<std::string> findings = validate(broken, 8);
+    CHECK_MESSAGE(!findings.empty(), label_of(op));
+    ++planted;
+  }
+  CHECK(planted == 8);
+  Plan broken = sound;
+  broken.ops[find_op(sound, "layers.0.o.0 gemm")].deps.clear();
+  const std::vector<std::string> findings = validate(broken, 8);
+  const auto names = [&](const std::string& text) {
+    return std::any_of(findings.begin(), findings.end(), [&](const std::string& finding) {
+      return finding.find(text) != std::string::npos;
+    });
+  };
+  CHECK(names("layers.0.attn.0 attention"));
+  CHECK(names("layers.0.o.0 gemm"));
+}
+
+TEST_CASE("validate finds what is structurally wrong") {
+  Fixture f;
+  const Plan sound = build_plan(f.decoder, pingpong(4, 2), {.segment_rows = {8, 8}, .samples = 2});
+  CHECK(validate(sound, 5) ==
+        std::vector<std::string>{"lane widths add up to 6 but the device has 5"});
+  Plan broken = sound;
+  const int o = find_op(sound, "layers.0.o.0 gemm");
+  broken.ops[o].deps = {o + 1};
+  CHECK(validate(broken, 8).size() == 1);
+  broken = sound;
+  broken.ops[sound.ops[o].deps[0]].is_awaited = false;
+  CHECK(validate(broken, 8).size() == 1);
+  broken = sound;
+  broken.ops[3].lane = 7;
+  CHECK(validate(broken, 8).size() == 1);
+}
+
+TEST_CASE("the executor forks, waits, records and joins in exactly this order") {
+  Fixture f(1);
+  const Plan plan = build_plan(f.decoder, pingpong(4, 2), {.segment_rows = {8, 8}, .samples = 2});
+  Executor executor(*f.backend, 0);
+  const auto origin = f.backend->make_lane(8);
+  f.backend->log.clear();
+  executor.run(plan, *origin);
+  const std::vector<std::string>& log = f.backend->log;
+  const std::string o = log.front().substr(0, log.front().find(':'));
+  const std::string c = log[1].substr(0, log[1].find(':')), m = log[2].substr(0, log[2].find(':'));
+  const auto event = [&](size_t line) { return log[line].substr(log[line].rfind(' ')); };
+  const std::string fork = event(0), rope0 = event(7), attn0 = event(10);
+  const std::string rope1 = event(15), attn1 = event(18);
+  const std::string join_c = event(36), join_m = event(38);
+  const std::vector<std::string> qkv0{c + ": embed", c + ": rms_norm", c + ": gemm",
+                                      c + ": rope_append"};
+  const std::vector<std::string> mlp{c + ": gemm", c + ": add_rms_norm", c + ": gemm",
+                                     c + ": silu_mul", c + ": gemm"};
+  std::vector<std::string> expected{o + ": record" + fork, c + ": wait" + fork,
+                                    m + ": wait" + fork};
+  const auto add = [&](const std::vector<std::string>& lines) {
+    expected.insert(expected.end(), lines.begin(), lines.end());
+  };
+  add(qkv0);
+  add({c + ": record" + rope0, m + ": wait" + rope0, m + ": attention", m + ": record" + attn0});
+  add(qkv0);
+  add({c + ": record" + rope1, m + ": wait" + rope1, m + ": attention", m + ": record" + attn1});
+  add({c + ": wait" + attn0});
+  add(mlp);
+  add({c + ": wait" + attn1});
+  add(mlp);
+  add({c + ": gather_rows", c + ": gather_rows", c + ": add_rms_norm", c + ": gemm",
+       c + ": sample"});
+  add({c + ": record" + join_c, o + ": wait" + join_c, m + ": record" + join_m,
+       o + ": wait" + join_m});
+  CHECK(log == expected);
+}
