@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m nanoflow.bench` and its subcommands."""
