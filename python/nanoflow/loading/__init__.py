@@ -1,0 +1,6 @@
+"""From a model name or path to filled weights and what a tokenizer is built from."""
+
+from nanoflow.loading.checkpoint import Checkpoint, open_checkpoint
+from nanoflow.loading.loader import load_weights
+
+__all__ = ["Checkpoint", "load_weights", "open_checkpoint"]

@@ -1,0 +1,57 @@
+"""What an adapter of a model family hands to the rest of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Dimensions and traits of a decoder-only model: csrc/model/spec.h and a few more."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope_inv_freq: tuple[float, ...]  # [head_dim / 2] radians per position, scaling already applied
+    max_position_embeddings: int
+
+    def spec_arguments(self, dtype: str) -> dict[str, Any]:
+        """Keyword arguments of `_core.ModelSpec`; `dtype` is the name of the computing dtype."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope_inv_freq": self.rope_inv_freq,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "dtype": dtype,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTarget:
+    """Rows [row_begin, row_begin + rows) of one of the engine's tensors."""
+
+    name: str
+    row_begin: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWeight:
+    """A tensor a checkpoint must hold, and the targets its rows fill one after the other."""
+
+    shape: tuple[int, ...]
+    targets: tuple[WeightTarget, ...]

@@ -1,0 +1,128 @@
+"""The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nanoflow.models.config import CheckpointWeight, ModelConfig, WeightTarget
+from nanoflow.models.rope import rope_inv_freq, rope_parameters
+
+# Traits of a config that change the computation, with the only values this family computes.
+# An absent key or null counts as the first value.
+_REQUIRED_TRAITS: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "layer_types": (None,),
+}
+_ROTARY_BUFFER = re.compile(
+    r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+)
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Dimensions and traits from a Hugging Face config.
+
+    Raises ValueError naming a key that is missing, a size that makes no sense, or a trait that is
+    not supported.
+    """
+    _check_traits(config)
+    hidden_size = _size(config, "hidden_size")
+    num_heads = _size(config, "num_attention_heads")
+    num_kv_heads = _size(config, "num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_key_value_heads={num_kv_heads} does not divide num_attention_heads={num_heads}"
+        )
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(
+            f"num_attention_heads={num_heads} does not divide hidden_size={hidden_size}, "
+            "and the config has no head_dim"
+        )
+    head_dim = _size(config, "head_dim", default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} is odd; rotary positions need an even one")
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=_size(config, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_size(config, "intermediate_size"),
+        num_layers=_size(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rope_inv_freq=tuple(rope_inv_freq(rope_parameters(config), head_dim).tolist()),
+        max_position_embeddings=_size(config, "max_position_embeddings", default=2048),
+    )
+
+
+def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
+    """The tensors a checkpoint of this model holds, by their Hugging Face names.
+
+    q, k and v become the rows of one tensor, and so do gate and up (csrc/model/weights.h).
+    """
+    hidden, inter = model.hidden_size, model.intermediate_size
+    q_rows, kv_rows = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    weights = {"model.embed_tokens.weight": _whole("embed", model.vocab_size, hidden)}
+    for n in range(model.num_layers):
+        theirs, ours = f"model.layers.{n}", f"layers.{n}"
+        attn, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        weights |= {
+            f"{theirs}.input_layernorm.weight": _whole(f"{ours}.input_norm", hidden),
+            f"{attn}.q_proj.weight": _rows(f"{ours}.qkv", 0, q_rows, hidden),
+            f"{attn}.k_proj.weight": _rows(f"{ours}.qkv", q_rows, kv_rows, hidden),
+            f"{attn}.v_proj.weight": _rows(f"{ours}.qkv", q_rows + kv_rows, kv_rows, hidden),
+            f"{attn}.o_proj.weight": _whole(f"{ours}.o", hidden, q_rows),
+            f"{theirs}.post_attention_layernorm.weight": _whole(f"{ours}.post_norm", hidden),
+            f"{mlp}.gate_proj.weight": _rows(f"{ours}.gate_up", 0, inter, hidden),
+            f"{mlp}.up_proj.weight": _rows(f"{ours}.gate_up", inter, inter, hidden),
+            f"{mlp}.down_proj.weight": _whole(f"{ours}.down", hidden, inter),
+        }
+    weights["model.norm.weight"] = _whole("norm", hidden)
+    if not model.tie_word_embeddings:
+        weights["lm_head.weight"] = _whole("lm_head", model.vocab_size, hidden)
+    return weights
+
+
+def is_ignored(model: ModelConfig, name: str) -> bool:
+    """Whether a checkpoint may hold tensor `name` though nothing reads it."""
+    if model.tie_word_embeddings and name == "lm_head.weight":
+        return True
+    return _ROTARY_BUFFER.fullmatch(name) is not None
+
+
+def _check_traits(config: Mapping[str, Any]) -> None:
+    for key, supported in _REQUIRED_TRAITS.items():
+        value = config.get(key)
+        if key == "layer_types" and value and set(value) == {"full_attention"}:
+            continue
+        if value is not None and value not in supported:
+            raise ValueError(
+                f"{key}={value!r} is not supported for LlamaForCausalLM"
+                + (f", only {supported[0]!r} is" if supported[0] is not None else "")
+            )
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"the model config lacks {key!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{key}={value!r} in the model config is not a positive integer")
+    return value
+
+
+def _whole(name: str, *shape: int) -> CheckpointWeight:
+    return CheckpointWeight(shape, (WeightTarget(name, 0, shape[0]),))
+
+
+def _rows(name: str, row_begin: int, rows: int, columns: int) -> CheckpointWeight:
+    return CheckpointWeight((rows, columns), (WeightTarget(name, row_begin, rows),))
