@@ -7,10 +7,12 @@ namespace nanoflow {
 Executor::Executor(Backend& backend, int jitter_us)
     : backend_(backend), jitter_us_(jitter_us), forked_(backend.make_event()) {}
 
-Lane& Executor::lane(const LaneSpec& spec) {
-  std::unique_ptr<Lane>& lane = lanes_[{spec.name, spec.width}];
-  if (lane == nullptr) lane = backend_.make_lane(spec.width);
-  return *lane;
+std::vector<std::unique_ptr<Lane>>& Executor::lanes_of(const Plan& plan) {
+  std::vector<int> widths;
+  for (const LaneSpec& lane : plan.lanes) widths.push_back(lane.width);
+  std::vector<std::unique_ptr<Lane>>& lanes = lanes_[widths];
+  if (lanes.empty()) lanes = backend_.make_lanes(widths);
+  return lanes;
 }
 
 void Executor::jitter(Lane& lane) {
@@ -26,12 +28,9 @@ void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
   }
   Kernels& kernels = backend_.kernels();
 
-  std::vector<Lane*> lanes;
+  std::vector<std::unique_ptr<Lane>>& lanes = lanes_of(plan);
   origin.record(*forked_);
-  for (const LaneSpec& spec : plan.lanes) {
-    lanes.push_back(&lane(spec));
-    lanes.back()->wait(*forked_);
-  }
+  for (const std::unique_ptr<Lane>& lane : lanes) lane->wait(*forked_);
   for (const NanoOp& n : plan.ops) {
     Lane& lane = *lanes[n.lane];
     for (OpId dep : n.deps) {

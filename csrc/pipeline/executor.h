@@ -4,8 +4,6 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -13,7 +11,8 @@
 
 namespace nanoflow {
 
-/// Runs plans. Lanes and events are made on first use and kept; a lane is known by name and width.
+/// Runs plans. Lanes and events are made on first use and kept; the lanes of a plan are made
+/// together, so that they partition the device.
 class Executor {
  public:
   /// jitter_us > 0 idles up to that long before every wait and record, to expose missing
@@ -26,13 +25,13 @@ class Executor {
   void run(const Plan& plan, Lane& origin, int64_t* stamps = nullptr);
 
  private:
-  Lane& lane(const LaneSpec& spec);
+  std::vector<std::unique_ptr<Lane>>& lanes_of(const Plan& plan);
   void jitter(Lane& lane);
 
   Backend& backend_;
   int jitter_us_;
   std::minstd_rand random_;
-  std::map<std::pair<std::string, int>, std::unique_ptr<Lane>> lanes_;
+  std::map<std::vector<int>, std::vector<std::unique_ptr<Lane>>> lanes_;  // by their widths
   std::unique_ptr<Event> forked_;
   std::vector<std::unique_ptr<Event>> joined_;    // by lane of the plan
   std::vector<std::unique_ptr<Event>> finished_;  // by OpId, null where nobody has ever waited

@@ -1,0 +1,73 @@
+#include "pipeline/batch.h"
+
+#include <doctest/doctest.h>
+
+#include <functional>
+#include <limits>
+
+#include "core/error.h"
+#include "tiny_model.h"
+
+using namespace nanoflow;
+using namespace nanoflow::testing;
+
+namespace {
+
+constexpr BatchLimits kLimits{.vocab_size = 61,
+                              .max_rows = 64,
+                              .max_requests = 4,
+                              .max_positions = 32,
+                              .num_pages = 16,
+                              .page_size = 4,
+                              .max_page_entries = 32,
+                              .num_slots = 4,
+                              .max_banned = 8,
+                              .segments = 2};
+
+std::string error_of(const std::function<void(Batch&)>& spoil) {
+  Batch batch = prompt_batch({5, 9, 1}, 2, 4, 61);
+  spoil(batch);
+  try {
+    validate(batch, kLimits);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("a sound batch passes") {
+  CHECK(error_of([](Batch&) {}) == "");
+}
+
+TEST_CASE("a bad batch says which entry is wrong") {
+  CHECK(error_of([](Batch& b) { b.tokens[3] = 61; }) == "batch: tokens[3] is 61, outside [-4, 60]");
+  CHECK(error_of([](Batch& b) { b.tokens[3] = -5; }) == "batch: tokens[3] is -5, outside [-4, 60]");
+  CHECK(error_of([](Batch& b) { b.positions[6] = 4; }) ==
+        "batch: row 6 of request 1 is at position 4, not 1");
+  CHECK(error_of([](Batch& b) { b.positions.pop_back(); }) ==
+        "batch: positions has 14 entries, not 15");
+  CHECK(error_of([](Batch& b) { b.request_indptr[1] = 20; }) ==
+        "batch: request_indptr[2] is 14, below 20");
+  CHECK(error_of([](Batch& b) { b.kv_len[0] = 40; }) ==
+        "batch: request 0 has 5 rows but kv_len 40 (at most 32)");
+  CHECK(error_of([](Batch& b) {
+          b.kv_len[2] = 5;
+          b.positions[14] = 4;
+        }) == "batch: request 2 keeps 5 keys but has 1 pages of 4");
+  CHECK(error_of([](Batch& b) { b.page_indices[2] = 16; }) ==
+        "batch: page_indices[2] is 16, outside [0, 15]");
+  CHECK(error_of([](Batch& b) { b.segment_requests = {0, 3}; }) ==
+        "batch: segment_requests has 2 entries, not 3");
+  CHECK(error_of([](Batch& b) { b.sample_rows[1] = 15; }) ==
+        "batch: sample_rows[1] is 15, outside [0, 14]");
+  CHECK(error_of([](Batch& b) { b.slots[2] = 0; }) == "batch: slot 0 takes two samples");
+  CHECK(error_of([](Batch& b) { b.top_p[0] = 1.5f; }) == "batch: top_p[0] is 1.5, outside [0, 1]");
+  CHECK(error_of([](Batch& b) { b.temperature[0] = std::numeric_limits<float>::quiet_NaN(); }) ==
+        "batch: temperature[0] is nan, outside [0, 1e+30]");
+  CHECK(error_of([](Batch& b) { b.banned = {3}; }) ==
+        "batch: banned_indptr runs from 0 to 0, not from 0 to 1");
+  CHECK(error_of([](Batch& b) { b = Batch{}; }) ==
+        "batch: 0 rows; a step takes 1 to 64 (max_num_batched_tokens)");
+}
