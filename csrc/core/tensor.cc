@@ -1,5 +1,7 @@
 #include "core/tensor.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 
 namespace nanoflow {
@@ -15,6 +17,16 @@ Tensor::Tensor(void* data, DType dtype, Device device, std::initializer_list<int
     strides_[dim] = stride;
     stride *= shape_[dim];
   }
+}
+
+Tensor::Tensor(void* data, DType dtype, Device device, std::span<const int64_t> shape,
+               std::span<const int64_t> strides)
+    : data_(data), dtype_(dtype), device_(device), dims_(static_cast<int>(shape.size())) {
+  NF_CHECK(shape.size() >= 1 && shape.size() <= kMaxDims && strides.size() == shape.size(),
+           "a tensor has 1 to ", kMaxDims, " dimensions, each with a stride, not ", shape.size(),
+           " with ", strides.size());
+  std::ranges::copy(shape, shape_.begin());
+  std::ranges::copy(strides, strides_.begin());
 }
 
 int64_t Tensor::numel() const {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <ostream>
+#include <span>
 
 #include "core/device.h"
 #include "core/dtype.h"
@@ -20,6 +21,9 @@ class Tensor {
   Tensor() = default;
   /// A contiguous view.
   Tensor(void* data, DType dtype, Device device, std::initializer_list<int64_t> shape);
+  /// A view with any strides, as many as there are dimensions.
+  Tensor(void* data, DType dtype, Device device, std::span<const int64_t> shape,
+         std::span<const int64_t> strides);
 
   explicit operator bool() const { return data_ != nullptr; }
   template <typename T>
