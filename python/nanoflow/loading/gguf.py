@@ -154,7 +154,7 @@ class GgufFile:
                     rope_factors=None if factors is None else factors.data.tolist(),
                 )
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # a TypeError: metadata of the wrong kind
             raise ValueError(f"{path}: {error}") from error
 
     def tensors(self) -> dict[str, GgufTensor]:

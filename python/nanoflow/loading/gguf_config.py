@@ -23,7 +23,6 @@ def hf_config(
             f"GGUF architecture {architecture!r} is not supported; supported: {ARCHITECTURE}"
         )
     _check_traits(metadata)
-    hidden_size = _required(metadata, "embedding_length")
     num_heads = _required(metadata, "attention.head_count")
     num_kv_heads = metadata.get(f"{ARCHITECTURE}.attention.head_count_kv", num_heads)
     if not isinstance(num_heads, int) or not isinstance(num_kv_heads, int):
@@ -34,12 +33,12 @@ def hf_config(
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
+        "hidden_size": _required(metadata, "embedding_length"),
         "intermediate_size": _required(metadata, "feed_forward_length"),
         "num_hidden_layers": _required(metadata, "block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
-        "head_dim": _head_dim(metadata, hidden_size // num_heads),
+        "head_dim": _head_dim(metadata),
         "hidden_act": "silu",
         "rms_norm_eps": _required(metadata, "attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": not has_output,
@@ -81,7 +80,8 @@ def _check_traits(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"the model is split over {parts} files; merge them into one first")
 
 
-def _head_dim(metadata: Mapping[str, Any], default: int) -> int:
+def _head_dim(metadata: Mapping[str, Any]) -> Any:
+    """The width of a head, or None when the file does not state it."""
     sizes = {
         key: metadata.get(f"{ARCHITECTURE}.{key}")
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -91,7 +91,7 @@ def _head_dim(metadata: Mapping[str, Any], default: int) -> int:
         raise ValueError(
             f"keys, values and rotations of different width are not supported: {stated}"
         )
-    return int(next(iter(stated.values()), default))
+    return next(iter(stated.values()), None)
 
 
 def _rope(metadata: Mapping[str, Any], factors: Sequence[float] | None) -> dict[str, Any]:

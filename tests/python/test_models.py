@@ -1,0 +1,126 @@
+"""Configs to dimensions and traits: every spelling, every default, and what is not supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from nanoflow.models import model_adapter, supported_architectures
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def parse(**changes: Any) -> Any:
+    config = {key: value for key, value in (CONFIG | changes).items() if value != "absent"}
+    return model_adapter(config).parse_config(config)
+
+
+def test_dimensions_and_defaults() -> None:
+    model = parse()
+    assert (model.num_layers, model.num_heads, model.num_kv_heads) == (32, 32, 8)
+    assert (model.head_dim, model.tie_word_embeddings) == (128, False)
+    assert parse(num_key_value_heads="absent").num_kv_heads == 32
+    assert parse(head_dim=64).head_dim == 64
+    assert parse(head_dim=None).head_dim == 128
+    assert parse(rms_norm_eps="absent").rms_norm_eps == 1e-6
+    assert parse(max_position_embeddings="absent").max_position_embeddings == 2048
+    spec = model.spec_arguments("float16")
+    assert spec["dtype"] == "float16" and len(spec["rope_inv_freq"]) == 64
+    assert "max_position_embeddings" not in spec
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "theta": {"rope_theta": 500000.0},
+    "theta and null": {"rope_theta": 100000, "rope_scaling": None},
+    "llama3 as before": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "llama3", **LLAMA3},
+    },
+    "llama3, oldest key": {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **LLAMA3}},
+    "default of transformers 5": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}
+    },
+    "llama3 of transformers 5": {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3, "factor": 32.0}
+    },
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rotary_frequencies_are_those_of_transformers(case: str, head_dim: int) -> None:
+    rope = ROPES[case]
+    reference = LlamaConfig(
+        **{k: v for k, v in CONFIG.items() if k != "architectures"}, head_dim=head_dim, **rope
+    )
+    expected = LlamaRotaryEmbedding(reference).inv_freq.numpy()
+    got = np.asarray(parse(head_dim=head_dim, **rope).rope_inv_freq, np.float32)
+    # torch's float32 power is off by a unit in the last place now and then.
+    np.testing.assert_array_max_ulp(got, expected, maxulp=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": "absent"}, "names no architecture"),
+        ({"architectures": []}, "names no architecture"),
+        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is not supported; supp"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"sliding_window": 4096}, "sliding_window=4096 is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supp"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear' is not supp"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs .*'high_freq_factor'"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "new": 1}}, r"settings \['new'\]"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor < high_freq_factor",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
+        ({"vocab_size": "absent"}, "lacks 'vocab_size'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 .* not a positive integer"),
+        ({"hidden_size": 4096.5}, "hidden_size=4096.5 .* not a positive integer"),
+        (
+            {"num_key_value_heads": 5},
+            "num_key_value_heads=5 does not divide num_attention_heads=32",
+        ),
+        ({"hidden_size": 4097}, "num_attention_heads=32 does not divide hidden_size=4097"),
+        ({"head_dim": 33}, "head_dim=33 is odd"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(**changes)
+
+
+def test_full_attention_in_every_layer_is_no_trait() -> None:
+    assert parse(layer_types=["full_attention"] * 32).num_layers == 32
+
+
+def test_supported_architectures() -> None:
+    assert supported_architectures() == ("LlamaForCausalLM",)
