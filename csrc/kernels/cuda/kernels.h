@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/lane.h"
+#include "kernels/kernels.h"
+
+namespace nanoflow::cuda {
+
+/// The ops on one GPU. run() launches on the lane's stream, with grids that fit the lane's SMs, and
+/// can be captured in a graph.
+class CudaKernels : public Kernels {
+ public:
+  explicit CudaKernels(const DeviceInfo& device) : device_(device) {}
+
+  void run(const Embed& op, Lane& lane) override;
+  void run(const RmsNorm& op, Lane& lane) override;
+  void run(const AddRmsNorm& op, Lane& lane) override;
+  void run(const Gemm& op, Lane& lane) override;
+  void run(const RopeAppend& op, Lane& lane) override;
+  void run(const Attention& op, Lane& lane) override;
+  void run(const SiluMul& op, Lane& lane) override;
+  void run(const GatherRows& op, Lane& lane) override;
+  void run(const Sample& op, Lane& lane) override;
+
+ private:
+  DeviceInfo device_;
+};
+
+}  // namespace nanoflow::cuda
