@@ -1,4 +1,4 @@
-"""The safetensors reader: what it reads, how much it holds, and what is wrong with a broken file."""
+"""The safetensors reader: what it reads, how much it holds, and what is wrong with a file."""
 
 from __future__ import annotations
 

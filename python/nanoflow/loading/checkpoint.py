@@ -111,14 +111,18 @@ def open_checkpoint(
         generation_config = _read_json(generation_path) if generation_path.exists() else {}
         source = path
     found: Literal["safetensors", "gguf"] = "safetensors" if file is None else "gguf"
-    adapter = model_adapter(config)
+    try:
+        adapter = model_adapter(config)
+        parsed = adapter.parse_config(config)
+    except (ValueError, TypeError) as error:  # a TypeError: a value of the wrong kind
+        raise ValueError(f"{path}: {error}") from error
     return Checkpoint(
         path=path,
         load_format="dummy" if load_format == "dummy" else found,
         config=config,
         generation_config=generation_config,
         adapter=adapter,
-        model=adapter.parse_config(config),
+        model=parsed,
         tokenizer_source=source,
         seed=seed,
         gguf=file,

@@ -109,9 +109,9 @@ class GgufTensor:
     def _decode(self, rows: NDArray[Any]) -> NDArray[Any]:
         kind = self.stored.tensor_type
         if kind in _NATIVE:
-            return np.ascontiguousarray(rows).view(_NATIVE[kind])
+            return np.require(rows.view(_NATIVE[kind]), None, ["C", "A"])
         try:
-            return np.asarray(gguf.quants.dequantize(rows, kind))
+            return np.require(gguf.quants.dequantize(rows, kind), None, ["C", "A"])
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.path}: tensor {self.name} is stored as {self.dtype}, "
