@@ -1,0 +1,157 @@
+"""What the scheduler costs per step: all its Python work, over an engine that returns at once.
+
+Usage: python bench/scheduler_overhead.py [--running 256 1024] [--output-json FILE]
+
+Requests arrive, decode and end in a steady flow, so the steps measured hold decodes, prefill chunks,
+admissions and ends. Engine batches are the real ones of `nanoflow._core`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import queue
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow import _core
+from nanoflow.request import Request, Sampling
+from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.loop import SchedulerLoop, StepStats
+from nanoflow.scheduler.pages import PageAllocator
+from nanoflow.scheduler.policy import Policy
+from nanoflow.scheduler.slots import Slots
+from nanoflow.scheduler.state import SchedulerState
+
+PAGE_SIZE = 64
+VOCAB_SIZE = 128_256
+EOS_TOKEN_IDS = (128_001, 128_008, 128_009)
+WARM_UP_STEPS = 50
+TARGET_MS = {256: 1.0, 1024: 3.0}
+
+
+@dataclass(frozen=True)
+class Result:
+    tokens: NDArray[np.int32]
+
+
+class InstantEngine:
+    """Completes every step when it is submitted; no token ends a request."""
+
+    def __init__(self) -> None:
+        self.completed_steps = 0
+        self._rng = np.random.default_rng(0)
+
+    def submit(self, batch: tuple[_core.Batch, int]) -> Handle:
+        self.completed_steps += 1
+        tokens = self._rng.integers(0, 100_000, batch[1], dtype=np.int32)
+        return Handle(self.completed_steps, Result(tokens))
+
+
+@dataclass(frozen=True)
+class Handle:
+    step: int
+    result: Result
+
+    def wait(self) -> Result:
+        return self.result
+
+
+def make_batch(**arrays: NDArray[Any]) -> tuple[_core.Batch, int]:
+    return _core.Batch(**arrays), len(arrays["slots"])
+
+
+def make_requests(
+    count: int, options: argparse.Namespace, done: queue.SimpleQueue
+) -> list[Request]:
+    """Output lengths of the first batch are spread, so that requests do not end all at once."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for number in range(count):
+        prompt = rng.integers(0, 100_000, options.input_len, dtype=np.int32)
+        output_len = int(rng.integers(1, 2 * options.output_len))
+        sampling = Sampling(1.0, 0.9, 50, 0.0, number, 0, (), EOS_TOKEN_IDS, False)
+        max_len = len(prompt) + output_len
+        requests.append(Request(str(number), prompt, sampling, max_len, done.put))
+    return requests
+
+
+def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Costs of the steps in which at least 95% of `running` requests decode."""
+    max_model_len = options.input_len + 2 * options.output_len
+    num_pages = running * -(-max_model_len // PAGE_SIZE)
+    state = SchedulerState(
+        Policy(Dealer(options.cuts, running), options.max_num_batched_tokens),
+        Slots(running, max_model_len, PAGE_SIZE),
+        PageAllocator(num_pages),
+    )
+    heard: list[StepStats] = []
+    done: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    loop = SchedulerLoop(InstantEngine(), make_batch, state, step_listener=heard.append)
+    requests_per_step = 1.5 * running / options.output_len
+    count = running + int(requests_per_step * (options.steps + 2 * WARM_UP_STEPS)) + running
+    requests = make_requests(count, options, done)
+    loop.submit(requests)
+    while True:
+        time.sleep(0.5)
+        full = [stats for stats in list(heard) if stats.decode_tokens >= 0.95 * running]
+        if len(full) >= WARM_UP_STEPS + options.steps or not state.has_requests:
+            break
+    loop.close()
+    steps = full[WARM_UP_STEPS : WARM_UP_STEPS + options.steps]
+    seconds = np.array([stats.scheduler_seconds for stats in steps])
+    return {
+        "running": running,
+        "steps": len(steps),
+        "mean_decode_tokens": float(np.mean([stats.decode_tokens for stats in steps])),
+        "mean_prefill_tokens": float(np.mean([stats.prefill_tokens for stats in steps])),
+        "mean_ms": float(seconds.mean() * 1e3),
+        "median_ms": float(np.median(seconds) * 1e3),
+        "p99_ms": float(np.quantile(seconds, 0.99) * 1e3),
+        "target_ms": TARGET_MS.get(running),
+    }
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--running", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--input-len", type=int, default=512)
+    parser.add_argument("--output-len", type=int, default=512, help="mean; uniform from 1 to twice")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
+    parser.add_argument("--cuts", type=float, nargs="*", default=[0.5], help="of the nano-batches")
+    parser.add_argument("--steps", type=int, default=500, help="measured, after a warm-up")
+    parser.add_argument("--output-json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    results = [measure(running, options) for running in options.running]
+    for row in results:
+        print(
+            f"{row['running']:>5} running: mean {row['mean_ms']:.3f} ms, median "
+            f"{row['median_ms']:.3f} ms, p99 {row['p99_ms']:.3f} ms per step of "
+            f"{row['mean_decode_tokens']:.0f} decode + {row['mean_prefill_tokens']:.0f} prefill tokens"
+        )
+    if options.output_json is not None:
+        report = {
+            "command": " ".join(sys.argv),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "machine": platform.machine(),
+            "seed": 0,
+            "warm_up_steps": WARM_UP_STEPS,
+            "results": results,
+        }
+        options.output_json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

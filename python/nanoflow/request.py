@@ -1,0 +1,84 @@
+"""A request on its way through the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+# stop: an end-of-sequence token, a stop token or a stop string
+# length: max_tokens or max_model_len
+# abort: the caller gave it up
+# error: it could not be run; Request.error says why
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What sampling parameters come to once model and request are known."""
+
+    temperature: float  # 0 is greedy
+    top_p: float
+    top_k: int  # 0 keeps all
+    min_p: float
+    seed: int  # uint64
+    min_tokens: int  # eos_token_ids and stop_token_ids are banned while fewer are generated
+    stop_token_ids: tuple[int, ...]  # end the request and are its stop_reason
+    eos_token_ids: tuple[int, ...]  # end the request unless ignore_eos
+    ignore_eos: bool
+
+
+class StopWatcher(Protocol):
+    """Looks for stop strings in what is generated."""
+
+    def push(self, token: int) -> str | None:
+        """Takes the next token and returns the stop string it completes, if any."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and what is generated for it.
+
+    Built by any thread, given to the scheduler, and its own until `on_finish` has been called from
+    the scheduler's thread.
+    """
+
+    id: str
+    prompt_token_ids: NDArray[np.int32]
+    sampling: Sampling
+    max_len: int  # prompt and generated tokens together, at most
+    on_finish: Callable[[Request], None]  # must not block or raise
+    stop_watcher: StopWatcher | None = None
+
+    output_token_ids: list[int] = field(default_factory=list)  # complete once finished
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token
+    error: BaseException | None = None
+    num_preemptions: int = 0
+    arrival_time: float = 0.0  # seconds of time.perf_counter, as all times
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens that are known while the request waits."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def finish(
+        self,
+        reason: FinishReason,
+        time: float,
+        *,
+        stop_reason: str | int | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Ends the request, once, and tells its owner."""
+        assert self.finish_reason is None, f"request {self.id} finishes twice"
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.error = error
+        self.finished_time = time
+        self.on_finish(self)

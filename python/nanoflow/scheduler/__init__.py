@@ -1,0 +1,1 @@
+"""The asynchronous scheduler: which request runs which tokens in the next step."""

@@ -1,0 +1,46 @@
+"""Which requests the tokens of a step end, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.request import FinishReason
+from nanoflow.scheduler.slots import Ints, Slots
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    slot: int
+    reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+def find_ends(slots: Slots, sampled: Ints, tokens: NDArray[np.int32]) -> list[End]:
+    """The requests that end with the tokens they have just taken, which `slots` already holds.
+
+    Tokens come before stop strings, and both before the length. min_tokens needs no look here: the
+    engine samples no token that ends a request before it.
+    """
+    column = np.arange(slots.end_ids.shape[1])
+    matches = slots.end_ids[sampled] == tokens[:, None]
+    matches &= column < slots.num_end_ids[sampled, None]
+    by_token = matches.any(axis=1)
+    by_length = slots.known[sampled] >= slots.max_len[sampled]
+    watched = slots.has_stop_strings[sampled]
+    ends: list[End] = []
+    for i in np.flatnonzero(by_token | by_length | watched).tolist():
+        slot, token = int(sampled[i]), int(tokens[i])
+        if by_token[i]:
+            is_stop = np.argmax(matches[i]) < slots.num_stop_ids[slot]
+            ends.append(End(slot, "stop", token if is_stop else None))
+            continue
+        watcher = slots.request(slot).stop_watcher
+        stop = watcher.push(token) if watcher is not None else None
+        if stop is not None:
+            ends.append(End(slot, "stop", stop))
+        elif by_length[i]:
+            ends.append(End(slot, "length"))
+    return ends

@@ -1,0 +1,37 @@
+"""What the scheduler needs of an engine: `_core.Engine`, or a fake of it in tests and benches."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class StepResult(Protocol):
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """[S] sampled tokens; negative where a row's logits were not finite."""
+
+
+class StepHandle(Protocol):
+    @property
+    def step(self) -> int:
+        """Number of the step, from 1."""
+
+    def wait(self) -> StepResult:
+        """Blocks until the step has completed; raises what made it fail."""
+
+
+class BatchFactory(Protocol):
+    def __call__(self, **arrays: NDArray[Any]) -> Any:
+        """A batch from arrays named as in csrc/pipeline/batch.h, which are copied."""
+
+
+class Engine(Protocol):
+    @property
+    def completed_steps(self) -> int:
+        """Every step up to this number has left the device."""
+
+    def submit(self, batch: Any) -> StepHandle:
+        """Queues a step and returns at once; at most two may be on their way."""

@@ -1,0 +1,185 @@
+"""The thread that keeps the engine fed: it plans step N+1 while step N runs."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import perf_counter
+
+from nanoflow.errors import EngineError
+from nanoflow.request import Request
+from nanoflow.scheduler.batch import build_batch
+from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
+from nanoflow.scheduler.state import SchedulerState, Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """A completed step. Queue lengths and free pages are those after it."""
+
+    step: int
+    time_done: float  # seconds of time.perf_counter
+    prefill_tokens: int
+    decode_tokens: int
+    running: int
+    waiting: int
+    free_pages: int
+    scheduler_seconds: float  # all work on this step in Python, none of it waiting
+
+
+StepListener = Callable[[StepStats], None]
+
+
+@dataclass(slots=True)
+class _StepInFlight:
+    step: Step
+    handle: StepHandle
+    seconds: float  # of planning and submitting
+
+
+class SchedulerLoop:
+    """Runs requests on an engine, in a thread of its own.
+
+    `state`, the engine's submit() and everything below "the thread" belong to that thread; other
+    threads leave requests and aborts in an inbox. When the engine fails, every open request fails
+    with its error and the loop is closed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        make_batch: BatchFactory,
+        state: SchedulerState,
+        *,
+        steps_in_flight: int = 2,
+        step_listener: StepListener | None = None,
+    ) -> None:
+        """`steps_in_flight`: 2 overlaps planning with the engine, 1 takes turns.
+
+        `step_listener` is called in the loop's thread after every step; it must not block or raise.
+        """
+        self.step_listener = step_listener
+        self._engine = engine
+        self._make_batch = make_batch
+        self._state = state
+        self._steps_in_flight = steps_in_flight
+        self._in_flight: deque[_StepInFlight] = deque()  # oldest first
+
+        self._changed = threading.Condition()  # guards what follows
+        self._inbox: list[Request] = []
+        self._aborts: list[str] = []
+        self._is_closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="nanoflow-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queues requests in their order. Raises EngineError once the loop is closed."""
+        now = perf_counter()
+        with self._changed:
+            if self._is_closing:
+                raise self._closed_error() from self._failure
+            for request in requests:
+                request.arrival_time = now
+                self._inbox.append(request)
+            self._changed.notify()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Finishes requests with what they have generated; unknown ids are left alone."""
+        with self._changed:
+            self._aborts.extend(request_ids)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Aborts what is open and ends the thread. May be called more than once."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _closed_error(self) -> EngineError:
+        if self._failure is None:
+            return EngineError("the engine has been closed; make another LLM")
+        return EngineError(f"the engine has failed and is closed: {self._failure}")
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self._turn()
+        except Exception as error:
+            self._fail(error)
+
+    def _take_inbox(self) -> bool:
+        """Sleeps while there is nothing to do; False when the loop is to end."""
+        with self._changed:
+            while not (self._inbox or self._aborts or self._is_closing or self._is_busy()):
+                self._changed.wait()
+            requests, self._inbox = self._inbox, []
+            aborts, self._aborts = self._aborts, []
+            is_closing = self._is_closing
+        now = perf_counter()
+        for request in requests:
+            try:
+                self._state.add(request)
+            except ValueError as error:
+                request.finish("error", now, error=error)
+        if is_closing:
+            aborts = [request.id for request in self._state.open_requests()]
+        for request_id in aborts:
+            self._state.abort(request_id, now)
+        return self._is_busy() or not is_closing
+
+    def _is_busy(self) -> bool:
+        return self._state.has_requests or bool(self._in_flight)
+
+    def _turn(self) -> None:
+        """Starts a step if one can be, then completes the oldest if as many run as should."""
+        begin = perf_counter()
+        self._state.reclaim(self._engine.completed_steps)
+        step = self._state.start_step()
+        if not step.plan.is_empty:
+            batch = self._make_batch(**build_batch(self._state.slots, step))
+            handle = self._engine.submit(batch)
+            assert handle.step == step.number, f"step {step.number} became {handle.step}"
+            self._in_flight.append(_StepInFlight(step, handle, perf_counter() - begin))
+        elif not self._in_flight:
+            assert step.plan.preempted or not self._state.has_requests, "no request can get on"
+            return
+        if step.plan.is_empty or len(self._in_flight) >= self._steps_in_flight:
+            self._complete(self._in_flight.popleft())
+
+    def _complete(self, oldest: _StepInFlight) -> None:
+        tokens = oldest.handle.wait().tokens
+        time_done = perf_counter()
+        self._state.complete_step(oldest.step, tokens, time_done)
+        if self.step_listener is None:
+            return
+        plan = oldest.step.plan
+        self.step_listener(
+            StepStats(
+                step=oldest.step.number,
+                time_done=time_done,
+                prefill_tokens=plan.prefill_rows,
+                decode_tokens=plan.decodes,
+                running=self._state.num_running,
+                waiting=self._state.num_waiting,
+                free_pages=self._state.pages.num_free,
+                scheduler_seconds=oldest.seconds + perf_counter() - time_done,
+            )
+        )
+
+    def _fail(self, cause: Exception) -> None:
+        with self._changed:
+            self._is_closing = True
+            self._failure = cause
+            requests, self._inbox = self._inbox, []
+        now = perf_counter()
+        for request in self._state.open_requests() + requests:
+            error = self._closed_error()
+            error.__cause__ = cause
+            if request.finish_reason is None:
+                request.finish("error", now, error=error)

@@ -1,0 +1,230 @@
+"""Who takes part in the next step: decisions only, made from what the scheduler knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.request import Request
+from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.slots import Ints, Slots
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Who takes part in a step, in the order of the batch. Nobody does when `slots` is empty."""
+
+    preempted: list[int]  # slots that give their pages up first, youngest first
+    admitted: list[tuple[int, Request]]  # into which slots, oldest first
+    slots: Ints  # [R] by segment; inside one, decodes before prefill chunks
+    rows: Ints  # [R] tokens computed of each
+    segment_requests: Ints  # [segments + 1] first request of each segment
+    decodes: int  # requests that decode
+    prefill_rows: int
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.slots) == 0
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A request that could prefill in this step."""
+
+    slot: int
+    left: int  # rows until it decodes
+    room: int  # rows that fit into the pages it has, or is sure to get
+    request: Request | None = None  # when it is to be admitted
+
+
+class Policy:
+    """Decodes first, then prefill chunks until the step has max_num_batched_tokens rows.
+
+    Requests are admitted in their order while there are a slot and pages for their whole prefill.
+    A request that lacks a page for its next row sits the step out; unless pages on their way back
+    will do, the youngest of those younger than it are preempted. So the oldest request always gets
+    on, and as the cache holds at least one request of full length, every request finishes.
+    """
+
+    def __init__(self, dealer: Dealer, max_num_batched_tokens: int) -> None:
+        self._dealer = dealer
+        self._max_rows = max_num_batched_tokens
+
+    def next_step(
+        self,
+        slots: Slots,
+        waiting: Iterable[Request],
+        free_slots: Sequence[int],
+        free_pages: int,
+        retired_pages: int,
+    ) -> StepPlan:
+        """Plans a step and changes nothing.
+
+        `waiting` are in order of age and may be admitted to `free_slots`, the last of them first.
+        `retired_pages` will be free when the steps in flight have completed.
+        """
+        running, preempted = self._preempt(slots, free_pages, retired_pages)
+        takers = self._takers(slots, running)
+        fits = _fits(slots, takers, free_pages)
+        stalled = not fits.all()
+        takers = takers[fits]
+        is_decode = slots.computed[takers] >= slots.prefill_len[takers]
+        decodes, prefilling = takers[is_decode], takers[~is_decode]
+        free_pages -= int(_pages_lacking(slots, decodes).sum())
+        budget = self._max_rows - len(decodes)
+        prefills = _running_prefills(slots, prefilling)
+        if not (preempted or stalled):
+            spare = free_pages - _pages_of_prefills_to_come(slots, running)
+            prefills += self._admissible(slots, prefills, waiting, free_slots, spare, budget)
+        free_pages -= int(_pages_lacking(slots, prefilling).sum())
+        return self._deal(slots, decodes, prefills, budget, free_pages, preempted)
+
+    def _takers(self, slots: Slots, running: Ints) -> Ints:
+        """Running slots with a row to compute in this step, if they get a page for it.
+
+        A request whose last token is in flight has none. Prefills count as far as the step's rows
+        go when none takes more than a segment's share, and a few more for cuts to be made up.
+        """
+        computed = slots.computed[running]
+        left = slots.prefill_len[running] - computed
+        is_prefill = left > 0
+        takes = ~is_prefill & (computed + 1 < slots.max_len[running])
+        if is_prefill.any():
+            budget = self._max_rows - int(takes.sum())
+            left = np.minimum(left[is_prefill], self._share(budget))
+            enough = int(np.sum(np.cumsum(left) - left < budget)) + self._more(budget)
+            takes[is_prefill] = np.arange(len(left)) < enough
+        return running[takes]
+
+    def _share(self, prefill_rows: int) -> int:
+        """Prefill rows of one segment, about."""
+        return -(-prefill_rows // self._dealer.segments)
+
+    def _more(self, prefill_rows: int) -> int:
+        """Requests beyond those that fill a step: no chunk need overflow a segment to fill it."""
+        return self._dealer.segments - 1 if prefill_rows > 0 else 0
+
+    def _preempt(self, slots: Slots, free_pages: int, retired_pages: int) -> tuple[Ints, list[int]]:
+        """Those still running, and those who must give way, youngest first."""
+        running = slots.running
+        preempted: list[int] = []
+        while True:
+            takers = self._takers(slots, running)
+            stalled = takers[~_fits(slots, takers, free_pages)]
+            # Each lacks one page; retired pages serve the oldest.
+            if len(stalled) <= retired_pages or running[-1] == stalled[retired_pages]:
+                return running, preempted
+            victim = int(running[-1])
+            running = running[:-1]
+            preempted.append(victim)
+            retired_pages += int(slots.num_pages[victim])
+
+    def _admissible(
+        self,
+        slots: Slots,
+        prefills: list[_Prefill],
+        waiting: Iterable[Request],
+        free_slots: Sequence[int],
+        spare_pages: int,
+        budget: int,
+    ) -> list[_Prefill]:
+        """Waiting requests that may prefill: enough to fill every segment of the step."""
+        share = self._share(budget)
+        covered = sum(min(prefill.left, share) for prefill in prefills)
+        more = self._more(budget)
+        admissible: list[_Prefill] = []
+        for slot, request in zip(reversed(free_slots), waiting, strict=False):
+            if covered >= budget:
+                more -= 1
+            if more < 0:
+                break
+            left = request.num_tokens
+            pages = -(-min(left + 1, request.max_len - 1) // slots.page_size)
+            if pages > spare_pages:
+                break
+            spare_pages -= pages
+            covered += min(left, share)
+            admissible.append(_Prefill(slot, left, 0, request))
+        return admissible
+
+    def _deal(
+        self,
+        slots: Slots,
+        decodes: Ints,
+        prefills: list[_Prefill],
+        budget: int,
+        free_pages: int,
+        preempted: list[int],
+    ) -> StepPlan:
+        """Gives decodes and prefill chunks to segments.
+
+        The next chunk goes to the segment that lacks the most rows. It is cut there when the step
+        gets full all the same from the requests behind it.
+        """
+        segments = self._dealer.segments
+        decode_segments = self._dealer.deal_decodes(slots.computed[decodes] + 1)
+        later = sum(prefill.left for prefill in prefills)
+        lacking = self._dealer.shares(len(decodes) + min(budget, later))
+        lacking -= np.bincount(decode_segments, minlength=segments)
+        chunks: list[tuple[int, int, int]] = []  # slot, rows, segment
+        admitted: list[tuple[int, Request]] = []
+        rows_left = budget
+        for prefill in prefills:
+            later -= prefill.left
+            segment = int(np.argmax(lacking))
+            room = prefill.room + free_pages * slots.page_size
+            rows = min(prefill.left, rows_left, room, max(int(lacking[segment]), rows_left - later))
+            if rows <= 0:
+                break
+            if prefill.request is not None:
+                admitted.append((prefill.slot, prefill.request))
+            free_pages -= max(0, -(-(rows - prefill.room) // slots.page_size))
+            rows_left -= rows
+            lacking[segment] -= rows
+            chunks.append((prefill.slot, rows, segment))
+        table = np.array(chunks, np.int64).reshape(-1, 3)
+        segment_of = np.concatenate([decode_segments, table[:, 2]])
+        order = np.argsort(segment_of, kind="stable")
+        return StepPlan(
+            preempted=preempted,
+            admitted=admitted,
+            slots=np.concatenate([decodes, table[:, 0]])[order],
+            rows=np.concatenate([np.ones(len(decodes), np.int64), table[:, 1]])[order],
+            segment_requests=np.searchsorted(segment_of[order], np.arange(segments + 1)),
+            decodes=len(decodes),
+            prefill_rows=budget - rows_left,
+        )
+
+
+def _pages_lacking(slots: Slots, takers: Ints) -> Ints:
+    """Pages, 0 or 1, that each lacks for its next row."""
+    return slots.computed[takers] // slots.page_size + 1 - slots.num_pages[takers]
+
+
+def _fits(
+    slots: Slots, takers: Ints, free_pages: int
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Who gets the page for its next row, the oldest first."""
+    lacking = _pages_lacking(slots, takers)
+    fits: np.ndarray[tuple[int], np.dtype[np.bool_]] = (lacking == 0) | (
+        np.cumsum(lacking) <= free_pages
+    )
+    return fits
+
+
+def _running_prefills(slots: Slots, prefilling: Ints) -> list[_Prefill]:
+    """Oldest first; each may fill the pages it has and the one for its next row."""
+    pages = slots.num_pages[prefilling] + _pages_lacking(slots, prefilling)
+    room = pages * slots.page_size - slots.computed[prefilling]
+    left = slots.prefill_len[prefilling] - slots.computed[prefilling]
+    rows = np.stack([prefilling, left, room], axis=1).tolist()
+    return [_Prefill(slot, left, room) for slot, left, room in rows]
+
+
+def _pages_of_prefills_to_come(slots: Slots, running: Ints) -> int:
+    """Pages that running requests still need until they decode, and for their first decode."""
+    prefilling = running[slots.computed[running] < slots.prefill_len[running]]
+    tokens = np.minimum(slots.prefill_len[prefilling] + 1, slots.max_len[prefilling] - 1)
+    return int((slots.pages_for(tokens) - slots.num_pages[prefilling]).sum())

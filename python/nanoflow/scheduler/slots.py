@@ -1,0 +1,130 @@
+"""What the scheduler knows of its running requests, as arrays indexed by slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.request import Request
+
+Ints = NDArray[np.int64]
+NO_TOKEN = -1
+
+
+class SlotState(IntEnum):
+    FREE = 0  # nobody's
+    RUNNING = 1  # takes part in steps
+    PREEMPTED = 2  # gave its pages up; a token in flight may still arrive and counts
+    ENDED = 3  # finished; what still arrives is dropped
+
+
+class Slots:
+    """Structure of arrays; a request keeps its slot, its place in the token pool, while it runs.
+
+    Token positions: `[0, computed)` are stored, or will be by steps on their way; `[0, known)` have
+    arrived; `[0, prefill_len)` were known on admission (a preempted request comes back with what it
+    had generated). Once `computed >= prefill_len` the request decodes: one token of it, at position
+    `computed`, is known or in flight.
+    """
+
+    def __init__(self, num_slots: int, max_model_len: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.requests: list[Request | None] = [None] * num_slots
+        self.running: Ints = np.empty(0, np.int64)  # slots that run, oldest request first
+        self.state = np.full(num_slots, SlotState.FREE, np.int8)
+        self.age: Ints = np.zeros(num_slots, np.int64)  # number of the request, ascending
+
+        self.prompt_len: Ints = np.zeros(num_slots, np.int64)
+        self.prefill_len: Ints = np.zeros(num_slots, np.int64)
+        self.computed: Ints = np.zeros(num_slots, np.int64)
+        self.known: Ints = np.zeros(num_slots, np.int64)
+        self.max_len: Ints = np.zeros(num_slots, np.int64)
+        self.last_step: Ints = np.zeros(num_slots, np.int64)  # the last one it took part in
+        self.first_token_time = np.zeros(num_slots, np.float64)
+        # Rows of untouched memory cost nothing until they are written.
+        self.tokens = np.empty((num_slots, max_model_len), np.int32)
+
+        self.num_pages: Ints = np.zeros(num_slots, np.int64)
+        self.pages = np.empty((num_slots, -(-max_model_len // page_size)), np.int32)
+
+        self.temperature = np.zeros(num_slots, np.float32)
+        self.top_p = np.ones(num_slots, np.float32)
+        self.min_p = np.zeros(num_slots, np.float32)
+        self.top_k = np.zeros(num_slots, np.int32)
+        self.seed = np.zeros(num_slots, np.uint64)
+        self.min_tokens: Ints = np.zeros(num_slots, np.int64)
+        self.has_stop_strings = np.zeros(num_slots, np.bool_)
+        # A row: stop tokens, end-of-sequence tokens, then what is only banned by min_tokens.
+        self.end_ids = np.full((num_slots, 4), NO_TOKEN, np.int32)
+        self.num_stop_ids: Ints = np.zeros(num_slots, np.int64)  # the first, which are stop reasons
+        self.num_end_ids: Ints = np.zeros(num_slots, np.int64)  # the first, which end the request
+        self.num_banned_ids: Ints = np.zeros(num_slots, np.int64)  # all of them
+
+    def assign(self, slot: int, request: Request, age: int) -> None:
+        """Gives a free slot to a request; `age` must be above that of all running requests."""
+        assert self.state[slot] == SlotState.FREE
+        prompt_len, length = len(request.prompt_token_ids), request.num_tokens
+        self.requests[slot] = request
+        self.state[slot] = SlotState.RUNNING
+        self.running = np.append(self.running, slot)
+        self.age[slot] = age
+        self.prompt_len[slot] = prompt_len
+        self.prefill_len[slot] = self.known[slot] = length
+        self.computed[slot] = self.num_pages[slot] = self.last_step[slot] = 0
+        self.max_len[slot] = request.max_len
+        self.first_token_time[slot] = request.first_token_time
+        self.tokens[slot, :prompt_len] = request.prompt_token_ids
+        self.tokens[slot, prompt_len:length] = request.output_token_ids
+        self._assign_sampling(slot, request)
+
+    def _assign_sampling(self, slot: int, request: Request) -> None:
+        sampling = request.sampling
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.top_k[slot] = sampling.top_k
+        self.seed[slot] = sampling.seed
+        self.min_tokens[slot] = sampling.min_tokens
+        self.has_stop_strings[slot] = request.stop_watcher is not None
+        eos = sampling.eos_token_ids
+        stop = tuple(i for i in sampling.stop_token_ids if sampling.ignore_eos or i not in eos)
+        banned = tuple(dict.fromkeys(stop + eos))
+        if len(banned) > self.end_ids.shape[1]:
+            wider = np.full((len(self.end_ids), len(banned)), NO_TOKEN, np.int32)
+            wider[:, : self.end_ids.shape[1]] = self.end_ids
+            self.end_ids = wider
+        self.end_ids[slot] = NO_TOKEN
+        self.end_ids[slot, : len(banned)] = banned
+        self.num_stop_ids[slot] = len(stop)
+        self.num_end_ids[slot] = len(stop) if sampling.ignore_eos else len(banned)
+        self.num_banned_ids[slot] = len(banned)
+
+    def leave(self, slots: Sequence[int], state: SlotState) -> None:
+        """Running slots stop taking part in steps."""
+        self.state[slots] = state
+        self.running = self.running[self.state[self.running] == SlotState.RUNNING]
+
+    def free(self, slot: int) -> None:
+        """Makes a slot assignable once no step on its way names it."""
+        self.state[slot] = SlotState.FREE
+        self.requests[slot] = None
+
+    def request(self, slot: int) -> Request:
+        request = self.requests[slot]
+        assert request is not None
+        return request
+
+    def generated(self, slot: int) -> list[int]:
+        """The tokens that have been generated and have arrived."""
+        tokens: list[int] = self.tokens[slot, self.prompt_len[slot] : self.known[slot]].tolist()
+        return tokens
+
+    def pages_of(self, slot: int) -> NDArray[np.int32]:
+        return self.pages[slot, : self.num_pages[slot]]
+
+    def pages_for(self, tokens: Ints) -> Ints:
+        """Pages that hold so many tokens."""
+        return (tokens + (self.page_size - 1)) // self.page_size

@@ -1,0 +1,219 @@
+"""The scheduler without its thread: queues, slots and pages, as steps start and complete."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.errors import InvalidLogitsError
+from nanoflow.request import FinishReason, Request
+from nanoflow.scheduler.ends import find_ends
+from nanoflow.scheduler.pages import PageAllocator
+from nanoflow.scheduler.policy import Policy, StepPlan
+from nanoflow.scheduler.slots import Ints, Slots, SlotState
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that has been started."""
+
+    number: int
+    plan: StepPlan
+    samples: NDArray[np.bool_]  # [R] whose next token is sampled
+
+
+class SchedulerState:
+    """All requests that have not finished, and the slots and pages they hold. Not thread-safe."""
+
+    def __init__(self, policy: Policy, slots: Slots, pages: PageAllocator) -> None:
+        self.slots = slots
+        self.pages = pages
+        self._policy = policy
+        self._waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
+        self._age_of: dict[str, int] = {}
+        self._next_age = 0
+        self._free_slots = list(range(len(slots.requests)))[::-1]
+        self._slot_of: dict[str, int] = {}  # running and preempted
+        self._leaving: list[int] = []  # slots that steps in flight may still name
+        self._last_step = 0  # started
+        self._arrived_step = 0  # whose tokens have arrived
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._age_of) - len(self.slots.running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.slots.running)
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._age_of)
+
+    def open_requests(self) -> list[Request]:
+        """All that have not finished."""
+        return [*self._waiting.values(), *map(self.slots.request, self._slot_of.values())]
+
+    def add(self, request: Request) -> None:
+        """Queues a request behind all others. Raises ValueError on an id in use."""
+        if request.id in self._age_of:
+            raise ValueError(f"request id {request.id!r} is in use")
+        self._age_of[request.id] = self._next_age
+        self._next_age += 1
+        self._waiting[request.id] = request
+
+    def abort(self, request_id: str, time: float) -> None:
+        """Finishes a request with what has arrived. An unknown or finished one is left alone."""
+        self.end(request_id, "abort", time)
+
+    def end(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        time: float,
+        *,
+        stop_reason: str | int | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Finishes a request, if it is here; what its steps in flight still sample is dropped."""
+        if self._age_of.pop(request_id, None) is None:
+            return
+        request = self._waiting.pop(request_id, None)
+        if request is None:
+            slot = self._slot_of.pop(request_id)
+            request = self.slots.request(slot)
+            request.output_token_ids = self.slots.generated(slot)
+            request.first_token_time = float(self.slots.first_token_time[slot])
+            if self.slots.state[slot] == SlotState.RUNNING:
+                self._release(slot, SlotState.ENDED)
+            else:
+                self.slots.state[slot] = SlotState.ENDED
+        request.finish(reason, time, stop_reason=stop_reason, error=error)
+
+    def reclaim(self, completed_step: int) -> None:
+        """Takes back pages and slots that only steps up to `completed_step` used.
+
+        A slot also waits until the tokens of those steps have arrived; a preempted request queues
+        again with them.
+        """
+        self.pages.reclaim(completed_step)
+        arrived = min(completed_step, self._arrived_step)
+        slots, still_leaving, back = self.slots, [], []
+        for slot in self._leaving:
+            if slots.last_step[slot] > arrived:
+                still_leaving.append(slot)
+                continue
+            if slots.state[slot] == SlotState.PREEMPTED:
+                back.append(slots.request(slot))
+                self._queue_again(slot)
+            slots.free(slot)
+            self._free_slots.append(slot)
+        self._leaving = still_leaving
+        # Who ran before is older than all that have not, and the youngest were preempted first.
+        for request in sorted(back, key=lambda r: self._age_of[r.id], reverse=True):
+            self._waiting[request.id] = request
+            self._waiting.move_to_end(request.id, last=False)
+
+    def start_step(self) -> Step:
+        """Plans the next step and books its pages, slots and tokens. Its plan may be empty."""
+        plan = self._policy.next_step(
+            self.slots,
+            self._admissible(),
+            self._free_slots,
+            self.pages.num_free,
+            self.pages.num_retired,
+        )
+        for slot in plan.preempted:
+            self.slots.request(slot).num_preemptions += 1
+            self._release(slot, SlotState.PREEMPTED)
+        for slot, request in plan.admitted:
+            self._waiting.pop(request.id)
+            assert self._free_slots.pop() == slot
+            self._slot_of[request.id] = slot
+            self.slots.assign(slot, request, self._age_of[request.id])
+        if plan.is_empty:
+            return Step(self._last_step, plan, np.empty(0, np.bool_))
+        self._last_step += 1
+        slots = self.slots
+        stored = slots.computed[plan.slots] + plan.rows
+        self._grant(plan.slots, slots.pages_for(stored) - slots.num_pages[plan.slots])
+        slots.computed[plan.slots] = stored
+        slots.last_step[plan.slots] = self._last_step
+        return Step(self._last_step, plan, stored >= slots.prefill_len[plan.slots])
+
+    def complete_step(self, step: Step, tokens: NDArray[np.int32], time: float) -> None:
+        """Takes the sampled tokens of a step, in order, and finishes requests that they end."""
+        self._arrived_step = step.number
+        slots = self.slots
+        sampled = step.plan.slots[step.samples]
+        state = slots.state[sampled]
+        takes = (state == SlotState.RUNNING) | (state == SlotState.PREEMPTED)
+        sampled, tokens = sampled[takes], tokens[takes]
+        valid = tokens >= 0
+        for slot in sampled[~valid].tolist():
+            error = InvalidLogitsError(slots.request(slot).id, len(slots.generated(slot)))
+            self.end(slots.request(slot).id, "error", time, error=error)
+        sampled, tokens = sampled[valid], tokens[valid]
+        known = slots.known[sampled]
+        slots.tokens[sampled, known] = tokens
+        slots.known[sampled] = known + 1
+        slots.first_token_time[sampled[known == slots.prompt_len[sampled]]] = time
+        for end in find_ends(slots, sampled, tokens):
+            self.end(slots.request(end.slot).id, end.reason, time, stop_reason=end.stop_reason)
+
+    def check_integrity(self) -> None:
+        """Asserts that slots and pages add up and that every request is in one place."""
+        slots = self.slots
+        self.pages.check_integrity()
+        held = [slots.pages_of(slot) for slot in slots.running.tolist()]
+        granted = np.sort(np.concatenate([np.empty(0, np.int32), *held]))
+        assert np.array_equal(granted, self.pages.granted()), "pages held are not those granted"
+        states = [int(np.sum(slots.state == state)) for state in SlotState]
+        assert states[SlotState.FREE] == len(self._free_slots) == len(set(self._free_slots))
+        assert states[SlotState.RUNNING] == len(slots.running)
+        assert states[SlotState.PREEMPTED] + states[SlotState.ENDED] == len(self._leaving)
+        assert np.all(np.diff(slots.age[slots.running]) > 0), "running requests are not by age"
+        for name, slot in self._slot_of.items():
+            assert slots.request(slot).id == name
+            assert slots.state[slot] in (SlotState.RUNNING, SlotState.PREEMPTED)
+        assert self._age_of.keys() == self._waiting.keys() | self._slot_of.keys()
+        ages = [self._age_of[name] for name in self._waiting]
+        assert ages == sorted(ages), "the queue is not by age"
+        running = slots.running
+        stored, known = slots.computed[running], slots.known[running]
+        assert np.all(stored <= slots.num_pages[running] * slots.page_size)
+        assert np.all((known <= stored + 1) | (known == slots.prefill_len[running]))
+        assert np.all(known < slots.max_len[running]), "a request is past its end"
+
+    def _admissible(self) -> Iterator[Request] | Sequence[Request]:
+        """Nobody overtakes a preempted request whose last token is in flight."""
+        if any(self.slots.state[slot] == SlotState.PREEMPTED for slot in self._leaving):
+            return ()
+        return iter(self._waiting.values())
+
+    def _release(self, slot: int, state: SlotState) -> None:
+        self.pages.retire(self.slots.pages_of(slot), int(self.slots.last_step[slot]))
+        self.slots.num_pages[slot] = 0
+        self.slots.leave([slot], state)
+        self._leaving.append(slot)
+
+    def _queue_again(self, slot: int) -> None:
+        request = self.slots.request(slot)
+        request.output_token_ids = self.slots.generated(slot)
+        request.first_token_time = float(self.slots.first_token_time[slot])
+        del self._slot_of[request.id]
+
+    def _grant(self, takers: Ints, counts: Ints) -> None:
+        """Appends so many free pages to those of each taker."""
+        total = int(counts.sum())
+        if total == 0:
+            return
+        slots = self.slots
+        rows = np.repeat(takers, counts)
+        begin = slots.num_pages[takers] - (np.cumsum(counts) - counts)
+        slots.pages[rows, np.repeat(begin, counts) + np.arange(total)] = self.pages.grant(total)
+        slots.num_pages[takers] += counts
