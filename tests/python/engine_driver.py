@@ -1,4 +1,4 @@
-"""Drives `_core.Engine` step by step, without the scheduler: tests say exactly how rows are batched."""
+"""Drives `_core.Engine` step by step, without the scheduler: tests say how rows are batched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`rows` next tokens of a sequence in a step; only the last row is sampled unless `all_logits`."""
+    """`rows` next tokens of a sequence; only the last row is sampled unless `all_logits`."""
 
     sequence: Sequence
     rows: int

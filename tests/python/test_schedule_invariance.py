@@ -1,4 +1,4 @@
-"""Any valid schedule gives the bits of the sequential one, however rows are dealt to nano-batches."""
+"""Any valid schedule gives the bits of the sequential one, however rows are dealt to segments."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_driver import Chunk, EngineDriver, load_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tiny_models import write_tiny_llama
 
+from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import _core
+from tiny_models import write_tiny_llama
 
 LENGTHS = (5, 17, 1, 9, 30, 2, 12, 3)
 DECODE_STEPS = 3

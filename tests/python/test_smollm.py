@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_driver import Chunk, EngineDriver, load_engine
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import LLM, SamplingParams, _core
 from nanoflow.bench.default_model import default_model
 

@@ -1,4 +1,4 @@
-"""Tiny random Llamas against `transformers`: logits of every position, greedy tokens, any batching."""
+"""Tiny random Llamas against `transformers`: logits of every position, greedy tokens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_driver import Chunk, EngineDriver, load_engine
 from numpy.typing import NDArray
-from tiny_models import write_tiny_llama
 from transformers import AutoModelForCausalLM
 
+from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import _core
+from tiny_models import write_tiny_llama
 
 VARIANTS = {
     "gqa": {"num_heads": 4, "num_kv_heads": 2},
@@ -109,7 +109,7 @@ def test_odd_chunks_and_mixed_lengths_in_one_batch(model: Path) -> None:
 
 
 def check_greedy(tokens: list[int], prompt: int, logits: NDArray[np.float32]) -> None:
-    """Every generated token is the reference's, or within rounding of it at the first difference."""
+    """Each generated token is the reference's, or within rounding of it at the first difference."""
     for position in range(prompt, len(tokens)):
         scores = logits[position - 1]
         best = int(scores.argmax())
