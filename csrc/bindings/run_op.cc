@@ -1,0 +1,184 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "bindings/array.h"
+#include "bindings/register.h"
+#include "kernels/backend.h"
+
+namespace py = pybind11;
+
+namespace nanoflow {
+namespace {
+
+/// The keyword arguments of run_op; remembers which have been asked for.
+class Operands {
+ public:
+  Operands(std::string_view op, const py::kwargs& values) : op_(op), values_(values) {}
+
+  Tensor in(const char* name) { return as_tensor(array(name)); }
+  Tensor out(const char* name) {
+    const py::array found = array(name);
+    if (!found.writeable()) throw py::value_error(op_ + ": " + name + " is read-only");
+    return as_tensor(found);
+  }
+  template <typename T>
+  T scalar(const char* name) {
+    return value(name).cast<T>();
+  }
+
+  /// Raises for arguments that the op does not have.
+  void check_all_used() const {
+    for (const auto& [name, value] : values_) {
+      const auto text = name.cast<std::string>();
+      if (!used_.contains(text)) throw py::type_error(op_ + " has no operand '" + text + "'");
+    }
+  }
+
+ private:
+  py::object value(const char* name) {
+    used_.insert(name);
+    if (!values_.contains(name)) throw py::type_error(op_ + " lacks operand '" + name + "'");
+    return values_[name];
+  }
+  py::array array(const char* name) {
+    py::object found = value(name);
+    if (!py::isinstance<py::array>(found)) {
+      throw py::type_error(op_ + ": " + name + " is no NumPy array");
+    }
+    return py::reinterpret_borrow<py::array>(found);
+  }
+
+  std::string op_;
+  const py::kwargs& values_;
+  std::set<std::string> used_;
+};
+
+/// All rows of the step.
+KvRows all_rows(const Tensor& tensor) { return {.layer = 0, .begin = 0, .end = tensor.size(0)}; }
+
+Op make_embed(Operands& a) {
+  return Embed{.tokens = a.in("tokens"),
+               .token_pool = a.in("token_pool"),
+               .table = a.in("table"),
+               .out = a.out("out")};
+}
+
+Op make_rms_norm(Operands& a) {
+  return RmsNorm{
+      .x = a.in("x"), .out = a.out("out"), .weight = a.in("weight"), .eps = a.scalar<float>("eps")};
+}
+
+Op make_add_rms_norm(Operands& a) {
+  return AddRmsNorm{.x = a.in("x"),
+                    .residual = a.out("residual"),
+                    .out = a.out("out"),
+                    .weight = a.in("weight"),
+                    .eps = a.scalar<float>("eps")};
+}
+
+Op make_gemm(Operands& a) {
+  return Gemm{.x = a.in("x"), .weight = a.in("weight"), .out = a.out("out")};
+}
+
+Op make_rope_append(Operands& a) {
+  const Tensor qkv = a.out("qkv");
+  return RopeAppend{.qkv = qkv,
+                    .positions = a.in("positions"),
+                    .kv_slots = a.in("kv_slots"),
+                    .cos_sin = a.in("cos_sin"),
+                    .k_cache = a.out("k_cache"),
+                    .v_cache = a.out("v_cache"),
+                    .rows = all_rows(qkv)};
+}
+
+Op make_attention(Operands& a) {
+  const Tensor q = a.in("q");
+  return Attention{.q = q,
+                   .out = a.out("out"),
+                   .k_cache = a.in("k_cache"),
+                   .v_cache = a.in("v_cache"),
+                   .tables = {.segment_requests = a.in("segment_requests"),
+                              .row_begin = a.in("row_begin"),
+                              .row_count = a.in("row_count"),
+                              .kv_len = a.in("kv_len"),
+                              .page_indptr = a.in("page_indptr"),
+                              .page_indices = a.in("page_indices")},
+                   .segment_begin = a.scalar<int>("segment_begin"),
+                   .segment_end = a.scalar<int>("segment_end"),
+                   .scale = a.scalar<float>("scale"),
+                   .rows = all_rows(q)};
+}
+
+Op make_silu_mul(Operands& a) { return SiluMul{.gate_up = a.in("gate_up"), .out = a.out("out")}; }
+
+Op make_gather_rows(Operands& a) {
+  return GatherRows{.x = a.in("x"), .index = a.in("index"), .out = a.out("out")};
+}
+
+Op make_sample(Operands& a) {
+  return Sample{.logits = a.out("logits"),
+                .tables = {.slots = a.in("slots"),
+                           .temperature = a.in("temperature"),
+                           .top_p = a.in("top_p"),
+                           .min_p = a.in("min_p"),
+                           .top_k = a.in("top_k"),
+                           .seed = a.in("seed"),
+                           .counter = a.in("counter"),
+                           .banned_indptr = a.in("banned_indptr"),
+                           .banned = a.in("banned")},
+                .token_pool = a.out("token_pool"),
+                .sampled = a.out("sampled")};
+}
+
+constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
+    {Embed::kName, make_embed},
+    {RmsNorm::kName, make_rms_norm},
+    {AddRmsNorm::kName, make_add_rms_norm},
+    {Gemm::kName, make_gemm},
+    {RopeAppend::kName, make_rope_append},
+    {Attention::kName, make_attention},
+    {SiluMul::kName, make_silu_mul},
+    {GatherRows::kName, make_gather_rows},
+    {Sample::kName, make_sample},
+};
+
+Op make_op(const std::string& name, const py::kwargs& values) {
+  for (const auto& [op, make] : kMakers) {
+    if (op != name) continue;
+    Operands operands(op, values);
+    Op made = make(operands);
+    operands.check_all_used();
+    return made;
+  }
+  std::string known;
+  for (const auto& [op, make] : kMakers) known += (known.empty() ? "" : ", ") + std::string(op);
+  throw py::value_error("there is no op '" + name + "'; there are " + known);
+}
+
+void run_op(const std::string& name, const std::shared_ptr<Backend>& backend, int width,
+            const py::kwargs& values) {
+  const Op op = make_op(name, values);
+  py::gil_scoped_release release;
+  const auto lane = backend->make_lane(width > 0 ? width : backend->width());
+  const auto done = backend->make_event();
+  std::visit([&](const auto& o) { backend->kernels().run(o, *lane); }, op);
+  lane->record(*done);
+  done->synchronize();
+}
+
+}  // namespace
+
+void register_run_op(py::module_& m) {
+  m.def("run_op", &run_op, py::arg("name"), py::arg("backend"), py::arg("width") = 0,
+        "Runs one op on NumPy arrays in place, on a lane of `width` threads (0: the backend's). "
+        "The keywords are the fields of the op's struct in kernels/ops.h, those of its tables "
+        "among them; uint16 arrays are bfloat16. Raises TypeError for missing or unknown "
+        "operands, EngineError for what the op refuses.");
+}
+
+}  // namespace nanoflow

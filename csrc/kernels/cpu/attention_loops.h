@@ -1,0 +1,202 @@
+#pragma once
+
+// Attention with float vectors; include one of math_<isa>.h first. Only for files that are compiled
+// for one instruction set, hence the anonymous namespace.
+
+#include "kernels/cpu/attention_parts.h"
+
+namespace nanoflow::cpu {
+namespace {
+
+constexpr int kTileQueries = 64;                      // rows * group of a full tile, about
+constexpr int kQueriesAtOnce = 4;                     // that share a load of values
+constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // of a head, as registers allow
+
+inline int tile_rows(int group) { return group < kTileQueries ? kTileQueries / group : 1; }
+
+/// A tile's buffers. Heads are padded with zeros to `width` floats, whole vectors.
+struct TileBuffers {
+  int64_t width;
+  float *q, *sums;   // [rows * group, width]
+  float* keys;       // [kKeyBlock / kLanes, width / kLanes, kLanes keys, kLanes]
+  float* values;     // [kKeyBlock, width]
+  float* weights;    // [group, kKeyBlock]
+  float* factors;    // [group]
+  Softmax* softmax;  // [rows * group]
+  size_t bytes;
+
+  TileBuffers(std::byte* scratch, int rows, int group, int head_dim) {
+    ScratchPieces pieces(scratch);
+    const int64_t queries = static_cast<int64_t>(rows) * group;
+    width = (head_dim + kLanes - 1) / kLanes * kLanes;
+    q = pieces.take<float>(queries * width);
+    sums = pieces.take<float>(queries * width);
+    keys = pieces.take<float>(kKeyBlock * width);
+    values = pieces.take<float>(kKeyBlock * width);
+    weights = pieces.take<float>(static_cast<int64_t>(group) * kKeyBlock);
+    factors = pieces.take<float>(group);
+    softmax = pieces.take<Softmax>(queries);
+    bytes = pieces.bytes();
+  }
+};
+
+inline size_t attend_scratch(int group, int head_dim) {
+  return TileBuffers(nullptr, tile_rows(group), group, head_dim).bytes;
+}
+
+/// Copies a head as floats to vectors that lie `step` vectors apart.
+template <int step, typename T>
+void widen(const T* from, int64_t D, float* to) {
+  for_vectors(D, [=](int64_t d, auto n) { store(to + d * step, load(from + d, n)); });
+}
+
+/// Where key j of a block begins.
+inline float* key_at(const TileBuffers& b, int j) {
+  return b.keys + (j - j % kLanes) * b.width + j % kLanes * kLanes;
+}
+
+template <typename T>
+void start(const AttentionTile& tile, const TileBuffers& b) {
+  for (int row = 0; row < tile.rows; ++row) {
+    const T* q = static_cast<const T*>(tile.q) + row * tile.q_stride;
+    for (int i = 0; i < tile.group; ++i) {
+      widen<1>(q + i * tile.head_dim, tile.head_dim, b.q + (row * tile.group + i) * b.width);
+    }
+  }
+  for (int i = 0; i < tile.rows * tile.group; ++i) b.softmax[i] = kEmptySoftmax;
+  const int64_t floats = tile.rows * tile.group * b.width;
+  for (int64_t i = 0; i < floats; i += kLanes) store(b.sums + i, splat(0.0f));
+}
+
+/// Widens the keys and values [begin, end) into the tile's buffers. The keys that fill the last
+/// vector of products are zero.
+template <typename T>
+void load_block(const AttentionTile& tile, const TileBuffers& b, int begin, int end) {
+  for_pages(tile, begin, end, [&](int first, int count, int64_t page, int64_t offset) {
+    const T* k = static_cast<const T*>(tile.k) + page * tile.k_page_stride;
+    const T* v = static_cast<const T*>(tile.v) + page * tile.v_page_stride;
+    for (int i = 0; i < count; ++i) {
+      widen<kLanes>(k + (offset + i) * tile.k_token_stride, tile.head_dim, key_at(b, first + i));
+    }
+    for (int i = 0; i < count; ++i) {
+      widen<1>(v + (offset + i) * tile.v_token_stride, tile.head_dim,
+               b.values + (first + i) * b.width);
+    }
+  });
+  for (int j = end - begin; j % kLanes != 0; ++j) {
+    for (int64_t d = 0; d < b.width; d += kLanes) store(key_at(b, j) + d * kLanes, splat(0.0f));
+  }
+}
+
+/// products[j] = q · key j for the first n keys, and on to a whole vector.
+inline void multiply_keys(const float* q, const TileBuffers& b, int n, float* products) {
+  for (int j = 0; j < n; j += kLanes) {
+    const float* keys = key_at(b, j);
+    Vec partial[kLanes] = {};
+    for (int64_t d = 0; d < b.width; d += kLanes) {
+      const Vec a = load(q + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        partial[i] = fma(a, load(keys + d * kLanes + i * kLanes), partial[i]);
+      }
+    }
+    store(products + j, sums(partial));
+  }
+}
+
+/// sums = sums * factor + weights · values for kQueries queries and kVectors vectors of a head.
+template <int kQueries, int kVectors>
+void add_values(const TileBuffers& b, const float* weights, const float* factors, int n,
+                int64_t column, float* sums) {
+  Vec total[kQueries][kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kQueries; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) {
+      total[i][c] = load(sums + i * b.width + column + c * kLanes) * splat(factors[i]);
+    }
+  }
+  for (int j = 0; j < n; ++j) {
+    const float* value = b.values + j * b.width + column;
+#pragma GCC unroll 4
+    for (int i = 0; i < kQueries; ++i) {
+      const Vec weight = splat(weights[i * kKeyBlock + j]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        total[i][c] = fma(weight, load(value + c * kLanes), total[i][c]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kQueries; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) {
+      store(sums + i * b.width + column + c * kLanes, total[i][c]);
+    }
+  }
+}
+
+template <int kQueries>
+void add_values(const TileBuffers& b, const float* weights, const float* factors, int n,
+                float* sums) {
+  constexpr int kStep = kVectorsAtOnce * kLanes;
+  int64_t column = 0;
+  for (; column + kStep <= b.width; column += kStep) {
+    add_values<kQueries, kVectorsAtOnce>(b, weights, factors, n, column, sums);
+  }
+  for (; column < b.width; column += kLanes) {
+    add_values<kQueries, 1>(b, weights, factors, n, column, sums);
+  }
+}
+
+inline void add_values(const TileBuffers& b, int group, int n, float* sums) {
+  int i = 0;
+  for (; i + kQueriesAtOnce <= group; i += kQueriesAtOnce) {
+    add_values<kQueriesAtOnce>(b, b.weights + i * kKeyBlock, b.factors + i, n, sums + i * b.width);
+  }
+  const auto rest = [&]<int kQueries>() {
+    add_values<kQueries>(b, b.weights + i * kKeyBlock, b.factors + i, n, sums + i * b.width);
+  };
+  if (group - i == 1) rest.template operator()<1>();
+  if (group - i == 2) rest.template operator()<2>();
+  if (group - i == 3) rest.template operator()<3>();
+}
+
+/// One row against the first n keys of the block in the buffers.
+inline void attend_row(const AttentionTile& tile, const TileBuffers& b, int row, int n) {
+  const int first = row * tile.group;
+  for (int i = 0; i < tile.group; ++i) {
+    float* weights = b.weights + i * kKeyBlock;
+    multiply_keys(b.q + (first + i) * b.width, b, n, weights);
+    b.factors[i] = soften(weights, n, tile.scale, b.softmax[first + i]);
+  }
+  add_values(b, tile.group, n, b.sums + first * b.width);
+}
+
+template <typename T>
+void attend(const AttentionTile& tile, std::byte* scratch) {
+  const TileBuffers b(scratch, tile.rows, tile.group, tile.head_dim);
+  start<T>(tile, b);
+  for (int begin = 0; begin < tile.last_limit(); begin += kKeyBlock) {
+    const int left = tile.last_limit() - begin;
+    load_block<T>(tile, b, begin, begin + (left < kKeyBlock ? left : kKeyBlock));
+    for (int row = 0; row < tile.rows; ++row) {
+      const int n = tile.first_limit + row - begin;
+      if (n > 0) attend_row(tile, b, row, n < kKeyBlock ? n : kKeyBlock);
+    }
+  }
+  for (int row = 0; row < tile.rows; ++row) {
+    T* out = static_cast<T*>(tile.out) + row * tile.out_stride;
+    for (int i = 0; i < tile.group; ++i) {
+      const int query = row * tile.group + i;
+      normalise(b.sums + query * b.width, b.softmax[query].total, out + i * tile.head_dim,
+                tile.head_dim);
+    }
+  }
+}
+
+template <typename T>
+constexpr AttentionLoops kAttentionLoops{&tile_rows, &attend_scratch, &attend<T>};
+
+}  // namespace
+}  // namespace nanoflow::cpu

@@ -1,0 +1,75 @@
+#pragma once
+
+// The loops of pointwise.h; include one of math_<isa>.h first. Only for files that are compiled for
+// one instruction set, hence the anonymous namespace.
+
+#include "kernels/cpu/math_vec.h"
+#include "kernels/cpu/pointwise.h"
+
+namespace nanoflow::cpu {
+namespace {
+
+template <typename T>
+float sum_of_squares(const T* x, int64_t count) {
+  Vec even = splat(0.0f), odd = splat(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    const Vec a = load(x + i), b = load(x + i + kLanes);
+    even = fma(a, a, even);
+    odd = fma(b, b, odd);
+  }
+  for_vectors(count - i, [&](int64_t j, auto n) {
+    const Vec a = load(x + i + j, n);
+    even = fma(a, a, even);
+  });
+  return sum(even + odd);
+}
+
+template <typename T>
+void rms_norm(const void* x_data, const void* weight_data, void* out_data, int64_t H, float eps) {
+  const T* x = static_cast<const T*>(x_data);
+  const T* weight = static_cast<const T*>(weight_data);
+  T* out = static_cast<T*>(out_data);
+  const float mean = sum_of_squares(x, H) / static_cast<float>(H);
+  const Vec inverse = splat(1.0f / __builtin_sqrtf(mean + eps));
+  for_vectors(H, [=](int64_t i, auto n) {
+    store(out + i, rounded<T>(load(x + i, n) * inverse) * load(weight + i, n), n);
+  });
+}
+
+template <typename T>
+void add(void* a_data, const void* b_data, int64_t H) {
+  T* a = static_cast<T*>(a_data);
+  const T* b = static_cast<const T*>(b_data);
+  for_vectors(H, [=](int64_t i, auto n) { store(a + i, load(a + i, n) + load(b + i, n), n); });
+}
+
+template <typename T>
+void rotate(void* head, const float* cos_sin, int64_t half) {
+  T* first = static_cast<T*>(head);
+  T* second = first + half;
+  for_vectors(half, [=](int64_t i, auto n) {
+    const Vec a = load(first + i, n), b = load(second + i, n);
+    const Vec cosine = load(cos_sin + i, n), sine = load(cos_sin + half + i, n);
+    store(first + i, a * cosine - b * sine, n);
+    store(second + i, b * cosine + a * sine, n);
+  });
+}
+
+template <typename T>
+void silu_mul(const void* gate_data, const void* up_data, void* out_data, int64_t I) {
+  const T* gate = static_cast<const T*>(gate_data);
+  const T* up = static_cast<const T*>(up_data);
+  T* out = static_cast<T*>(out_data);
+  for_vectors(I, [=](int64_t i, auto n) {
+    const Vec g = load(gate + i, n);
+    const Vec silu = g / (splat(1.0f) + exponential(splat(0.0f) - g));
+    store(out + i, silu * load(up + i, n), n);
+  });
+}
+
+template <typename T>
+constexpr PointwiseLoops kPointwiseLoops{&rms_norm<T>, &add<T>, &rotate<T>, &silu_mul<T>};
+
+}  // namespace
+}  // namespace nanoflow::cpu
