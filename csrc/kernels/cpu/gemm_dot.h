@@ -1,0 +1,134 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/gemm.h"
+
+// GEMM from dot products: x and weight are read as they lie, vectors run along k, and a tile of
+// sums stays in registers. Nothing is packed, so few rows cost little.
+//
+// A Simd says how one instruction set does it for one dtype:
+//   Element, Sum           what is read; a vector of partial sums
+//   Operand                kChunk elements made ready to multiply
+//   kRows, kColumns        the tile of sums: activation rows x weight rows
+//   load(p), load_part(p, count)   whole or, at the end of K, filled up with zeros
+//   multiply_add(sum, x, w)
+//   reduce(sums, out)      [kRows][kColumns] sums to as many floats, each added up in the same
+//   order store(out, values, count)      floats rounded to Element, and to float
+// It lives in an anonymous namespace, which makes all that is instantiated with it private to its
+// file and its compiler flags.
+
+namespace nanoflow::cpu {
+
+template <typename Simd, typename Out>
+class DotGemm {
+ public:
+  static void run(const GemmArgs& args, const Worker& worker) {
+    const DotGemm gemm(args);
+    const int64_t chunk = gemm.chunk_columns(worker.width());
+    for (int64_t n = worker.claim() * chunk; n < args.N; n = worker.claim() * chunk) {
+      const int64_t end = n + chunk < args.N ? n + chunk : args.N;
+      for (int64_t t = 0; t < args.T; t += gemm.slab_) {
+        gemm.multiply(t, t + gemm.slab_ < args.T ? t + gemm.slab_ : args.T, n, end);
+      }
+    }
+  }
+
+ private:
+  using Element = typename Simd::Element;
+  using Sum = typename Simd::Sum;
+  static constexpr int kRows = Simd::kRows, kColumns = Simd::kColumns;
+  static constexpr int64_t kSlabBytes = 256 << 10;   // activations, for the second cache
+  static constexpr int64_t kChunkBytes = 128 << 10;  // weights, beside them
+
+  explicit DotGemm(const GemmArgs& args) : args_(args), slab_(tiles_in(kSlabBytes, kRows)) {}
+
+  /// Rows of K elements that fit, in whole tiles, at least one.
+  int64_t tiles_in(int64_t bytes, int64_t rows) const {
+    const int64_t tiles = bytes / (args_.K * static_cast<int64_t>(sizeof(Element))) / rows;
+    return (tiles > 0 ? tiles : 1) * rows;
+  }
+
+  /// Weight rows that a thread takes at a time: enough chunks for all threads to end together.
+  int64_t chunk_columns(int width) const {
+    const int64_t largest = tiles_in(kChunkBytes, kColumns);
+    const int64_t even = args_.N / (8 * width) / kColumns * kColumns;
+    return even < kColumns ? kColumns : even < largest ? even : largest;
+  }
+
+  void multiply(int64_t t_begin, int64_t t_end, int64_t n_begin, int64_t n_end) const {
+    for (int64_t n = n_begin; n < n_end; n += kColumns) {
+      const int columns = static_cast<int>(n_end - n < kColumns ? n_end - n : kColumns);
+      int64_t t = t_begin;
+      for (; t + kRows <= t_end; t += kRows) tile<kRows>(t, n, columns);
+      remainder<kRows - 1>(t, t_end - t, n, columns);
+    }
+  }
+
+  template <int kCount>
+  void remainder(int64_t t, int64_t rows, int64_t n, int columns) const {
+    if constexpr (kCount > 0) {
+      if (rows == kCount) return tile<kCount>(t, n, columns);
+      remainder<kCount - 1>(t, rows, n, columns);
+    }
+  }
+
+  /// kCount rows times up to kColumns weight rows; those beyond `columns` repeat the last.
+  template <int kCount>
+  void tile(int64_t t, int64_t n, int columns) const {
+    const Element* x[kCount];
+    const Element* w[kColumns];
+    Sum sums[kRows * kColumns] = {};
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = static_cast<const Element*>(args_.x) + (t + i) * args_.x_stride;
+    }
+    for (int j = 0; j < kColumns; ++j) {
+      const int64_t row = n + (j < columns ? j : columns - 1);
+      w[j] = static_cast<const Element*>(args_.weight) + row * args_.weight_stride;
+    }
+    const int64_t whole = args_.K / Simd::kChunk * Simd::kChunk;
+    for (int64_t k = 0; k < whole; k += Simd::kChunk) {
+      step<kCount>(
+          sums, [&](int i) { return Simd::load(x[i] + k); },
+          [&](int j) { return Simd::load(w[j] + k); });
+    }
+    if (const int rest = static_cast<int>(args_.K - whole); rest > 0) {
+      step<kCount>(
+          sums, [&](int i) { return Simd::load_part(x[i] + whole, rest); },
+          [&](int j) { return Simd::load_part(w[j] + whole, rest); });
+    }
+    alignas(64) float values[kRows * kColumns];
+    Simd::reduce(sums, values);
+    for (int i = 0; i < kCount; ++i) {
+      Simd::store(static_cast<Out*>(args_.out) + (t + i) * args_.out_stride + n,
+                  values + i * kColumns, columns);
+    }
+  }
+
+  template <int kCount, typename LoadX, typename LoadW>
+  [[gnu::always_inline]] static void step(Sum* sums, LoadX load_x, LoadW load_w) {
+    typename Simd::Operand x[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = load_x(i);
+    for (int j = 0; j < kColumns; ++j) {
+      const typename Simd::Operand w = load_w(j);
+      for (int i = 0; i < kCount; ++i) Simd::multiply_add(sums[i * kColumns + j], x[i], w);
+    }
+  }
+
+  const GemmArgs& args_;
+  const int64_t slab_;  // activation rows that stay in the second cache
+};
+
+/// Dot products need no scratch.
+template <typename Simd>
+size_t no_scratch(const GemmArgs&, int) {
+  return 0;
+}
+
+template <typename Simd>
+constexpr GemmKernels dot_kernels() {
+  return {.same = {DotGemm<Simd, typename Simd::Element>::run, no_scratch<Simd>},
+          .f32 = {DotGemm<Simd, float>::run, no_scratch<Simd>}};
+}
+
+}  // namespace nanoflow::cpu

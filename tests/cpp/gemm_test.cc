@@ -1,0 +1,281 @@
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "kernels/backend.h"
+
+using namespace nanoflow;
+
+namespace {
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+
+/// A matrix in the middle of a wider one, whose other elements are NaN before and must be after.
+class Matrix {
+ public:
+  Matrix(DType dtype, int64_t rows, int64_t columns, int64_t gap = 0)
+      : bytes_(static_cast<size_t>(rows * (columns + gap)) * size_of(dtype), std::byte{0xff}) {
+    whole_ = Tensor(bytes_.data(), dtype, {}, {rows, columns + gap});
+    tensor_ = whole_.slice_columns(gap / 2, gap / 2 + columns);
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+
+  double at(int64_t row, int64_t column) const { return read(tensor_, row, column); }
+
+  void fill(std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    for (int64_t row = 0; row < tensor_.size(0); ++row) {
+      for (int64_t column = 0; column < tensor_.size(1); ++column) {
+        write(row, column, normal(random));
+      }
+    }
+  }
+
+  bool is_gap_untouched() const {
+    const int64_t first = (whole_.size(1) - tensor_.size(1)) / 2, last = first + tensor_.size(1);
+    for (int64_t row = 0; row < whole_.size(0); ++row) {
+      for (int64_t column = 0; column < whole_.size(1); ++column) {
+        const bool is_gap = column < first || column >= last;
+        if (is_gap && !std::isnan(read(whole_, row, column))) return false;
+      }
+    }
+    return true;
+  }
+
+  const std::byte* row(int64_t row) const {
+    return tensor_.bytes() + row * tensor_.stride(0) * static_cast<int64_t>(item());
+  }
+  size_t item() const { return size_of(tensor_.dtype()); }
+
+ private:
+  static double read(const Tensor& tensor, int64_t row, int64_t column) {
+    return dispatch_float(tensor.dtype(), "test", [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      return static_cast<double>(
+          static_cast<float>(tensor.data<T>()[row * tensor.stride(0) + column]));
+    });
+  }
+
+  void write(int64_t row, int64_t column, float value) {
+    dispatch_float(tensor_.dtype(), "test", [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      tensor_.data<T>()[row * tensor_.stride(0) + column] = static_cast<T>(value);
+    });
+  }
+
+  std::vector<std::byte> bytes_;
+  Tensor whole_, tensor_;
+};
+
+/// What rounding `value` to a dtype may cost: half a unit in the last place.
+double rounding_of(double value, DType dtype) {
+  switch (dtype) {
+    case DType::kBF16:
+      return std::abs(value) * 0x1p-8;
+    case DType::kF16:
+      return std::max(std::abs(value) * 0x1p-11, 0x1p-25);  // the latter below the normal numbers
+    default:
+      return std::abs(value) * 0x1p-24;
+  }
+}
+
+struct Runner {
+  std::shared_ptr<Backend> backend;
+  std::unique_ptr<Lane> lane;
+
+  Runner(const std::string& isa, int width)
+      : backend(make_cpu_backend({.device = {}, .threads = width, .isa = isa})),
+        lane(backend->make_lane(width)) {}
+
+  void run(const Tensor& x, const Tensor& weight, const Tensor& out) {
+    backend->kernels().run(Gemm{.x = x, .weight = weight, .out = out}, *lane);
+    const auto done = backend->make_event();
+    lane->record(*done);
+    done->synchronize();
+  }
+};
+
+/// The worst error of out, in units of what rounding explains.
+double worst_error(const Matrix& x, const Matrix& weight, const Matrix& out) {
+  const int64_t T = x.tensor().size(0), N = weight.tensor().size(0), K = x.tensor().size(1);
+  double worst = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const double product = x.at(t, k) * weight.at(n, k);
+        sum += product;
+        magnitude += std::abs(product);
+      }
+      // Float sums of K products in any order; 1e-6 of the magnitudes covers their rounding.
+      const double allowed = 1e-6 * magnitude + rounding_of(sum, out.tensor().dtype());
+      const double error = std::abs(out.at(t, n) - sum);
+      worst = std::isnan(error) ? std::numeric_limits<double>::infinity()
+                                : std::max(worst, error / (allowed + 1e-30));
+    }
+  }
+  return worst;
+}
+
+bool rows_equal(const Matrix& a, int64_t row_a, const Matrix& b, int64_t row_b) {
+  const size_t bytes = static_cast<size_t>(a.tensor().size(1)) * a.item();
+  return std::memcmp(a.row(row_a), b.row(row_b), bytes) == 0;
+}
+
+}  // namespace
+
+TEST_CASE("gemm agrees with sums in double") {
+  std::mt19937 random(1);
+  for (const std::string& isa : cpu_isas()) {
+    Runner runner(isa, 2);
+    for (DType dtype : kDTypes) {
+      for (int64_t T : {1, 3, 17, 33, 127}) {
+        for (int64_t N : {1, 15, 16, 17, 100}) {
+          for (int64_t K : {1, 2, 31, 32, 64, 100, 576}) {
+            if (T * N * K > 2'000'000) continue;
+            const bool is_float = (T + N + K) % 2 == 0;
+            Matrix x(dtype, T, K, N % 2 ? 6 : 0), weight(dtype, N, K);
+            Matrix out(is_float ? DType::kF32 : dtype, T, N, 10);
+            x.fill(random);
+            weight.fill(random);
+            runner.run(x.tensor(), weight.tensor(), out.tensor());
+            CAPTURE(isa);
+            CAPTURE(dtype);
+            CAPTURE(T);
+            CAPTURE(N);
+            CAPTURE(K);
+            CHECK(worst_error(x, weight, out) <= 1.0);
+            CHECK(out.is_gap_untouched());
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("gemm is right where K, N or T takes several blocks") {
+  std::mt19937 random(2);
+  struct Shape {
+    int64_t T, N, K;
+  };
+  for (const std::string& isa : cpu_isas()) {
+    if (isa == "generic") continue;  // the same blocks as avx2, slower
+    Runner runner(isa, 2);
+    for (const Shape& shape : {Shape{33, 48, 1536}, Shape{5, 35, 14336 + 17}, Shape{700, 40, 960},
+                               Shape{3, 3000, 64}, Shape{64, 576, 576}}) {
+      for (DType dtype : {DType::kF32, DType::kBF16}) {
+        Matrix x(dtype, shape.T, shape.K), weight(dtype, shape.N, shape.K);
+        Matrix out(DType::kF32, shape.T, shape.N);
+        x.fill(random);
+        weight.fill(random);
+        runner.run(x.tensor(), weight.tensor(), out.tensor());
+        CAPTURE(isa);
+        CAPTURE(dtype);
+        CAPTURE(shape.K);
+        CHECK(worst_error(x, weight, out) <= 1.0);
+      }
+    }
+  }
+}
+
+TEST_CASE("a row of gemm is the same in any company, at any place and width") {
+  std::mt19937 random(3);
+  for (const std::string& isa : cpu_isas()) {
+    for (DType dtype : kDTypes) {
+      for (int64_t K : {33, 576, 1100}) {
+        const int64_t T = 70, N = 83;
+        Matrix x(dtype, T, K), weight(dtype, N, K), whole(dtype, T, N);
+        x.fill(random);
+        weight.fill(random);
+        Runner(isa, 2).run(x.tensor(), weight.tensor(), whole.tensor());
+        for (int width : {1, 2, 3}) {
+          Runner runner(isa, width);
+          for (int64_t piece : {1, 2, 3, 5, 7, 16, 17, 33, 70}) {
+            int64_t different = 0;
+            for (int64_t begin = 0; begin < T; begin += piece) {
+              const int64_t rows = std::min(piece, T - begin);
+              Matrix out(dtype, rows, N, 4);
+              runner.run(x.tensor().slice_rows(begin, begin + rows), weight.tensor(), out.tensor());
+              for (int64_t row = 0; row < rows; ++row) {
+                different += !rows_equal(out, row, whole, begin + row);
+              }
+            }
+            CAPTURE(isa);
+            CAPTURE(dtype);
+            CAPTURE(K);
+            CAPTURE(width);
+            CAPTURE(piece);
+            CHECK(different == 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("gemm rows do not change with slabs of activations") {
+  std::mt19937 random(4);
+  for (const std::string& isa : cpu_isas()) {
+    if (isa == "generic") continue;
+    const int64_t T = 600, N = 64, K = 2048;
+    Matrix x(DType::kBF16, T, K), weight(DType::kBF16, N, K), whole(DType::kBF16, T, N);
+    x.fill(random);
+    weight.fill(random);
+    Runner runner(isa, 2);
+    runner.run(x.tensor(), weight.tensor(), whole.tensor());
+    for (int64_t row : {0, 31, 32, 191, 192, 193, 383, 384, 599}) {
+      Matrix out(DType::kBF16, 1, N);
+      runner.run(x.tensor().slice_rows(row, row + 1), weight.tensor(), out.tensor());
+      CAPTURE(isa);
+      CAPTURE(row);
+      CHECK(rows_equal(out, 0, whole, row));
+    }
+  }
+}
+
+TEST_CASE("gemm takes special values, and no rows at all") {
+  for (const std::string& isa : cpu_isas()) {
+    for (DType dtype : kDTypes) {
+      Runner runner(isa, 2);
+      std::mt19937 random(5);
+      Matrix x(dtype, 2, 40), weight(dtype, 20, 40), out(dtype, 2, 20), none(dtype, 2, 20);
+      x.fill(random);
+      weight.fill(random);
+      dispatch_float(dtype, "test", [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        x.tensor().data<T>()[3] = static_cast<T>(std::numeric_limits<float>::infinity());
+        x.tensor().data<T>()[40 + 39] = static_cast<T>(std::numeric_limits<float>::quiet_NaN());
+      });
+      runner.run(x.tensor(), weight.tensor(), out.tensor());
+      CAPTURE(isa);
+      CAPTURE(dtype);
+      for (int64_t n = 0; n < 20; ++n) {
+        CHECK(std::isinf(out.at(0, n)));
+        CHECK(std::isnan(out.at(1, n)));
+      }
+      runner.run(x.tensor().slice_rows(0, 0), weight.tensor(), none.tensor().slice_rows(0, 0));
+      CHECK(std::isnan(none.at(0, 0)));  // as it was
+    }
+  }
+}
+
+TEST_CASE("gemm refuses what does not fit together") {
+  Runner runner("auto", 1);
+  const Matrix x(DType::kBF16, 4, 32), weight(DType::kBF16, 8, 32), out(DType::kBF16, 4, 8);
+  const Matrix short_weight(DType::kBF16, 8, 31), float_weight(DType::kF32, 8, 32);
+  const Matrix half_out(DType::kF16, 4, 8), narrow_out(DType::kBF16, 4, 7);
+  CHECK_THROWS_WITH_AS(runner.run(x.tensor(), short_weight.tensor(), out.tensor()),
+                       "gemm: weight is bfloat16[8, 31] but its dimension 1 (K) must be 32", Error);
+  CHECK_THROWS_AS(runner.run(x.tensor(), float_weight.tensor(), out.tensor()), Error);
+  CHECK_THROWS_WITH_AS(runner.run(x.tensor(), weight.tensor(), half_out.tensor()),
+                       "gemm: out is float16[4, 8] but must be bfloat16 or float32", Error);
+  CHECK_THROWS_AS(runner.run(x.tensor(), weight.tensor(), narrow_out.tensor()), Error);
+}
