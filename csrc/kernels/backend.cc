@@ -1,8 +1,39 @@
 #include "kernels/backend.h"
 
+#include <dlfcn.h>
+
+#include <filesystem>
+
 #include "core/error.h"
 
 namespace nanoflow {
+namespace {
+
+constexpr const char* kCudaLibrary = "libnanoflow_cuda.so";
+constexpr const char* kCudaFactory = "nanoflow_make_cuda_backend";
+using CudaFactory = void(const BackendOptions&, std::shared_ptr<Backend>&);
+
+/// Opens the CUDA backend's library, which lies beside this one and stays open for good: backends
+/// outlive this call.
+std::shared_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
+  Dl_info self;
+  NF_CHECK(dladdr(reinterpret_cast<const void*>(&make_backend), &self) != 0,
+           "cannot tell where nanoflow's core library lies");
+  const auto path = std::filesystem::path(self.dli_fname).parent_path() / kCudaLibrary;
+  NF_CHECK(std::filesystem::exists(path), "device '", options.device,
+           "' needs nanoflow's CUDA backend, which this build does not contain; reinstall with "
+           "pip install -C cmake.define.NANOFLOW_CUDA=ON on a machine with the CUDA toolkit 13.0, "
+           "or use device='cpu'");
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  NF_CHECK(library != nullptr, "cannot open nanoflow's CUDA backend: ", dlerror());
+  auto* factory = reinterpret_cast<CudaFactory*>(dlsym(library, kCudaFactory));
+  NF_CHECK(factory != nullptr, path.string(), " is not nanoflow's CUDA backend: ", dlerror());
+  std::shared_ptr<Backend> backend;
+  factory(options, backend);
+  return backend;
+}
+
+}  // namespace
 
 std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& widths) {
   std::vector<std::unique_ptr<Lane>> lanes;
@@ -12,8 +43,7 @@ std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& w
 
 std::shared_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device.kind == Device::Kind::kCpu) return make_cpu_backend(options);
-  fail("device '", options.device,
-       "' needs nanoflow's CUDA backend, which this build does not contain; use device='cpu'");
+  return make_cuda_backend(options);
 }
 
 }  // namespace nanoflow

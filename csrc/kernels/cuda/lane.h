@@ -1,27 +1,18 @@
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "core/arena.h"
 #include "kernels/backend.h"
+#include "kernels/cuda/device.h"
 
 namespace nanoflow::cuda {
 
 class GreenContext;
 class Notifier;
-
-/// What kernels need to know of a GPU; read once, when the backend is made.
-struct DeviceInfo {
-  int index = 0;
-  int sm_count = 0;
-  int compute_capability = 0;  // 90 for 9.0
-  std::string name;
-};
 
 /// A stream: of the whole device, or of a green context that holds the lane's SMs alone.
 ///
@@ -60,8 +51,8 @@ class CudaLane : public Lane {
   DeviceInfo device_;
   int width_;
   std::unique_ptr<GreenContext> partition_;  // null for a lane of the whole device
-  cudaStream_t stream_ = nullptr;
   Buffer workspace_;
+  cudaStream_t stream_;
   std::unique_ptr<Notifier> notifier_;  // made by the first notify
 };
 

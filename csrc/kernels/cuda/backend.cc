@@ -1,0 +1,90 @@
+#include "kernels/backend.h"
+
+#include <numeric>
+#include <sstream>
+
+#include "core/error.h"
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/green.h"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/lane.h"
+
+namespace nanoflow::cuda {
+namespace {
+
+constexpr int kRowGranularity = 64;  // rows of the smallest GEMM tile
+
+class CudaBackend : public Backend {
+ public:
+  explicit CudaBackend(const DeviceInfo& device) : device_(device), kernels_(device) {}
+
+  Device device() const override { return {Device::Kind::kCuda, device_.index}; }
+  std::string description() const override {
+    std::ostringstream text;
+    text << device() << " (" << device_.name << ", " << device_.sm_count << " SMs)";
+    return text.str();
+  }
+  int width() const override { return device_.sm_count; }
+  int row_granularity() const override { return kRowGranularity; }
+
+  size_t free_memory() const override {
+    NF_CUDA_CHECK(cudaSetDevice(device_.index));
+    size_t free = 0, total = 0;
+    NF_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return free;
+  }
+
+  Buffer allocate(size_t bytes) override { return allocate_device(device_.index, bytes); }
+
+  Buffer allocate_host(size_t bytes) override {
+    if (bytes == 0) return Buffer(nullptr, 0, Device{}, nullptr);
+    NF_CUDA_CHECK(cudaSetDevice(device_.index));
+    void* data = nullptr;
+    NF_CUDA_CHECK(cudaHostAlloc(&data, bytes, cudaHostAllocPortable));
+    return Buffer(data, bytes, Device{}, [](void* memory) { cudaFreeHost(memory); });
+  }
+
+  std::unique_ptr<Lane> make_lane(int width) override {
+    NF_CHECK(width >= 1 && width <= device_.sm_count, "a lane of ", description(), " has 1 to ",
+             device_.sm_count, " SMs, not ", width);
+    NF_CUDA_CHECK(cudaSetDevice(device_.index));
+    return std::make_unique<CudaLane>(device_, width);
+  }
+
+  std::vector<std::unique_ptr<Lane>> make_lanes(const std::vector<int>& widths) override {
+    const int sum = std::accumulate(widths.begin(), widths.end(), 0);
+    if (widths.size() < 2 || sum > device_.sm_count) return Backend::make_lanes(widths);
+    for (int width : widths) NF_CHECK(width >= 1, "a lane cannot have ", width, " SMs");
+    NF_CUDA_CHECK(cudaSetDevice(device_.index));
+    std::vector<std::unique_ptr<Lane>> lanes;
+    for (std::unique_ptr<GreenContext>& partition : partition_device(device_.index, widths)) {
+      lanes.push_back(std::make_unique<CudaLane>(device_, std::move(partition)));
+    }
+    return lanes;
+  }
+
+  std::unique_ptr<Event> make_event() override { return make_cuda_event(device_.index); }
+
+  void copy(void* to, const void* from, size_t bytes, Lane& lane) override {
+    if (bytes == 0) return;
+    NF_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda_lane(lane).stream()));
+  }
+
+  Kernels& kernels() override { return kernels_; }
+
+ private:
+  DeviceInfo device_;
+  CudaKernels kernels_;
+};
+
+}  // namespace
+}  // namespace nanoflow::cuda
+
+/// The one symbol that nanoflow_core looks up in this library.
+extern "C" void nanoflow_make_cuda_backend(const nanoflow::BackendOptions& options,
+                                           std::shared_ptr<nanoflow::Backend>& backend) {
+  using namespace nanoflow;
+  NF_CHECK(options.threads == 0 && options.isa == "auto",
+           "threads and isa are options of the CPU backend, not of device '", options.device, "'");
+  backend = std::make_shared<cuda::CudaBackend>(cuda::open_device(options.device.index));
+}
