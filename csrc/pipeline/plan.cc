@@ -13,8 +13,10 @@ int64_t rows_of(const Op& op) {
           return o.rows.end - o.rows.begin;
         } else if constexpr (requires { o.out; }) {
           return o.out.size(0);
-        } else {
+        } else if constexpr (requires { o.logits; }) {
           return o.logits.size(0);
+        } else {
+          return 0;  // works on tables alone
         }
       },
       op);
