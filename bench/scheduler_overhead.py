@@ -2,8 +2,8 @@
 
 Usage: python bench/scheduler_overhead.py [--running 256 1024] [--output-json FILE]
 
-Requests arrive, decode and end in a steady flow, so the steps measured hold decodes, prefill chunks,
-admissions and ends. Engine batches are the real ones of `nanoflow._core`.
+Requests arrive, decode and end in a steady flow, so the steps measured hold decodes, prefill
+chunks, admissions and ends. Batches are the real ones of `nanoflow._core`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def main() -> None:
         print(
             f"{row['running']:>5} running: mean {row['mean_ms']:.3f} ms, median "
             f"{row['median_ms']:.3f} ms, p99 {row['p99_ms']:.3f} ms per step of "
-            f"{row['mean_decode_tokens']:.0f} decode + {row['mean_prefill_tokens']:.0f} prefill tokens"
+            f"{row['mean_decode_tokens']:.0f} decode and {row['mean_prefill_tokens']:.0f} prefill "
+            "tokens"
         )
     if options.output_json is not None:
         report = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,8 @@ class StepHandle(Protocol):
         """Blocks until the step has completed; raises what made it fail."""
 
 
-class BatchFactory(Protocol):
-    def __call__(self, **arrays: NDArray[Any]) -> Any:
-        """A batch from arrays named as in csrc/pipeline/batch.h, which are copied."""
+# Makes a batch from arrays named as in csrc/pipeline/batch.h, which it copies.
+BatchFactory: TypeAlias = Callable[..., Any]
 
 
 class Engine(Protocol):

@@ -1,0 +1,22 @@
+"""nanoflow: LLM serving that overlaps compute, memory and network work inside one device."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from nanoflow.errors import EngineError
+from nanoflow.llm import LLM
+from nanoflow.outputs import CompletionOutput, RequestOutput
+from nanoflow.sampling_params import RequestOutputKind, SamplingParams
+
+try:
+    __version__ = version("nanoflow")
+except PackageNotFoundError:  # a checkout on the path that is not installed
+    __version__ = "unknown"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]

@@ -1,0 +1,203 @@
+"""The user's interface: a model that generates text for prompts."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nanoflow.config import make_args
+from nanoflow.errors import EngineError, InvalidLogitsError
+from nanoflow.outputs import RequestOutput
+from nanoflow.processor import Processor
+from nanoflow.progress import Progress
+from nanoflow.prompts import Prompt, PromptLike, parse_prompts
+from nanoflow.request import Request
+from nanoflow.runtime import start_runtime
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.scheduler.loop import StepListener
+from nanoflow.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": ..., "content": ...} each
+
+
+class LLM:
+    """A model with its tokenizer, KV cache and scheduler. Its methods may be called by any thread.
+
+    `LLM(model, **arguments)` takes the arguments of `nanoflow.config.EngineArgs`: vLLM's names and
+    defaults. Close it, or use it as a context manager, to free its memory at a known time.
+    Raises TypeError on an argument that there is not, ValueError on a value that is wrong or not
+    supported, FileNotFoundError when the model is not there, EngineError when the engine fails.
+    """
+
+    def __init__(self, model: str | Path, **arguments: Any) -> None:
+        self.args = make_args({"model": model, **arguments})
+        self._runtime = start_runtime(self.args)
+        self.limits = self._runtime.limits
+        self._processor = Processor(self._runtime, self.args.seed)
+        self._numbers = itertools.count()
+        self._finalizer = weakref.finalize(self, self._runtime.loop.close)
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generates for one prompt or many; outputs are in the order of the prompts.
+
+        A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+        `sampling_params`: one for all, one for each, or None for `get_default_sampling_params()`.
+        A prompt that cannot be run fails alone: its output has finish_reason "error" and says why
+        in `error`, and a warning is logged. ValueError is raised when no prompt can be run,
+        TypeError on anything of a wrong type, EngineError when the engine fails.
+        """
+        return self._run(parse_prompts(prompts), sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many, written as prompts by the model's chat template.
+
+        `chat_template_kwargs` are handed to the template. Errors as generate(); ValueError also
+        without a chat template, or when it refuses a conversation.
+        """
+        conversations = _conversations(messages)
+        tokenizer = self.get_tokenizer()
+        prompts = []
+        for conversation in conversations:
+            text = tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            assert isinstance(text, str)
+            prompts.append(Prompt(text=text, add_special_tokens=False))
+        return self._run(prompts, sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises ValueError when it was left out by skip_tokenizer_init."""
+        return self._processor.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json says, else the defaults; a new object."""
+        return self._processor.default_params()
+
+    @property
+    def step_listener(self) -> StepListener | None:
+        """Called in the scheduler's thread with a StepStats after every step; must not block."""
+        return self._runtime.loop.step_listener
+
+    @step_listener.setter
+    def step_listener(self, listener: StepListener | None) -> None:
+        self._runtime.loop.step_listener = listener
+
+    def close(self) -> None:
+        """Aborts what is running and stops the engine. May be called more than once."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = self._params_of_each(sampling_params, len(prompts))
+        done: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        index_of: dict[str, int] = {}
+        requests: list[Request] = []
+        errors: list[Exception] = []
+        encoded = self._processor.encode(prompts)
+        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            number = next(self._numbers)
+            try:
+                request = self._processor.make_request(number, ids, params[index], done.put)
+            except ValueError as error:
+                errors.append(error)
+                outputs[index] = self._processor.failed_output(number, prompt, ids, error)
+                continue
+            index_of[request.id] = index
+            requests.append(request)
+        if errors and not requests:
+            raise errors[0]
+        for failure in errors:
+            logger.warning("one of %d prompts cannot be run: %s", len(prompts), failure)
+        with Progress(len(requests), use_tqdm) as progress:
+            for request in self._finished(requests, done):
+                index = index_of[request.id]
+                outputs[index] = self._processor.output(request, prompts[index], params[index])
+                progress.update(request)
+        return [output for output in outputs if output is not None]
+
+    def _finished(
+        self, requests: list[Request], done: queue.SimpleQueue[Request]
+    ) -> Iterator[Request]:
+        """Runs requests and yields each as it finishes; raises when the engine fails."""
+        self._runtime.loop.submit(requests)
+        try:
+            for _ in requests:
+                request = done.get()
+                if isinstance(request.error, EngineError) and (
+                    len(requests) == 1 or not isinstance(request.error, InvalidLogitsError)
+                ):
+                    raise request.error
+                yield request
+        except BaseException:  # an interrupt, too: nobody waits for the rest any more
+            self._runtime.loop.abort([request.id for request in requests])
+            raise
+
+    def _params_of_each(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            return [self.get_default_sampling_params()] * count
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if not isinstance(params, Sequence) or not all(
+            isinstance(one, SamplingParams) for one in params
+        ):
+            raise TypeError("sampling_params must be a SamplingParams, a list of them, or None")
+        if len(params) != count:
+            raise ValueError(f"there are {count} prompts but {len(params)} sampling_params")
+        return list(params)
+
+
+def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise TypeError(f"messages are a {type(messages).__name__}; pass a list of messages")
+    is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
+    conversations: list[Any] = [messages] if is_one else list(messages)
+    for conversation in conversations:
+        if not isinstance(conversation, Sequence) or not all(
+            isinstance(message, Mapping) for message in conversation
+        ):
+            raise TypeError('a conversation is a list of messages {"role": ..., "content": ...}')
+        if not conversation:
+            raise ValueError("a conversation has no messages")
+    return conversations

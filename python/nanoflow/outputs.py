@@ -1,0 +1,50 @@
+"""What generate() returns, with vLLM's names and fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nanoflow.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """A generation."""
+
+    index: int  # among the generations of the request
+    text: str  # without the stop string or token, unless include_stop_str_in_output
+    token_ids: list[int]  # all that were generated, the one that ended it included
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None  # the stop string or stop token; None at end of sequence
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Any]] | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times in seconds of time.perf_counter; 0 for what never happened."""
+
+    arrival_time: float
+    first_token_time: float
+    finished_time: float
+    num_preemptions: int  # how often it gave way and was recomputed
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A prompt and its generations."""
+
+    request_id: str
+    prompt: str | None  # as text, when it was given so
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    error: str | None = None  # why it could not be run; outputs[0].finish_reason is then "error"
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Any]] | None = None
+    lora_request: Any = None

@@ -1,0 +1,190 @@
+"""From prompts to requests, and from finished requests to outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nanoflow.detokenizer import IncrementalDetokenizer
+from nanoflow.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoflow.prompts import Prompt, check_token_ids
+from nanoflow.request import Request
+from nanoflow.runtime import Runtime
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.stop_strings import StopStrings
+from nanoflow.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Of generation_config.json, and what they are called here.
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+_CONTEXT_TOKENS = 16  # of the prompt, for the detokenizer
+
+
+class Processor:
+    """Knows a model's vocabulary, limits and defaults. Safe to use from several threads."""
+
+    def __init__(self, runtime: Runtime, seed: int) -> None:
+        self._tokenizer = runtime.tokenizer
+        self._vocab_size = runtime.vocab_size
+        self._max_model_len = runtime.limits.max_model_len
+        self._seed = seed
+        self._eos_token_ids = _eos_token_ids(runtime)
+        self._defaults = _default_params(runtime.generation_config)
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("there is no tokenizer, as skip_tokenizer_init=True left it out")
+        return self._tokenizer
+
+    def default_params(self) -> SamplingParams:
+        return SamplingParams(**self._defaults)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
+        """Token ids of each prompt."""
+        encoded: list[Sequence[int]] = [prompt.token_ids or () for prompt in prompts]
+        for add_special_tokens in (True, False):
+            indices = [
+                index
+                for index, prompt in enumerate(prompts)
+                if prompt.token_ids is None and prompt.add_special_tokens is add_special_tokens
+            ]
+            if not indices:
+                continue
+            texts = [prompts[index].text or "" for index in indices]
+            found = self.get_tokenizer().encode_batch(texts, add_special_tokens)
+            for index, ids in zip(indices, found, strict=True):
+                encoded[index] = ids
+        return encoded
+
+    def make_request(
+        self,
+        number: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        on_finish: Callable[[Request], None],
+    ) -> Request:
+        """Raises ValueError on a prompt or parameters that this model cannot run."""
+        check_token_ids(ids, self._vocab_size, self._max_model_len)
+        sampling = params.resolve(self._eos_token_ids, self._vocab_size, _mix(self._seed, number))
+        output_len = self._max_model_len if params.max_tokens is None else params.max_tokens
+        watcher = None
+        if params.stop_strings:
+            watcher = StopStrings(
+                self._detokenizer(ids, params),
+                params.stop_strings,
+                min_tokens=params.min_tokens,
+                keep_stop=params.include_stop_str_in_output,
+            )
+        return Request(
+            id=str(number),
+            prompt_token_ids=np.asarray(ids, np.int32),
+            sampling=sampling,
+            max_len=min(len(ids) + output_len, self._max_model_len),
+            on_finish=on_finish,
+            stop_watcher=watcher,
+        )
+
+    def output(self, request: Request, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        """Of a finished request."""
+        completion = CompletionOutput(
+            index=0,
+            text=self._text(request, params),
+            token_ids=request.output_token_ids,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.id,
+            prompt=prompt.text,
+            prompt_token_ids=request.prompt_token_ids.tolist(),
+            outputs=[completion],
+            finished=True,
+            metrics=RequestMetrics(
+                arrival_time=request.arrival_time,
+                first_token_time=request.first_token_time,
+                finished_time=request.finished_time,
+                num_preemptions=request.num_preemptions,
+            ),
+            error=None if request.error is None else str(request.error),
+        )
+
+    def failed_output(
+        self, number: int, prompt: Prompt, ids: Sequence[int], error: Exception
+    ) -> RequestOutput:
+        """Of a prompt that could not become a request."""
+        return RequestOutput(
+            request_id=str(number),
+            prompt=prompt.text,
+            prompt_token_ids=list(ids),
+            outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
+            finished=True,
+            error=str(error),
+        )
+
+    def _text(self, request: Request, params: SamplingParams) -> str:
+        if isinstance(request.stop_watcher, StopStrings):
+            return request.stop_watcher.finish(isinstance(request.stop_reason, str))
+        if self._tokenizer is None or not params.detokenize:
+            return ""
+        ids = request.output_token_ids
+        is_ended_by_token = request.finish_reason == "stop"
+        if is_ended_by_token and not params.include_stop_str_in_output:
+            ids = ids[:-1]
+        detokenizer = self._detokenizer(
+            request.prompt_token_ids[-_CONTEXT_TOKENS:].tolist(), params
+        )
+        return detokenizer.push(ids) + detokenizer.flush()
+
+    def _detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> IncrementalDetokenizer:
+        context = prompt[-_CONTEXT_TOKENS:]
+        return IncrementalDetokenizer(self.get_tokenizer(), context, params.skip_special_tokens)
+
+
+def _eos_token_ids(runtime: Runtime) -> tuple[int, ...]:
+    """Tokens that end a generation: those of the generation config and of the tokenizer."""
+    stated = runtime.generation_config.get("eos_token_id", runtime.config.get("eos_token_id"))
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if runtime.tokenizer is not None:
+        ids = [*ids, *runtime.tokenizer.eos_token_ids]
+    return tuple(dict.fromkeys(token for token in ids if 0 <= token < runtime.vocab_size))
+
+
+def _default_params(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults of a model, told once."""
+    defaults = {
+        ours: generation_config[theirs]
+        for theirs, ours in _DEFAULTS.items()
+        if generation_config.get(theirs) is not None
+    }
+    if defaults:
+        logger.info("sampling defaults from the model's generation config: %s", defaults)
+    penalty = generation_config.get("repetition_penalty")
+    if penalty not in (None, 1, 1.0):
+        logger.warning(
+            "the model's generation config asks for repetition_penalty=%s, which is not supported "
+            "yet: generating without it",
+            penalty,
+        )
+    return defaults
+
+
+def _mix(seed: int, number: int) -> int:
+    """A seed for a request, unlike those of its neighbours.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+    generators).
+    """
+    z = (seed * 0x9E3779B97F4A7C15 + number + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31

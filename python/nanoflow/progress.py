@@ -1,0 +1,47 @@
+"""The progress bar of a generate() call."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from nanoflow.request import Request
+
+
+class Progress:
+    """Requests done, and prompt and output tokens of finished requests a second."""
+
+    def __init__(self, total: int, is_shown: bool) -> None:
+        self._bar: Any = tqdm(
+            total=total,
+            desc="Processed prompts",
+            dynamic_ncols=True,
+            disable=not is_shown,
+            postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
+        )
+        self._begin = perf_counter()
+        self._input = self._output = 0
+
+    def update(self, request: Request) -> None:
+        self._input += len(request.prompt_token_ids)
+        self._output += len(request.output_token_ids)
+        seconds = max(perf_counter() - self._begin, 1e-9)
+        self._bar.postfix = (
+            f"est. speed input: {self._input / seconds:.2f} toks/s, "
+            f"output: {self._output / seconds:.2f} toks/s"
+        )
+        self._bar.update(1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,126 @@
+"""From arguments to a running engine: open the model, size the cache, load, start the scheduler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from nanoflow import _core
+from nanoflow.config import EngineArgs, EngineLimits, cpu_threads, derive_limits
+from nanoflow.loading import Checkpoint, open_checkpoint
+from nanoflow.schedule import find_schedule
+from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.loop import SchedulerLoop
+from nanoflow.scheduler.pages import PageAllocator
+from nanoflow.scheduler.policy import Policy
+from nanoflow.scheduler.slots import Slots
+from nanoflow.scheduler.state import SchedulerState
+from nanoflow.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A loaded model and the scheduler that feeds it."""
+
+    limits: EngineLimits
+    vocab_size: int
+    config: Mapping[str, Any]  # as in config.json
+    generation_config: Mapping[str, Any]  # as in generation_config.json
+    tokenizer: Tokenizer | None
+    loop: SchedulerLoop
+
+
+def start_runtime(args: EngineArgs) -> Runtime:
+    """Raises what class LLM says; whatever can be checked is checked before weights are read."""
+    begin = perf_counter()
+    checkpoint = open_checkpoint(
+        args.model, args.load_format, revision=args.revision, seed=args.seed
+    )
+    if args.cpu_isa not in ("auto", *_core.cpu_isas()):
+        raise ValueError(
+            f"cpu_isa={args.cpu_isa!r} does not run here; this CPU has "
+            + ", ".join(_core.cpu_isas())
+        )
+    backend = _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
+    schedule = find_schedule(args.schedule, backend.width)
+    tokenizer = None if args.skip_tokenizer_init else _open_tokenizer(args, checkpoint)
+    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    free_bytes = backend.free_memory
+    weights = _core.Weights(spec, backend)
+    limits = derive_limits(
+        args,
+        model_max_len=checkpoint.model.max_position_embeddings,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        free_bytes=max(0, free_bytes - weights.bytes),
+    )
+    if (
+        args.max_model_len is None
+        and limits.max_model_len < checkpoint.model.max_position_embeddings
+    ):
+        logger.warning(
+            "requests may have %d tokens, not the model's %d: the KV cache holds no more; raise "
+            "kv_cache_memory_bytes for longer ones",
+            limits.max_model_len,
+            checkpoint.model.max_position_embeddings,
+        )
+    opened = perf_counter()
+    checkpoint.load_weights(weights)
+    loaded = perf_counter()
+    engine = _core.Engine(_engine_config(limits), weights, schedule)
+    loop = _start_loop(engine, limits, schedule.cuts(), args.async_scheduling)
+    logger.info(
+        "%s on %s: opened in %.2f s, %d bytes of weights loaded in %.2f s, engine with %d pages of "
+        "%d tokens made in %.2f s",
+        args.model,
+        backend.description,
+        opened - begin,
+        weights.bytes,
+        loaded - opened,
+        limits.num_pages,
+        limits.page_size,
+        perf_counter() - loaded,
+    )
+    return Runtime(
+        limits=limits,
+        vocab_size=checkpoint.model.vocab_size,
+        config=checkpoint.config,
+        generation_config=checkpoint.generation_config,
+        tokenizer=tokenizer,
+        loop=loop,
+    )
+
+
+def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
+    if args.tokenizer is None:
+        return Tokenizer.from_source(checkpoint.tokenizer_source)
+    path = Path(args.tokenizer).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"tokenizer={str(args.tokenizer)!r} is no folder")
+    return Tokenizer.from_dir(path)
+
+
+def _engine_config(limits: EngineLimits) -> _core.EngineConfig:
+    return _core.EngineConfig(
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        page_size=limits.page_size,
+        num_pages=limits.num_pages,
+    )
+
+
+def _start_loop(
+    engine: _core.Engine, limits: EngineLimits, cuts: list[float], is_async: bool
+) -> SchedulerLoop:
+    state = SchedulerState(
+        Policy(Dealer(cuts, limits.max_num_seqs), limits.max_num_batched_tokens),
+        Slots(limits.max_num_seqs, limits.max_model_len, limits.page_size),
+        PageAllocator(limits.num_pages),
+    )
+    return SchedulerLoop(engine, _core.Batch, state, steps_in_flight=2 if is_async else 1)

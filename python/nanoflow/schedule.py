@@ -1,0 +1,132 @@
+"""Schedules by name or from JSON files. The format is told in csrc/pipeline/schedule.h."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanoflow._core import EngineError, LaneSpec, Schedule, StageSpec
+
+BUILT_IN = ("sequential", "nano", "overlap")
+_MEMORY_SHARE = 24 / 132  # of the device: its memory is saturated by a part of its width
+
+
+def built_in_schedule(name: str, width: int) -> Schedule:
+    """A schedule for a device of `width` threads or SMs.
+
+    sequential: one op after the other, over all rows and the whole device.
+    nano: the same with all rows cut in halves: what nano-batches cost before anything overlaps.
+    overlap: attention of one half beside o, mlp and the next layer's qkv of the other half.
+    Raises ValueError on another name.
+    """
+    if name == "sequential":
+        return Schedule(name, [LaneSpec("all", width)])
+    if name == "nano":
+        halves = StageSpec([0.5], "all")
+        stages = dict.fromkeys(("qkv", "attn", "o", "mlp"), halves)
+        return Schedule(name, [LaneSpec("all", width)], stages)
+    if name == "overlap":
+        memory = max(1, round(width * _MEMORY_SHARE))
+        lanes = [LaneSpec("compute", max(1, width - memory)), LaneSpec("memory", memory)]
+        compute = StageSpec([0.5], "compute")
+        stages = {**dict.fromkeys(("qkv", "o", "mlp"), compute), "attn": StageSpec([0.5], "memory")}
+        order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
+        return Schedule(name, lanes, stages, order)
+    raise ValueError(f"schedule {name!r} is unknown; known: {', '.join(BUILT_IN)}, or a JSON file")
+
+
+def find_schedule(schedule: str | Path | Schedule, width: int) -> Schedule:
+    """A built-in by its name, a file by its path, or the schedule itself."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    if not isinstance(schedule, str | Path):
+        raise TypeError(f"schedule={schedule!r} must be a name, the path of a file or a Schedule")
+    if schedule in BUILT_IN:
+        return built_in_schedule(str(schedule), width)
+    path = Path(schedule)
+    if path.suffix != ".json" and not path.exists():
+        return built_in_schedule(str(schedule), width)  # says which names there are
+    return load_schedule(path)
+
+
+def load_schedule(path: Path) -> Schedule:
+    """Reads a file. Raises FileNotFoundError, or ValueError naming the file and what is wrong."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no schedule file {path}")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    try:
+        return schedule_from_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def schedule_from_json(content: Any) -> Schedule:
+    """Raises ValueError naming the key that is unknown, missing or has a wrong value."""
+    _check_object("the schedule", content, required=("id", "lanes"), optional=("stages", "order"))
+    lanes, stages, order = content["lanes"], content.get("stages", {}), content.get("order", [])
+    _check_object("'lanes'", lanes)
+    _check_object("'stages'", stages)
+    if not isinstance(content["id"], str):
+        raise ValueError(f"'id' is {content['id']!r}, not a string")
+    for name, width in lanes.items():
+        if type(width) is not int:
+            raise ValueError(f"the width of lane {name!r} is {width!r}, not an integer")
+    if not isinstance(order, list) or not all(isinstance(item, str) for item in order):
+        raise ValueError(f"'order' is {order!r}, not a list of strings")
+    schedule = Schedule(
+        content["id"],
+        [LaneSpec(name, width) for name, width in lanes.items()],
+        {name: _stage_from_json(name, stage) for name, stage in stages.items()},
+        order,
+    )
+    try:
+        schedule.check()
+    except EngineError as error:
+        raise ValueError(str(error)) from error
+    return schedule
+
+
+def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
+    """What `schedule_from_json` reads."""
+    return {
+        "id": schedule.id,
+        "lanes": {lane.name: lane.width for lane in schedule.lanes},
+        "stages": {
+            name: {"split": stage.split, "lane": stage.lane}
+            for name, stage in schedule.stages.items()
+        },
+        "order": schedule.order,
+    }
+
+
+def _stage_from_json(name: str, stage: Any) -> StageSpec:
+    what = f"stage {name!r}"
+    _check_object(what, stage, optional=("split", "lane"))
+    split, lane = stage.get("split", []), stage.get("lane", "")
+    if not isinstance(split, list) or not all(type(cut) in (int, float) for cut in split):
+        raise ValueError(f"'split' of {what} is {split!r}, not a list of fractions")
+    if not isinstance(lane, str):
+        raise ValueError(f"'lane' of {what} is {lane!r}, not the name of a lane")
+    return StageSpec(split, lane)
+
+
+def _check_object(
+    what: str,
+    value: Any,
+    *,
+    required: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Any keys will do when none are named."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is {value!r}, not a JSON object")
+    known = required + optional
+    if known and (unknown := [key for key in value if key not in known]):
+        raise ValueError(f"{what} has an unknown key {unknown[0]!r}; known: {', '.join(known)}")
+    if missing := [key for key in required if key not in value]:
+        raise ValueError(f"{what} lacks the key {missing[0]!r}")
