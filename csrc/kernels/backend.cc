@@ -35,6 +35,8 @@ std::shared_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
 
 }  // namespace
 
+size_t Backend::attention_work_bytes(int, int, int, int) const { return 0; }
+
 std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& widths) {
   std::vector<std::unique_ptr<Lane>> lanes;
   for (int width : widths) lanes.push_back(make_lane(width));

@@ -72,6 +72,10 @@ class Backend {
   /// Enqueues a copy between any two of host and device memory.
   virtual void copy(void* to, const void* from, size_t bytes, Lane& lane) = 0;
   virtual Kernels& kernels() = 0;
+  /// Bytes of PlanAttention::work for batches of up to these sizes; 0 where attention needs no
+  /// plan.
+  virtual size_t attention_work_bytes(int requests, int rows, int num_heads,
+                                      int num_kv_heads) const;
 };
 
 /// Throws Error for a device this build or machine does not have, and says how to get it.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/error.h"
 #include "kernels/ops.h"
 
 namespace nanoflow {
@@ -19,6 +20,8 @@ class Kernels {
   virtual void run(const AddRmsNorm& op, Lane& lane) = 0;
   virtual void run(const Gemm& op, Lane& lane) = 0;
   virtual void run(const RopeAppend& op, Lane& lane) = 0;
+  /// Overridden by backends whose attention_work_bytes() is not 0; others are never given one.
+  virtual void run(const PlanAttention& op, Lane&) { fail(op.kName, " is no op of this backend"); }
   virtual void run(const Attention& op, Lane& lane) = 0;
   virtual void run(const SiluMul& op, Lane& lane) = 0;
   virtual void run(const GatherRows& op, Lane& lane) = 0;

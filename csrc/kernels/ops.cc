@@ -34,7 +34,14 @@ Regions Gemm::writes() const { return {memory(out)}; }
 Regions RopeAppend::reads() const { return {memory(qkv)}; }
 Regions RopeAppend::writes() const { return {memory(qkv), kv(rows)}; }
 
-Regions Attention::reads() const { return {rows_of(q, rows), kv(rows)}; }
+Regions PlanAttention::reads() const { return {}; }
+Regions PlanAttention::writes() const { return {memory(work)}; }
+
+Regions Attention::reads() const {
+  Regions regions = {rows_of(q, rows), kv(rows)};
+  if (work) regions.push_back(memory(work));
+  return regions;
+}
 Regions Attention::writes() const { return {rows_of(out, rows)}; }
 
 Regions SiluMul::reads() const { return {memory(gate_up)}; }

@@ -108,6 +108,21 @@ struct AttentionTables {
   Tensor page_indices;      // [pages in use] int32
 };
 
+/// Turns the tables of the requests in segments [segment_begin, segment_end) into what the
+/// Attention ops of all layers on a lane of this width read. Only for backends that ask for it
+/// (Backend::attention_work_bytes).
+struct PlanAttention {
+  AttentionTables tables;
+  int segment_begin, segment_end;
+  int num_heads, num_kv_heads;
+  Tensor work;  // [words] int32, contents private to the backend
+  KvRows rows;  // the rows these segments hold
+
+  static constexpr std::string_view kName = "plan_attention";
+  Regions reads() const;
+  Regions writes() const;
+};
+
 /// Causal paged attention of the requests in segments [segment_begin, segment_end). Row i of a
 /// request with n rows sees the first kv_len - n + 1 + i keys.
 struct Attention {
@@ -117,6 +132,7 @@ struct Attention {
   AttentionTables tables;
   int segment_begin, segment_end;
   float scale;  // on q·k, usually D^-1/2
+  Tensor work;  // PlanAttention's, or none
   KvRows rows;  // the rows these segments hold
 
   static constexpr std::string_view kName = "attention";
@@ -174,8 +190,8 @@ struct Sample {
   Regions writes() const;
 };
 
-using Op = std::variant<Embed, RmsNorm, AddRmsNorm, Gemm, RopeAppend, Attention, SiluMul,
-                        GatherRows, Sample>;
+using Op = std::variant<Embed, RmsNorm, AddRmsNorm, Gemm, RopeAppend, PlanAttention, Attention,
+                        SiluMul, GatherRows, Sample>;
 
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);

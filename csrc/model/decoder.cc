@@ -77,15 +77,28 @@ std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
 std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const {
   const DecoderBuffers& b = buffers_;
   const int64_t query_columns = static_cast<int64_t>(spec().num_heads) * spec().head_dim;
-  return {Attention{.q = b.qkv.slice_columns(0, query_columns),
-                    .out = b.attention_out,
-                    .k_cache = b.k_cache[layer],
-                    .v_cache = b.v_cache[layer],
-                    .tables = b.attention,
-                    .segment_begin = range.segment_begin,
-                    .segment_end = range.segment_end,
-                    .scale = 1.0f / std::sqrt(static_cast<float>(spec().head_dim)),
-                    .rows = kv_rows(layer, range)}};
+  const Tensor work = b.attention_work ? b.attention_work.select(0, range.segment_begin) : Tensor();
+  std::vector<Op> ops;
+  if (layer == 0 && work) {
+    ops.push_back(PlanAttention{.tables = b.attention,
+                                .segment_begin = range.segment_begin,
+                                .segment_end = range.segment_end,
+                                .num_heads = spec().num_heads,
+                                .num_kv_heads = spec().num_kv_heads,
+                                .work = work,
+                                .rows = kv_rows(layer, range)});
+  }
+  ops.push_back(Attention{.q = b.qkv.slice_columns(0, query_columns),
+                          .out = b.attention_out,
+                          .k_cache = b.k_cache[layer],
+                          .v_cache = b.v_cache[layer],
+                          .tables = b.attention,
+                          .segment_begin = range.segment_begin,
+                          .segment_end = range.segment_end,
+                          .scale = 1.0f / std::sqrt(static_cast<float>(spec().head_dim)),
+                          .work = work,
+                          .rows = kv_rows(layer, range)});
+  return ops;
 }
 
 std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {

@@ -47,6 +47,7 @@ struct DecoderBuffers {
   Tensor tokens, positions, kv_slots;  // [T] int32
   Tensor sample_rows;                  // [S] int32
   AttentionTables attention;
+  Tensor attention_work;  // [segments, words] int32, by a part's first segment; or none
   SamplingTables sampling;
 };
 

@@ -37,6 +37,8 @@ void Workspace::allocate_activations() {
   const int64_t samples = round_up(config_.max_num_seqs, granularity_);
   const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size;
   const DType dtype = spec_.dtype;
+  const size_t attention_bytes = backend_.attention_work_bytes(
+      config_.max_num_seqs, static_cast<int>(rows), spec_.num_heads, spec_.num_kv_heads);
   Arena& a = activations_;
   a.add("residual", dtype, {rows, hidden});
   a.add("normed", dtype, {rows, hidden});
@@ -52,7 +54,12 @@ void Workspace::allocate_activations() {
   a.add("token_pool", DType::kI32, {config_.max_num_seqs});
   a.add("sampled", DType::kI32, {samples});
   a.add("cos_sin", DType::kF32, {config_.max_model_len, spec_.head_dim});
+  if (attention_bytes > 0) {
+    const auto words = static_cast<int64_t>(attention_bytes / sizeof(int32_t));
+    a.add("attention_work", DType::kI32, {kMaxSegments, words});
+  }
   a.bind(backend_.allocate(a.bytes()));
+  if (attention_bytes > 0) buffers_.attention_work = a.tensor("attention_work");
   buffers_.residual = a.tensor("residual");
   buffers_.normed = a.tensor("normed");
   buffers_.qkv = a.tensor("qkv");
