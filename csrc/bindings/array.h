@@ -42,7 +42,8 @@ inline Tensor as_tensor(const pybind11::array& array) {
     NF_CHECK(array.strides(dim) % array.itemsize() == 0, "dimension ", dim,
              " of an array has a stride of ", array.strides(dim),
              " bytes, no multiple of its items' ", array.itemsize());
-    strides[dim] = array.strides(dim) / array.itemsize();
+    // NumPy gives any stride to a dimension that is never walked along.
+    strides[dim] = shape[dim] > 1 ? array.strides(dim) / array.itemsize() : 1;
   }
   const auto count = static_cast<size_t>(dims);
   return Tensor(const_cast<void*>(array.data()), dtype, Device{}, {shape.data(), count},

@@ -148,9 +148,10 @@ class RowSampler {
     for_logits(bound, [&](int64_t token) {
       b_.candidates[count++] = {logits_[token], 0.0f, static_cast<int32_t>(token)};
     });
+    cut_.logit = bound;
     if (count <= k) return;
     std::nth_element(b_.candidates, b_.candidates + k - 1, b_.candidates + count);
-    cut_.logit = std::max(cut_.logit, b_.candidates[k - 1].logit);
+    cut_.logit = b_.candidates[k - 1].logit;
   }
 
   /// Keeps a token if those before it in the order of candidates have less than `p` of the mass:

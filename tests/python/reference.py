@@ -1,0 +1,233 @@
+"""Plain NumPy oracles for every op and for a tiny decoder: slow, unpaged, in float64.
+
+Arrays that ops take hold float32, float16 or, as uint16, the bits of bfloat16: `encode` and
+`decode` convert. Oracles take and give float64 and round where the ops round to their dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+DTYPES = ("float32", "bfloat16", "float16")
+INVALID_LOGITS = -2
+
+
+def to_bf16(x: NDArray[Any]) -> NDArray[np.uint16]:
+    """Rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def encode(x: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """As the array an op takes."""
+    return to_bf16(x) if dtype == "bfloat16" else np.asarray(x).astype(dtype)
+
+
+def decode(array: NDArray[Any]) -> Floats:
+    values = from_bf16(array) if array.dtype == np.uint16 else array
+    return values.astype(np.float64)
+
+
+def rounded(x: NDArray[Any], dtype: str) -> Floats:
+    return decode(encode(x, dtype))
+
+
+def poisoned(shape: Sequence[int], dtype: str) -> NDArray[Any]:
+    """An output that holds NaN until an op writes it."""
+    return encode(np.full(shape, np.nan), dtype)
+
+
+def embed(tokens: Ints, token_pool: Ints, table: Floats) -> Floats:
+    return table[np.where(tokens >= 0, tokens, token_pool[-1 - np.minimum(tokens, -1)])]
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float, dtype: str) -> Floats:
+    normed = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+    return rounded(normed, dtype) * weight
+
+
+def gemm(x: Floats, weight: Floats) -> Floats:
+    return x @ weight.T
+
+
+def silu_mul(gate_up: Floats) -> Floats:
+    gate, up = np.split(gate_up, 2, axis=-1)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def rope_table(inv_freq: NDArray[Any], positions: int) -> NDArray[np.float32]:
+    """[positions, D]: D/2 cosines, then D/2 sines."""
+    angles = np.arange(positions)[:, None] * np.asarray(inv_freq, np.float64)[None, :]
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def rotate(heads: Floats, cos_sin: NDArray[np.float32]) -> Floats:
+    """heads [T, heads, D] by cos_sin [T, D]; element i is paired with i + D/2."""
+    cosine, sine = (part[:, None, :] for part in np.split(cos_sin.astype(np.float64), 2, axis=1))
+    first, second = np.split(heads, 2, axis=-1)
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+
+def attention(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
+    """Causal: q [n, Hq, D] are the last n of the positions of k and v [kv_len, Hkv, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.einsum("nhd,khd->hnk", q, k) * scale
+    visible = np.tri(len(q), len(k), len(k) - len(q), dtype=bool)
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("hnk,khd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """Keys and values [P, Hkv, page_size, D] with the page table of some requests."""
+
+    k_cache: NDArray[Any]
+    v_cache: NDArray[Any]
+    kv_len: Ints
+    page_indptr: Ints
+    page_indices: Ints
+
+    @property
+    def page_size(self) -> int:
+        return int(self.k_cache.shape[2])
+
+    def slots(self, request: int, positions: NDArray[Any]) -> Ints:
+        """Where those positions of a request lie: page * page_size + offset."""
+        pages = self.page_indices[self.page_indptr[request] + positions // self.page_size]
+        return (pages * self.page_size + positions % self.page_size).astype(np.int32)
+
+    def gather(self, cache: NDArray[Any], request: int) -> Floats:
+        """A request's keys or values [kv_len, Hkv, D]."""
+        slots = self.slots(request, np.arange(self.kv_len[request]))
+        return decode(cache[slots // self.page_size, :, slots % self.page_size])
+
+
+def paged_cache(
+    rng: np.random.Generator,
+    kv_len: Sequence[int],
+    *,
+    page_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    spare_pages: int = 2,
+) -> PagedCache:
+    """Random keys and values of requests on shuffled pages; all unused room holds NaN.
+
+    k_cache and v_cache are interleaved as in the engine: the views have gaps between pages.
+    """
+    counts = [-(-length // page_size) for length in kv_len]
+    order = rng.permutation(sum(counts) + spare_pages)
+    both = poisoned((len(order), 2, kv_heads, page_size, head_dim), dtype)
+    cache = PagedCache(
+        k_cache=both[:, 0],
+        v_cache=both[:, 1],
+        kv_len=np.array(kv_len, np.int32),
+        page_indptr=np.cumsum([0, *counts]).astype(np.int32),
+        page_indices=order[: sum(counts)].astype(np.int32),
+    )
+    for request, length in enumerate(kv_len):
+        slots = cache.slots(request, np.arange(length))
+        for view in (cache.k_cache, cache.v_cache):
+            values = encode(rng.standard_normal((length, kv_heads, head_dim)), dtype)
+            view[slots // page_size, :, slots % page_size] = values
+    return cache
+
+
+def allowed_probabilities(
+    logits: NDArray[np.float32],
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    banned: Sequence[int] = (),
+) -> Floats:
+    """The distribution a row is drawn from: temperature, min_p, top_k, top_p in this order."""
+    x = logits.astype(np.float64)
+    x[list(banned)] = -np.inf
+    p = np.exp((x - x.max()) / temperature)
+    p[p < min_p] = 0.0
+    if 0 < top_k < len(p):
+        p[x < np.sort(x)[-top_k]] = 0.0
+    p /= p.sum()
+    order = np.lexsort((np.arange(len(x)), -x))
+    before = np.cumsum(p[order]) - p[order]
+    dropped = order[1:][before[1:] >= top_p]
+    if top_p < 1.0:
+        p[dropped] = 0.0
+    return p / p.sum()
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Philox4x32-10 in Python's integers."""
+    c, k, mask = list(counter), list(key), 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & mask, (a >> 32) ^ c[3] ^ k[1], a & mask]
+        k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
+    return c
+
+
+def uniform(seed: int, counter: int) -> float:
+    """The number in [0, 1) that a draw uses."""
+    words = philox4x32([counter, 0, 0, 0], [seed & 0xFFFFFFFF, seed >> 32])
+    return float(((words[1] << 32 | words[0]) >> 11) * 2.0**-53)
+
+
+class Spec(Protocol):
+    """What `llama_logits` needs of a `_core.ModelSpec`."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_inv_freq: Sequence[float]
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    dtype: str
+
+
+def llama_logits(spec: Spec, weights: Mapping[str, NDArray[Any]], tokens: Sequence[int]) -> Floats:
+    """Logits [T, V] of one whole sequence; weights by the names of `_core.Weights.shapes()`."""
+
+    def w(name: str) -> Floats:
+        return rounded(weights[name], spec.dtype)
+
+    def store(x: Floats) -> Floats:
+        return rounded(x, spec.dtype)
+
+    length, width = len(tokens), spec.head_dim
+    heads, kv_heads = spec.num_heads, spec.num_kv_heads
+    cos_sin = rope_table(np.asarray(spec.rope_inv_freq), length)
+    residual = w("embed")[np.asarray(tokens)]
+    for layer in range(spec.num_layers):
+        name = f"layers.{layer}."
+        normed = store(rms_norm(residual, w(name + "input_norm"), spec.rms_norm_eps, spec.dtype))
+        qkv = store(gemm(normed, w(name + "qkv"))).reshape(length, heads + 2 * kv_heads, width)
+        rotated = store(rotate(qkv[:, : heads + kv_heads], cos_sin))
+        values = qkv[:, heads + kv_heads :]
+        attended = attention(rotated[:, :heads], rotated[:, heads:], values, width**-0.5)
+        branch = store(gemm(store(attended.reshape(length, heads * width)), w(name + "o")))
+        residual = store(residual + branch)
+        normed = store(rms_norm(residual, w(name + "post_norm"), spec.rms_norm_eps, spec.dtype))
+        inner = store(silu_mul(store(gemm(normed, w(name + "gate_up")))))
+        residual = store(residual + store(gemm(inner, w(name + "down"))))
+    normed = store(rms_norm(residual, w("norm"), spec.rms_norm_eps, spec.dtype))
+    return gemm(normed, w("embed" if spec.tie_word_embeddings else "lm_head"))

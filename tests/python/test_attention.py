@@ -1,0 +1,258 @@
+"""Paged attention against NumPy, and the rule that how rows are batched changes no bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import reference
+from conftest import Tolerance
+from nanoflow import _core
+from reference import PagedCache, decode, encode, poisoned
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Requests whose last rows are in the step: one row is a decode, more are a prefill chunk."""
+
+    q: NDArray[Any]  # [T, Hq, D], the rows of all requests in turn
+    rows: tuple[int, ...]
+    cache: PagedCache
+    dtype: str
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[2] ** -0.5)
+
+    def expected(self) -> NDArray[np.float64]:
+        parts = []
+        for request, queries in enumerate(np.split(decode(self.q), np.cumsum(self.rows)[:-1])):
+            k = self.cache.gather(self.cache.k_cache, request)
+            v = self.cache.gather(self.cache.v_cache, request)
+            parts.append(reference.attention(queries, k, v, self.scale))
+        return np.concatenate(parts)
+
+
+def make_problem(
+    rng: Rng,
+    dtype: str,
+    rows: Sequence[int],
+    kv_len: Sequence[int],
+    *,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    page_size: int = 16,
+) -> Problem:
+    cache = reference.paged_cache(
+        rng, kv_len, page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+    )
+    q = encode(2 * rng.standard_normal((sum(rows), heads, head_dim)), dtype)
+    return Problem(q=q, rows=tuple(rows), cache=cache, dtype=dtype)
+
+
+def run(
+    backend: _core.Backend,
+    problem: Problem,
+    *,
+    width: int = 0,
+    row_begin: Sequence[int] | None = None,
+    total_rows: int = 0,
+    segments: Sequence[int] | None = None,
+    segment_range: tuple[int, int] = (0, 1),
+) -> NDArray[Any]:
+    """Output of all rows; q lies in a buffer with room for k and v beside it, as qkv does."""
+    if row_begin is None:
+        row_begin = [0, *np.cumsum(problem.rows)[:-1]]
+    cache, (_, heads, head_dim) = problem.cache, problem.q.shape
+    columns = heads * head_dim
+    qkv = poisoned((total_rows or sum(problem.rows), columns + 2 * head_dim), problem.dtype)
+    out = poisoned((len(qkv), columns), problem.dtype)
+    taken = np.concatenate([b + np.arange(n) for b, n in zip(row_begin, problem.rows, strict=True)])
+    qkv[taken, :columns] = problem.q.reshape(-1, columns)
+    spare = [-7] * 3  # tables are longer than what is in use
+    _core.run_op(
+        "attention",
+        backend,
+        width=width,
+        q=qkv[:, :columns],
+        out=out,
+        k_cache=cache.k_cache,
+        v_cache=cache.v_cache,
+        segment_requests=np.array(segments or [0, len(problem.rows)], np.int32),
+        row_begin=np.array([*row_begin, *spare], np.int32),
+        row_count=np.array([*problem.rows, *spare], np.int32),
+        kv_len=np.array([*cache.kv_len, *spare], np.int32),
+        page_indptr=np.array([*cache.page_indptr, *spare], np.int32),
+        page_indices=np.array([*cache.page_indices, *spare], np.int32),
+        segment_begin=segment_range[0],
+        segment_end=segment_range[1],
+        scale=problem.scale,
+    )
+    untouched = np.ones(len(out), bool)
+    untouched[taken] = False
+    assert np.isnan(decode(out)[untouched]).all()
+    return out[taken].reshape(problem.q.shape)
+
+
+SHAPES = [
+    # heads, kv_heads, head_dim, page_size
+    (9, 3, 64, 64),
+    (8, 2, 128, 16),
+    (4, 4, 32, 5),
+    (6, 1, 80, 48),
+    (5, 1, 6, 7),
+    (2, 2, 96, 1),
+    (40, 1, 64, 16),
+]
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim, page_size", SHAPES)
+def test_attention_of_a_mixed_batch(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+) -> None:
+    """Decodes and prefill chunks whose keys end at, before and after pages and blocks of keys."""
+    rows = [1, 1, 1, 1, 1, 1, 3, 17, 33, 127]
+    kv_len = [1, 15, 16, 17, 64, 600, 3, 81, 65, 190]
+    problem = make_problem(
+        rng,
+        dtype,
+        rows,
+        kv_len,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+    )
+    tolerance.check(run(backend, problem), problem.expected())
+
+
+def test_a_decode_of_every_context(
+    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng
+) -> None:
+    kv_len = [*range(1, 200, 3), 255, 256, 257, 511, 512, 513]
+    problem = make_problem(rng, dtype, [1] * len(kv_len), kv_len, heads=3, kv_heads=1)
+    tolerance.check(run(backend, problem), problem.expected())
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_how_a_prefill_is_cut_changes_no_bit(
+    backend: _core.Backend, dtype: str, rng: Rng, head_dim: int
+) -> None:
+    length = 211
+    problem = make_problem(rng, dtype, [length], [length], head_dim=head_dim, heads=9, kv_heads=3)
+    whole = run(backend, problem, width=1)
+    cuts = [0, 1, 2, 63, 64, 65, 130, 194, 210, length]
+    for begin, end in pairwise(cuts):
+        cache = problem.cache
+        part = Problem(
+            q=problem.q[begin:end],
+            rows=(end - begin,),
+            cache=PagedCache(
+                cache.k_cache,
+                cache.v_cache,
+                np.array([end], np.int32),
+                cache.page_indptr,
+                cache.page_indices,
+            ),
+            dtype=dtype,
+        )
+        np.testing.assert_array_equal(run(backend, part), whole[begin:end])
+
+
+def test_batch_and_width_change_no_bit(backend: _core.Backend, dtype: str, rng: Rng) -> None:
+    rows, kv_len = (1, 5, 1, 70), (100, 77, 3, 130)
+    problem = make_problem(rng, dtype, rows, kv_len)
+    together = run(backend, problem, width=1)
+    for width in (2, 3):
+        np.testing.assert_array_equal(run(backend, problem, width=width), together)
+    first = 0
+    for request, count in enumerate(rows):
+        pages = problem.cache.page_indptr[request : request + 2]
+        alone = Problem(
+            q=problem.q[first : first + count],
+            rows=(count,),
+            cache=PagedCache(
+                problem.cache.k_cache,
+                problem.cache.v_cache,
+                problem.cache.kv_len[request : request + 1],
+                (pages - pages[0]).astype(np.int32),
+                problem.cache.page_indices[pages[0] : pages[1]],
+            ),
+            dtype=dtype,
+        )
+        np.testing.assert_array_equal(run(backend, alone), together[first : first + count])
+        first += count
+
+
+def test_page_size_changes_no_bit(backend: _core.Backend, dtype: str) -> None:
+    results = []
+    for page_size in (1, 7, 16, 64, 256):
+        rng = np.random.default_rng(3)
+        dense = encode(rng.standard_normal((2, 150, 2, 64)), dtype)
+        problem = make_problem(rng, dtype, [40], [150], page_size=page_size)
+        slots = problem.cache.slots(0, np.arange(150))
+        problem.cache.k_cache[slots // page_size, :, slots % page_size] = dense[0]
+        problem.cache.v_cache[slots // page_size, :, slots % page_size] = dense[1]
+        q = encode(np.random.default_rng(4).standard_normal((40, 6, 64)), dtype)
+        results.append(run(backend, Problem(q, (40,), problem.cache, dtype)))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_segments_and_padding(
+    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng
+) -> None:
+    """Rows are found by row_begin; only the requests of the op's segments are computed."""
+    rows, kv_len, begin = (1, 1, 9), (20, 70, 40), (0, 4, 8)
+    problem = make_problem(rng, dtype, rows, kv_len)
+    options = {"row_begin": begin, "total_rows": 20, "segments": [0, 1, 1, 3]}
+    expected = problem.expected()
+    both = run(backend, problem, **options, segment_range=(0, 3))
+    tolerance.check(both, expected)
+    last = run(backend, problem, **options, segment_range=(2, 3))
+    np.testing.assert_array_equal(last[1:], both[1:])
+    assert np.isnan(decode(last[:1])).all()
+    nothing = run(backend, problem, **options, segment_range=(1, 2))
+    assert np.isnan(decode(nothing)).all()
+
+
+def test_later_values_never_reach_earlier_rows(backend: _core.Backend, dtype: str) -> None:
+    """A key or value that is not finite spoils the rows that see it, and no other."""
+    rng = np.random.default_rng(5)
+    problem = make_problem(rng, dtype, [100], [100])
+    clean = run(backend, problem)
+    for view, value in ((problem.cache.v_cache, np.inf), (problem.cache.k_cache, np.nan)):
+        slot = problem.cache.slots(0, np.array([70]))
+        page = (slot // 16, slice(None), slot % 16)
+        kept = view[page].copy()
+        view[page] = encode(np.full(kept.shape, value), dtype)
+        spoilt = run(backend, problem)
+        view[page] = kept
+        np.testing.assert_array_equal(spoilt[:70], clean[:70])
+        assert not np.isfinite(decode(spoilt[70:])).any()
+
+
+def test_large_scores_do_not_overflow(
+    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng
+) -> None:
+    problem = make_problem(rng, dtype, [1, 40], [300, 90])
+    problem = Problem(encode(20 * decode(problem.q), dtype), problem.rows, problem.cache, dtype)
+    actual, expected = decode(run(backend, problem)), problem.expected()
+    assert np.isfinite(actual).all()
+    tolerance.check(encode(actual, dtype), expected)
