@@ -98,6 +98,16 @@ class LLM:
         return self._processor.default_params()
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._runtime.vocab_size
+
+    @property
+    def device_description(self) -> str:
+        """The device and how it is used, in words."""
+        return self._runtime.device
+
+    @property
     def step_listener(self) -> StepListener | None:
         """Called in the scheduler's thread with a StepStats after every step; must not block."""
         return self._runtime.loop.step_listener
@@ -132,22 +142,29 @@ class LLM:
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         index_of: dict[str, int] = {}
         requests: list[Request] = []
-        errors: list[Exception] = []
+        errors: dict[int, ValueError] = {}
         encoded = self._processor.encode(prompts)
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             number = next(self._numbers)
             try:
                 request = self._processor.make_request(number, ids, params[index], done.put)
             except ValueError as error:
-                errors.append(error)
+                errors[index] = error
                 outputs[index] = self._processor.failed_output(number, prompt, ids, error)
                 continue
             index_of[request.id] = index
             requests.append(request)
-        if errors and not requests:
-            raise errors[0]
-        for failure in errors:
-            logger.warning("one of %d prompts cannot be run: %s", len(prompts), failure)
+        if errors:
+            first = min(errors)
+            if not requests:
+                raise errors[first]
+            logger.warning(
+                "%d of %d prompts cannot be run; prompts[%d]: %s",
+                len(errors),
+                len(prompts),
+                first,
+                errors[first],
+            )
         with Progress(len(requests), use_tqdm) as progress:
             for request in self._finished(requests, done):
                 index = index_of[request.id]

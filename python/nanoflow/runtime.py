@@ -29,6 +29,7 @@ class Runtime:
     """A loaded model and the scheduler that feeds it."""
 
     limits: EngineLimits
+    device: str  # what the backend says of itself
     vocab_size: int
     config: Mapping[str, Any]  # as in config.json
     generation_config: Mapping[str, Any]  # as in generation_config.json
@@ -88,6 +89,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     )
     return Runtime(
         limits=limits,
+        device=backend.description,
         vocab_size=checkpoint.model.vocab_size,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,

@@ -122,6 +122,10 @@ class Tokenizer:
             template = {t["name"]: t["template"] for t in template}.get("default")
         return cls(backend, special_tokens=special_tokens, chat_template=template)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens spelled out in it become their ids."""
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
