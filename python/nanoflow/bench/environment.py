@@ -1,0 +1,56 @@
+"""What a result must say about where it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+
+def versions(packages: Iterable[str] = ("nanoflow", "numpy", "tokenizers")) -> dict[str, str]:
+    """Versions of Python and of installed packages; "not installed" for an absent one."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def command_line() -> str:
+    """The command of this process as a user types it, without folders of the machine."""
+    program = Path(sys.argv[0])
+    interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]
+    if "-m" in interpreter:
+        start = ["python", "-m", interpreter[interpreter.index("-m") + 1]]
+    elif program.suffix == ".py":
+        start = ["python", os.path.relpath(program)]
+    else:
+        start = [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def cpu_model() -> str:
+    """Name of the processor, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the working directory's repository, "-dirty" when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,136 @@
+"""Runs a workload at once through an LLM and says how fast it went, in vLLM's words and more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+from nanoflow.bench.datasets import Request
+from nanoflow.bench.steady import DEFINITION, SteadyState, Step, steady_state
+from nanoflow.outputs import RequestOutput
+from nanoflow.sampling_params import SamplingParams
+
+
+class Generator(Protocol):
+    """What is measured: `nanoflow.LLM`, or a fake of it in tests."""
+
+    step_listener: Any
+
+    def generate(
+        self, prompts: Any, sampling_params: Any, *, use_tqdm: bool
+    ) -> list[RequestOutput]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One run: all requests given at once, until the last has its text."""
+
+    seconds: float
+    num_requests: int
+    input_tokens: int
+    output_tokens: int
+    steps: int
+    steady: SteadyState | None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+def measure(
+    llm: Generator,
+    requests: Sequence[Request],
+    *,
+    temperature: float,
+    detokenize: bool,
+    seed: int,
+    use_tqdm: bool = True,
+) -> Measurement:
+    """Raises RuntimeError when a request did not generate all of its tokens."""
+    prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
+    params = [
+        SamplingParams(
+            temperature=temperature,
+            seed=seed + index,
+            max_tokens=request.output_len,
+            ignore_eos=True,
+            detokenize=detokenize,
+        )
+        for index, request in enumerate(requests)
+    ]
+    steps: list[Step] = []
+    llm.step_listener = steps.append
+    try:
+        begin = perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
+        seconds = perf_counter() - begin
+    finally:
+        llm.step_listener = None
+    for request, output in zip(requests, outputs, strict=True):
+        generated = len(output.outputs[0].token_ids)
+        if generated != request.output_len:
+            raise RuntimeError(
+                f"request {output.request_id} generated {generated} tokens instead of "
+                f"{request.output_len}"
+            )
+    return Measurement(
+        seconds=seconds,
+        num_requests=len(requests),
+        input_tokens=sum(len(request.prompt_token_ids) for request in requests),
+        output_tokens=sum(request.output_len for request in requests),
+        steps=len(steps),
+        steady=steady_state(steps),
+    )
+
+
+def lines(run: Measurement) -> list[str]:
+    """The three lines of `vllm bench throughput`, as scripts parse them, then ours."""
+    rate = 1 / run.seconds
+    text = [
+        f"Throughput: {run.num_requests * rate:.2f} requests/s, "
+        f"{run.total_tokens * rate:.2f} total tokens/s, "
+        f"{run.output_tokens * rate:.2f} output tokens/s",
+        f"Total num prompt tokens:  {run.input_tokens}",
+        f"Total num output tokens:  {run.output_tokens}",
+        f"Mean lengths: {run.input_tokens / run.num_requests:.1f} in, "
+        f"{run.output_tokens / run.num_requests:.1f} out",
+        f"Whole run: {run.total_tokens * rate:.2f} total tokens/s in {run.seconds:.2f} s, "
+        f"{run.steps} steps",
+    ]
+    if run.steady is None:
+        text.append("Steady state: none, all requests were running before the first ended")
+    else:
+        text.append(
+            f"Steady state: {run.steady.tokens_per_second:.2f} total tokens/s in "
+            f"{run.steady.seconds:.2f} s, {run.steady.steps} steps"
+        )
+    return text
+
+
+def to_json(run: Measurement) -> dict[str, Any]:
+    """The fields of `vllm bench throughput` and of SGLang's offline benchmark, then ours."""
+    rate = 1 / run.seconds
+    return {
+        "elapsed_time": run.seconds,
+        "num_requests": run.num_requests,
+        "total_num_tokens": run.total_tokens,
+        "requests_per_second": run.num_requests * rate,
+        "tokens_per_second": run.total_tokens * rate,
+        "total_input_tokens": run.input_tokens,
+        "total_output_tokens": run.output_tokens,
+        "request_throughput": run.num_requests * rate,
+        "input_throughput": run.input_tokens * rate,
+        "output_throughput": run.output_tokens * rate,
+        "total_throughput": run.total_tokens * rate,
+        "total_token_throughput": run.total_tokens * rate,
+        "mean_input_len": run.input_tokens / run.num_requests,
+        "mean_output_len": run.output_tokens / run.num_requests,
+        "num_steps": run.steps,
+        "steady_total_tok_s": run.steady and run.steady.tokens_per_second,
+        "steady_state": {
+            "definition": DEFINITION,
+            "window": run.steady and asdict(run.steady),
+        },
+    }
