@@ -1,8 +1,8 @@
-#include "kernels/cpu/random.h"
+#include "kernels/random.h"
 
 #include <doctest/doctest.h>
 
-namespace nanoflow::cpu {
+namespace nanoflow {
 namespace {
 
 using Words = std::array<uint32_t, 4>;
@@ -32,4 +32,4 @@ TEST_CASE("uniform numbers depend on the whole seed and stay below one") {
 }
 
 }  // namespace
-}  // namespace nanoflow::cpu
+}  // namespace nanoflow

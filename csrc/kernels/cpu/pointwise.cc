@@ -3,9 +3,9 @@
 #include <cstring>
 
 #include "core/error.h"
-#include "core/match.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/math_loops.h"
+#include "kernels/shapes.h"
 
 // Embed, norms, rotation with KV append, SiLU and gathers: threads share the rows.
 
@@ -38,11 +38,6 @@ int64_t token_of(const Embed& op, int64_t row) {
   NF_CHECK(slot < op.token_pool.size(0), "embed: token ", token, " of row ", row,
            " stands for slot ", slot, " of a pool of ", op.token_pool.size(0));
   return op.token_pool.data<int32_t>()[slot];
-}
-
-void check_cache(ShapeMatcher& match, const Tensor& k_cache, const Tensor& v_cache, DType dtype) {
-  match("k_cache", k_cache, {"P", "Hkv", "page_size", "D"}).dtype(dtype).contiguous_rows();
-  match("v_cache", v_cache, {"P", "Hkv", "page_size", "D"}).dtype(dtype).contiguous_rows();
 }
 
 /// Copies the KV heads of a row into a page.
@@ -82,12 +77,8 @@ void rope_append_row(const RopeAppend& op, const PointwiseLoops& loops, int64_t 
 }  // namespace
 
 void CpuKernels::run(const Embed& op, Lane& lane) {
-  ShapeMatcher match(Embed::kName);
-  match("tokens", op.tokens, {"T"}).dtype(DType::kI32).contiguous_rows();
-  match("token_pool", op.token_pool, {"slots"}).dtype(DType::kI32).contiguous_rows();
-  match("table", op.table, {"V", "H"}).contiguous_rows();
-  match("out", op.out, {"T", "H"}).dtype(op.table.dtype()).contiguous_rows();
-  for_rows(lane, match["T"], [op](int64_t row) {
+  check_shapes(op);
+  for_rows(lane, op.out.size(0), [op](int64_t row) {
     const int64_t token = token_of(op, row);
     NF_CHECK(token >= 0 && token < op.table.size(0), "embed: row ", row, " holds token ", token,
              " but the vocabulary has ", op.table.size(0));
@@ -96,26 +87,17 @@ void CpuKernels::run(const Embed& op, Lane& lane) {
 }
 
 void CpuKernels::run(const RmsNorm& op, Lane& lane) {
-  const DType dtype = op.x.dtype();
-  const PointwiseLoops& loops = loop_set(isa_).of(dtype, RmsNorm::kName).pointwise;
-  ShapeMatcher match(RmsNorm::kName);
-  match("x", op.x, {"T", "H"}).contiguous_rows();
-  match("out", op.out, {"T", "H"}).dtype(dtype).contiguous_rows();
-  match("weight", op.weight, {"H"}).dtype(dtype).contiguous_rows();
-  for_rows(lane, match["T"], [op, &loops](int64_t row) {
+  const PointwiseLoops& loops = loop_set(isa_).of(op.x.dtype(), RmsNorm::kName).pointwise;
+  check_shapes(op);
+  for_rows(lane, op.x.size(0), [op, &loops](int64_t row) {
     loops.rms_norm(row_of(op.x, row), op.weight.bytes(), row_of(op.out, row), op.x.size(1), op.eps);
   });
 }
 
 void CpuKernels::run(const AddRmsNorm& op, Lane& lane) {
-  const DType dtype = op.x.dtype();
-  const PointwiseLoops& loops = loop_set(isa_).of(dtype, AddRmsNorm::kName).pointwise;
-  ShapeMatcher match(AddRmsNorm::kName);
-  match("x", op.x, {"T", "H"}).contiguous_rows();
-  match("residual", op.residual, {"T", "H"}).dtype(dtype).contiguous_rows();
-  match("out", op.out, {"T", "H"}).dtype(dtype).contiguous_rows();
-  match("weight", op.weight, {"H"}).dtype(dtype).contiguous_rows();
-  for_rows(lane, match["T"], [op, &loops](int64_t row) {
+  const PointwiseLoops& loops = loop_set(isa_).of(op.x.dtype(), AddRmsNorm::kName).pointwise;
+  check_shapes(op);
+  for_rows(lane, op.x.size(0), [op, &loops](int64_t row) {
     std::byte* residual = row_of(op.residual, row);
     loops.add(residual, row_of(op.x, row), op.x.size(1));
     loops.rms_norm(residual, op.weight.bytes(), row_of(op.out, row), op.x.size(1), op.eps);
@@ -123,42 +105,23 @@ void CpuKernels::run(const AddRmsNorm& op, Lane& lane) {
 }
 
 void CpuKernels::run(const RopeAppend& op, Lane& lane) {
-  const DType dtype = op.qkv.dtype();
-  const PointwiseLoops& loops = loop_set(isa_).of(dtype, RopeAppend::kName).pointwise;
-  ShapeMatcher match(RopeAppend::kName);
-  match("qkv", op.qkv, {"T", "columns"}).contiguous_rows();
-  match("positions", op.positions, {"T"}).dtype(DType::kI32).contiguous_rows();
-  match("kv_slots", op.kv_slots, {"T"}).dtype(DType::kI32).contiguous_rows();
-  match("cos_sin", op.cos_sin, {"max_positions", "D"}).dtype(DType::kF32).contiguous_rows();
-  check_cache(match, op.k_cache, op.v_cache, dtype);
-  const int64_t D = match["D"];
-  NF_CHECK(D % 2 == 0, "rope_append: head dim ", D, " is odd");
-  NF_CHECK(match["columns"] % D == 0 && match["columns"] > 2 * match["Hkv"] * D,
-           "rope_append: qkv is ", op.qkv, " but needs q heads, ", match["Hkv"], " k heads and ",
-           match["Hkv"], " v heads of ", D);
-  for_rows(lane, match["T"], [op, &loops](int64_t row) { rope_append_row(op, loops, row); });
+  const PointwiseLoops& loops = loop_set(isa_).of(op.qkv.dtype(), RopeAppend::kName).pointwise;
+  check_shapes(op);
+  for_rows(lane, op.qkv.size(0), [op, &loops](int64_t row) { rope_append_row(op, loops, row); });
 }
 
 void CpuKernels::run(const SiluMul& op, Lane& lane) {
-  const DType dtype = op.gate_up.dtype();
-  const PointwiseLoops& loops = loop_set(isa_).of(dtype, SiluMul::kName).pointwise;
-  ShapeMatcher match(SiluMul::kName);
-  match("gate_up", op.gate_up, {"T", "2 I"}).contiguous_rows();
-  match("out", op.out, {"T", "I"}).dtype(dtype).contiguous_rows();
-  NF_CHECK(match["2 I"] == 2 * match["I"], "silu_mul: gate_up is ", op.gate_up, " but out is ",
-           op.out, "; gate_up needs twice its columns");
-  for_rows(lane, match["T"], [op, &loops](int64_t row) {
+  const PointwiseLoops& loops = loop_set(isa_).of(op.gate_up.dtype(), SiluMul::kName).pointwise;
+  check_shapes(op);
+  for_rows(lane, op.out.size(0), [op, &loops](int64_t row) {
     const std::byte* gate = row_of(op.gate_up, row);
     loops.silu_mul(gate, gate + row_bytes(op.out), row_of(op.out, row), op.out.size(1));
   });
 }
 
 void CpuKernels::run(const GatherRows& op, Lane& lane) {
-  ShapeMatcher match(GatherRows::kName);
-  match("x", op.x, {"T", "H"}).contiguous_rows();
-  match("index", op.index, {"S"}).dtype(DType::kI32).contiguous_rows();
-  match("out", op.out, {"S", "H"}).dtype(op.x.dtype()).contiguous_rows();
-  for_rows(lane, match["S"], [op](int64_t row) {
+  check_shapes(op);
+  for_rows(lane, op.out.size(0), [op](int64_t row) {
     const int32_t index = op.index.data<int32_t>()[row];
     NF_CHECK(index < op.x.size(0), "gather_rows: index ", index, " of row ", row, " is outside x, ",
              op.x);

@@ -5,11 +5,11 @@
 #include <limits>
 
 #include "core/error.h"
-#include "core/match.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/math_loops.h"
 #include "kernels/cpu/math_scratch.h"
-#include "kernels/cpu/random.h"
+#include "kernels/random.h"
+#include "kernels/shapes.h"
 
 // One row at a time, each on the thread that is free. Filters are applied in vLLM's order:
 // temperature, min_p, top_k, top_p, each on what the one before has left. As all of them keep the
@@ -270,34 +270,10 @@ void sample_row(const Sample& op, const SamplingLoops& loops, const RowBuffers& 
   op.token_pool.data<int32_t>()[slot] = std::max(sampled, 0);
 }
 
-void check(const Sample& op) {
-  ShapeMatcher match(Sample::kName);
-  match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
-  const auto table = [&](std::string_view name, const Tensor& tensor, std::string_view size,
-                         DType dtype) {
-    match(name, tensor, {size}).dtype(dtype).contiguous_rows();
-  };
-  const SamplingTables& tables = op.tables;
-  table("slots", tables.slots, "S", DType::kI32);
-  table("temperature", tables.temperature, "S", DType::kF32);
-  table("top_p", tables.top_p, "S", DType::kF32);
-  table("min_p", tables.min_p, "S", DType::kF32);
-  table("top_k", tables.top_k, "S", DType::kI32);
-  table("seed", tables.seed, "S", DType::kU64);
-  table("counter", tables.counter, "S", DType::kI32);
-  table("banned_indptr", tables.banned_indptr, "S + 1", DType::kI32);
-  table("banned", tables.banned, "banned", DType::kI32);
-  table("token_pool", op.token_pool, "slots", DType::kI32);
-  table("sampled", op.sampled, "S", DType::kI32);
-  NF_CHECK(match["S + 1"] == match["S"] + 1, "sample: banned_indptr is ", tables.banned_indptr,
-           " for ", match["S"], " rows");
-  NF_CHECK(match["V"] > 0, "sample: logits is ", op.logits, ", without a vocabulary");
-}
-
 }  // namespace
 
 void CpuKernels::run(const Sample& op, Lane& lane) {
-  check(op);
+  check_shapes(op);
   const SamplingLoops& loops = loop_set(isa_).sampling;
   const int64_t rows = op.logits.size(0), V = op.logits.size(1);
   const size_t scratch = RowBuffers(nullptr, V).bytes;

@@ -3,12 +3,12 @@
 #include <array>
 #include <cstdint>
 
-namespace nanoflow::cpu {
+namespace nanoflow {
 
 /// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11): four random
 /// words that depend on counter and key alone.
-inline std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter,
-                                          std::array<uint32_t, 2> key) {
+constexpr std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter,
+                                             std::array<uint32_t, 2> key) {
   constexpr int kRounds = 10;
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = uint64_t{0xd2511f53} * counter[0];
@@ -22,11 +22,11 @@ inline std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter,
 }
 
 /// Uniform in [0, 1), 53 bits of it.
-inline double uniform(uint64_t seed, uint32_t counter) {
+constexpr double uniform(uint64_t seed, uint32_t counter) {
   const auto words = philox4x32({counter, 0, 0, 0},
                                 {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   const uint64_t bits = (uint64_t{words[1]} << 32 | words[0]) >> 11;
   return static_cast<double>(bits) * 0x1p-53;
 }
 
-}  // namespace nanoflow::cpu
+}  // namespace nanoflow

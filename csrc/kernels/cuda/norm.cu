@@ -1,0 +1,161 @@
+#include <algorithm>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/grid.h"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/pack.cuh"
+#include "kernels/shapes.h"
+
+// RMS norms: a block takes a row at a time and keeps it in registers, so that each value is read
+// and written once. A row's result does not depend on the other rows.
+
+namespace nanoflow::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kUsualThreads = 256;
+constexpr int kThreadsPerSm = 2048;
+
+template <typename T>
+struct NormArgs {
+  const T* x;
+  T* residual;  // null: no addition
+  T* out;
+  const T* weight;
+  int64_t x_stride, residual_stride, out_stride, rows;
+  int packs;  // of a row
+  float eps;
+};
+
+/// The sum over all threads of the block, in every thread.
+__device__ float block_sum(float value) {
+  __shared__ float parts[kMaxThreads / kWarp];
+  const int warps = (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp;
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  __syncthreads();  // the sums of the row before have been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float sum = 0;
+  for (int warp = 0; warp < warps; ++warp) sum += parts[warp];
+  return sum;
+}
+
+template <typename T, int kPacks>
+__global__ void norm_kernel(const NormArgs<T> a) {
+  Pack<T> weight[kPacks];
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int pack = threadIdx.x + p * blockDim.x;
+    if (pack < a.packs) weight[p] = Pack<T>(a.weight + pack * kPack);
+  }
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    Pack<T> x[kPacks];
+    float squares = 0;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int pack = threadIdx.x + p * blockDim.x;
+      if (pack >= a.packs) continue;
+      x[p] = Pack<T>(a.x + row * a.x_stride + pack * kPack);
+      if (a.residual != nullptr) {
+        T* at = a.residual + row * a.residual_stride + pack * kPack;
+        const Pack<T> residual(at);
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          x[p].values[i] = from_float<T>(to_float(x[p].values[i]) + to_float(residual.values[i]));
+        }
+        x[p].store(at);
+      }
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float value = to_float(x[p].values[i]);
+        squares += value * value;
+      }
+    }
+    const float mean = block_sum(squares) / static_cast<float>(a.packs * kPack);
+    const float inverse = 1.0f / sqrtf(mean + a.eps);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int pack = threadIdx.x + p * blockDim.x;
+      if (pack >= a.packs) continue;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const T normal = from_float<T>(to_float(x[p].values[i]) * inverse);
+        x[p].values[i] = from_float<T>(to_float(normal) * to_float(weight[p].values[i]));
+      }
+      x[p].store(a.out + row * a.out_stride + pack * kPack);
+    }
+  }
+}
+
+template <typename T, int kPacks>
+void launch_packs(const NormArgs<T>& args, const CudaLane& lane) {
+  const int used = (args.packs + kPacks - 1) / kPacks;
+  const int threads = (used + kWarp - 1) / kWarp * kWarp;
+  const int grid = grid_size(args.rows, std::max(1, kThreadsPerSm / threads), lane);
+  norm_kernel<T, kPacks><<<grid, threads, 0, lane.stream()>>>(args);
+  NF_CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename T>
+void launch(const NormArgs<T>& args, std::string_view op, const CudaLane& lane) {
+  NF_CHECK(args.packs <= 4 * kMaxThreads, op, " on a GPU takes rows of at most ",
+           4 * kMaxThreads * kPack, " values, not ", args.packs * kPack);
+  if (args.packs <= kUsualThreads) {
+    launch_packs<T, 1>(args, lane);
+  } else if (args.packs <= 2 * kUsualThreads) {
+    launch_packs<T, 2>(args, lane);
+  } else {
+    launch_packs<T, 4>(args, lane);
+  }
+}
+
+}  // namespace
+
+void CudaKernels::run(const RmsNorm& op, Lane& lane) {
+  check_shapes(op);
+  check_packs(RmsNorm::kName, "x", op.x);
+  check_packs(RmsNorm::kName, "out", op.out);
+  check_packs(RmsNorm::kName, "weight", op.weight);
+  if (op.x.size(0) == 0) return;
+  dispatch_half(op.x.dtype(), RmsNorm::kName, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    launch(NormArgs<T>{.x = op.x.data<T>(),
+                       .residual = nullptr,
+                       .out = op.out.data<T>(),
+                       .weight = op.weight.data<T>(),
+                       .x_stride = op.x.stride(0),
+                       .residual_stride = 0,
+                       .out_stride = op.out.stride(0),
+                       .rows = op.x.size(0),
+                       .packs = static_cast<int>(op.x.size(1)) / kPack,
+                       .eps = op.eps},
+           RmsNorm::kName, cuda_lane(lane));
+  });
+}
+
+void CudaKernels::run(const AddRmsNorm& op, Lane& lane) {
+  check_shapes(op);
+  check_packs(AddRmsNorm::kName, "x", op.x);
+  check_packs(AddRmsNorm::kName, "residual", op.residual);
+  check_packs(AddRmsNorm::kName, "out", op.out);
+  check_packs(AddRmsNorm::kName, "weight", op.weight);
+  if (op.x.size(0) == 0) return;
+  dispatch_half(op.x.dtype(), AddRmsNorm::kName, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    launch(NormArgs<T>{.x = op.x.data<T>(),
+                       .residual = op.residual.data<T>(),
+                       .out = op.out.data<T>(),
+                       .weight = op.weight.data<T>(),
+                       .x_stride = op.x.stride(0),
+                       .residual_stride = op.residual.stride(0),
+                       .out_stride = op.out.stride(0),
+                       .rows = op.x.size(0),
+                       .packs = static_cast<int>(op.x.size(1)) / kPack,
+                       .eps = op.eps},
+           AddRmsNorm::kName, cuda_lane(lane));
+  });
+}
+
+}  // namespace nanoflow::cuda

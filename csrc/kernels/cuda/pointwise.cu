@@ -1,0 +1,253 @@
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/grid.h"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/pack.cuh"
+#include "kernels/shapes.h"
+
+// Embedding, rotation with KV append, SiLU and gathers. The work is a list of 16-byte pieces that
+// all threads share; a grid covers the lane's SMs and loops.
+
+namespace nanoflow::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 8;
+constexpr uint4 kNans{~0u, ~0u, ~0u, ~0u};  // a NaN in float32, float16 and bfloat16
+
+/// Calls fn(row, piece) once for all pieces of all rows.
+template <typename Fn>
+__device__ void for_pieces(int64_t rows, int pieces, const Fn& fn) {
+  const int64_t count = rows * pieces;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += step) {
+    fn(i / pieces, static_cast<int>(i % pieces));
+  }
+}
+
+/// A matrix whose rows are moved without regard to their dtype; strides in 16-byte pieces.
+struct Rows {
+  uint4* data;
+  int64_t stride;
+  int64_t count;
+
+  explicit Rows(const Tensor& tensor)
+      : data(tensor.data<uint4>()),
+        stride(tensor.stride(0) * static_cast<int64_t>(size_of(tensor.dtype())) /
+               static_cast<int64_t>(sizeof(uint4))),
+        count(tensor.size(0)) {}
+};
+
+int pieces_of(const Tensor& tensor) {
+  return static_cast<int>(tensor.size(tensor.dims() - 1) *
+                          static_cast<int64_t>(size_of(tensor.dtype())) /
+                          static_cast<int64_t>(sizeof(uint4)));
+}
+
+int grid_of(int64_t rows, int pieces, const CudaLane& lane) {
+  return grid_size((rows * pieces + kThreads - 1) / kThreads, kBlocksPerSm, lane);
+}
+
+/// A token that is not in the table gives a row of NaN, which Sample reports.
+__global__ void embed_kernel(const int32_t* tokens, const int32_t* token_pool, int64_t slots,
+                             Rows table, Rows out, int pieces) {
+  for_pieces(out.count, pieces, [&](int64_t row, int piece) {
+    int64_t token = tokens[row];
+    if (token < 0) token = -1 - token < slots ? token_pool[-1 - token] : -1;
+    const bool is_known = token >= 0 && token < table.count;
+    out.data[row * out.stride + piece] =
+        is_known ? table.data[token * table.stride + piece] : kNans;
+  });
+}
+
+__global__ void gather_kernel(const int32_t* index, Rows x, Rows out, int pieces) {
+  for_pieces(out.count, pieces, [&](int64_t row, int piece) {
+    const int64_t from = index[row];
+    uint4 value{};
+    if (from >= 0) value = from < x.count ? x.data[from * x.stride + piece] : kNans;
+    out.data[row * out.stride + piece] = value;
+  });
+}
+
+template <typename T>
+__global__ void silu_mul_kernel(const T* gate_up, int64_t gate_up_stride, T* out,
+                                int64_t out_stride, int64_t rows, int pieces) {
+  for_pieces(rows, pieces, [&](int64_t row, int piece) {
+    const T* from = gate_up + row * gate_up_stride + piece * kPack;
+    const Pack<T> gate(from), up(from + static_cast<int64_t>(pieces) * kPack);
+    Pack<T> result;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const float g = to_float(gate.values[i]);
+      result.values[i] = from_float<T>(g / (1.0f + __expf(-g)) * to_float(up.values[i]));
+    }
+    result.store(out + row * out_stride + piece * kPack);
+  });
+}
+
+template <typename T>
+struct Cache {
+  T* data;
+  int64_t page_stride, head_stride, token_stride;
+
+  explicit Cache(const Tensor& tensor)
+      : data(tensor.data<T>()),
+        page_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)),
+        token_stride(tensor.stride(2)) {}
+
+  __device__ T* at(int64_t page, int head, int64_t token) const {
+    return data + page * page_stride + head * head_stride + token * token_stride;
+  }
+};
+
+template <typename T>
+struct RopeArgs {
+  T* qkv;
+  int64_t qkv_stride, rows;
+  const int32_t *positions, *kv_slots;
+  const float* cos_sin;  // [max_positions, D]
+  int64_t max_positions, cos_sin_stride;
+  Cache<T> k_cache, v_cache;
+  int64_t cache_slots, page_size;
+  int q_heads, kv_heads, half;
+};
+
+/// NaNs where there is nothing to load.
+__device__ void load_floats(const float* from, float (&to)[kPack]) {
+#pragma unroll
+  for (int i = 0; i < kPack; i += 4) {
+    const uint4 raw = from == nullptr ? kNans : *reinterpret_cast<const uint4*>(from + i);
+    to[i] = __uint_as_float(raw.x);
+    to[i + 1] = __uint_as_float(raw.y);
+    to[i + 2] = __uint_as_float(raw.z);
+    to[i + 3] = __uint_as_float(raw.w);
+  }
+}
+
+/// Rotates a pair of packs, one of each half of a head. A position that the table lacks gives NaN.
+template <typename T>
+__device__ void rotate(Pack<T>& first, Pack<T>& second, const RopeArgs<T>& a, int64_t position,
+                       int offset) {
+  const bool is_known = position >= 0 && position < a.max_positions;
+  const float* table = a.cos_sin + position * a.cos_sin_stride + offset;
+  float cosines[kPack], sines[kPack];
+  load_floats(is_known ? table : nullptr, cosines);
+  load_floats(is_known ? table + a.half : nullptr, sines);
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    const float cosine = cosines[i], sine = sines[i];
+    const float x = to_float(first.values[i]), y = to_float(second.values[i]);
+    first.values[i] = from_float<T>(x * cosine - y * sine);
+    second.values[i] = from_float<T>(y * cosine + x * sine);
+  }
+}
+
+/// A piece here is two packs of a head: the i-th of each half.
+template <typename T>
+__global__ void rope_append_kernel(const RopeArgs<T> a) {
+  const int packs = a.half / kPack;
+  const int heads = a.q_heads + 2 * a.kv_heads;
+  for_pieces(a.rows, heads * packs, [&](int64_t row, int piece) {
+    const int64_t slot = a.kv_slots[row];
+    if (slot < 0) return;  // a padding row
+    const int head = piece / packs;
+    const int offset = piece % packs * kPack;
+    T* at = a.qkv + row * a.qkv_stride + static_cast<int64_t>(head) * 2 * a.half + offset;
+    Pack<T> first(at), second(at + a.half);
+    const bool is_value = head >= a.q_heads + a.kv_heads;
+    if (!is_value) {
+      rotate(first, second, a, a.positions[row], offset);
+      first.store(at);
+      second.store(at + a.half);
+    }
+    if (head < a.q_heads || slot >= a.cache_slots) return;
+    const int kv_head = head - a.q_heads - (is_value ? a.kv_heads : 0);
+    T* to = (is_value ? a.v_cache : a.k_cache).at(slot / a.page_size, kv_head, slot % a.page_size);
+    first.store(to + offset);
+    second.store(to + a.half + offset);
+  });
+}
+
+}  // namespace
+
+void CudaKernels::run(const Embed& op, Lane& lane) {
+  check_shapes(op);
+  check_packs(Embed::kName, "table", op.table);
+  check_packs(Embed::kName, "out", op.out);
+  if (op.out.size(0) == 0) return;
+  const CudaLane& own = cuda_lane(lane);
+  const int pieces = pieces_of(op.out);
+  embed_kernel<<<grid_of(op.out.size(0), pieces, own), kThreads, 0, own.stream()>>>(
+      op.tokens.data<int32_t>(), op.token_pool.data<int32_t>(), op.token_pool.size(0),
+      Rows(op.table), Rows(op.out), pieces);
+  NF_CUDA_CHECK(cudaGetLastError());
+}
+
+void CudaKernels::run(const GatherRows& op, Lane& lane) {
+  check_shapes(op);
+  check_packs(GatherRows::kName, "x", op.x);
+  check_packs(GatherRows::kName, "out", op.out);
+  if (op.out.size(0) == 0) return;
+  const CudaLane& own = cuda_lane(lane);
+  const int pieces = pieces_of(op.out);
+  gather_kernel<<<grid_of(op.out.size(0), pieces, own), kThreads, 0, own.stream()>>>(
+      op.index.data<int32_t>(), Rows(op.x), Rows(op.out), pieces);
+  NF_CUDA_CHECK(cudaGetLastError());
+}
+
+void CudaKernels::run(const SiluMul& op, Lane& lane) {
+  check_shapes(op);
+  check_packs(SiluMul::kName, "gate_up", op.gate_up);
+  check_packs(SiluMul::kName, "out", op.out);
+  const int64_t rows = op.out.size(0);
+  if (rows == 0) return;
+  const CudaLane& own = cuda_lane(lane);
+  const int pieces = pieces_of(op.out);
+  dispatch_half(op.out.dtype(), SiluMul::kName, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    silu_mul_kernel<<<grid_of(rows, pieces, own), kThreads, 0, own.stream()>>>(
+        op.gate_up.data<T>(), op.gate_up.stride(0), op.out.data<T>(), op.out.stride(0), rows,
+        pieces);
+  });
+  NF_CUDA_CHECK(cudaGetLastError());
+}
+
+void CudaKernels::run(const RopeAppend& op, Lane& lane) {
+  check_shapes(op);
+  check_packs(RopeAppend::kName, "qkv", op.qkv);
+  check_packs(RopeAppend::kName, "cos_sin", op.cos_sin);
+  check_packs(RopeAppend::kName, "k_cache", op.k_cache);
+  check_packs(RopeAppend::kName, "v_cache", op.v_cache);
+  const auto D = static_cast<int>(op.k_cache.size(3));
+  NF_CHECK(D % (2 * kPack) == 0, "rope_append on a GPU needs a head dim in multiples of ",
+           2 * kPack, ", not ", D);
+  const int64_t rows = op.qkv.size(0);
+  if (rows == 0) return;
+  const CudaLane& own = cuda_lane(lane);
+  const auto kv_heads = static_cast<int>(op.k_cache.size(1));
+  const auto heads = static_cast<int>(op.qkv.size(1)) / D;
+  dispatch_half(op.qkv.dtype(), RopeAppend::kName, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const RopeArgs<T> args{.qkv = op.qkv.data<T>(),
+                           .qkv_stride = op.qkv.stride(0),
+                           .rows = rows,
+                           .positions = op.positions.data<int32_t>(),
+                           .kv_slots = op.kv_slots.data<int32_t>(),
+                           .cos_sin = op.cos_sin.data<float>(),
+                           .max_positions = op.cos_sin.size(0),
+                           .cos_sin_stride = op.cos_sin.stride(0),
+                           .k_cache = Cache<T>(op.k_cache),
+                           .v_cache = Cache<T>(op.v_cache),
+                           .cache_slots = op.k_cache.size(0) * op.k_cache.size(2),
+                           .page_size = op.k_cache.size(2),
+                           .q_heads = heads - 2 * kv_heads,
+                           .kv_heads = kv_heads,
+                           .half = D / 2};
+    rope_append_kernel<<<grid_of(rows, heads * D / 2 / kPack, own), kThreads, 0, own.stream()>>>(
+        args);
+  });
+  NF_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace nanoflow::cuda

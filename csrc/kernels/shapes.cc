@@ -1,0 +1,88 @@
+#include "kernels/shapes.h"
+
+#include "core/error.h"
+#include "core/match.h"
+
+namespace nanoflow {
+
+void check_shapes(const Embed& op) {
+  ShapeMatcher match(Embed::kName);
+  match("tokens", op.tokens, {"T"}).dtype(DType::kI32).contiguous_rows();
+  match("token_pool", op.token_pool, {"slots"}).dtype(DType::kI32).contiguous_rows();
+  match("table", op.table, {"V", "H"}).contiguous_rows();
+  match("out", op.out, {"T", "H"}).dtype(op.table.dtype()).contiguous_rows();
+}
+
+void check_shapes(const RmsNorm& op) {
+  const DType dtype = op.x.dtype();
+  ShapeMatcher match(RmsNorm::kName);
+  match("x", op.x, {"T", "H"}).contiguous_rows();
+  match("out", op.out, {"T", "H"}).dtype(dtype).contiguous_rows();
+  match("weight", op.weight, {"H"}).dtype(dtype).contiguous_rows();
+}
+
+void check_shapes(const AddRmsNorm& op) {
+  const DType dtype = op.x.dtype();
+  ShapeMatcher match(AddRmsNorm::kName);
+  match("x", op.x, {"T", "H"}).contiguous_rows();
+  match("residual", op.residual, {"T", "H"}).dtype(dtype).contiguous_rows();
+  match("out", op.out, {"T", "H"}).dtype(dtype).contiguous_rows();
+  match("weight", op.weight, {"H"}).dtype(dtype).contiguous_rows();
+}
+
+void check_shapes(const RopeAppend& op) {
+  const DType dtype = op.qkv.dtype();
+  ShapeMatcher match(RopeAppend::kName);
+  match("qkv", op.qkv, {"T", "columns"}).contiguous_rows();
+  match("positions", op.positions, {"T"}).dtype(DType::kI32).contiguous_rows();
+  match("kv_slots", op.kv_slots, {"T"}).dtype(DType::kI32).contiguous_rows();
+  match("cos_sin", op.cos_sin, {"max_positions", "D"}).dtype(DType::kF32).contiguous_rows();
+  match("k_cache", op.k_cache, {"P", "Hkv", "page_size", "D"}).dtype(dtype).contiguous_rows();
+  match("v_cache", op.v_cache, {"P", "Hkv", "page_size", "D"}).dtype(dtype).contiguous_rows();
+  const int64_t D = match["D"];
+  NF_CHECK(D % 2 == 0, "rope_append: head dim ", D, " is odd");
+  NF_CHECK(match["columns"] % D == 0 && match["columns"] > 2 * match["Hkv"] * D,
+           "rope_append: qkv is ", op.qkv, " but needs q heads, ", match["Hkv"], " k heads and ",
+           match["Hkv"], " v heads of ", D);
+}
+
+void check_shapes(const SiluMul& op) {
+  ShapeMatcher match(SiluMul::kName);
+  match("gate_up", op.gate_up, {"T", "2 I"}).contiguous_rows();
+  match("out", op.out, {"T", "I"}).dtype(op.gate_up.dtype()).contiguous_rows();
+  NF_CHECK(match["2 I"] == 2 * match["I"], "silu_mul: gate_up is ", op.gate_up, " but out is ",
+           op.out, "; gate_up needs twice its columns");
+}
+
+void check_shapes(const GatherRows& op) {
+  ShapeMatcher match(GatherRows::kName);
+  match("x", op.x, {"T", "H"}).contiguous_rows();
+  match("index", op.index, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("out", op.out, {"S", "H"}).dtype(op.x.dtype()).contiguous_rows();
+}
+
+void check_shapes(const Sample& op) {
+  ShapeMatcher match(Sample::kName);
+  match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
+  const auto table = [&](std::string_view name, const Tensor& tensor, std::string_view size,
+                         DType dtype) {
+    match(name, tensor, {size}).dtype(dtype).contiguous_rows();
+  };
+  const SamplingTables& tables = op.tables;
+  table("slots", tables.slots, "S", DType::kI32);
+  table("temperature", tables.temperature, "S", DType::kF32);
+  table("top_p", tables.top_p, "S", DType::kF32);
+  table("min_p", tables.min_p, "S", DType::kF32);
+  table("top_k", tables.top_k, "S", DType::kI32);
+  table("seed", tables.seed, "S", DType::kU64);
+  table("counter", tables.counter, "S", DType::kI32);
+  table("banned_indptr", tables.banned_indptr, "S + 1", DType::kI32);
+  table("banned", tables.banned, "banned", DType::kI32);
+  table("token_pool", op.token_pool, "slots", DType::kI32);
+  table("sampled", op.sampled, "S", DType::kI32);
+  NF_CHECK(match["S + 1"] == match["S"] + 1, "sample: banned_indptr is ", tables.banned_indptr,
+           " for ", match["S"], " rows");
+  NF_CHECK(match["V"] > 0, "sample: logits is ", op.logits, ", without a vocabulary");
+}
+
+}  // namespace nanoflow

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "kernels/ops.h"
+
+namespace nanoflow {
+
+/// Throw Error where an op's operands do not fit together: what every backend checks before it
+/// enqueues the op.
+void check_shapes(const Embed& op);
+void check_shapes(const RmsNorm& op);
+void check_shapes(const AddRmsNorm& op);
+void check_shapes(const RopeAppend& op);
+void check_shapes(const SiluMul& op);
+void check_shapes(const GatherRows& op);
+void check_shapes(const Sample& op);
+
+}  // namespace nanoflow
