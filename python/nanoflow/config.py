@@ -11,6 +11,7 @@ from typing import Any
 
 from nanoflow._core import Schedule
 
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_CPU_CACHE_BYTES = 4 << 30
@@ -32,7 +33,7 @@ class EngineArgs:
     load_format: str = "auto"
     revision: str | None = None
     seed: int = 0
-    gpu_memory_utilization: float = 0.92  # of a GPU's memory
+    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION  # of a GPU's memory
     enforce_eager: bool = False  # run without captured graphs, which the CPU has none of
     max_model_len: int | str | None = None  # prompt and output; "32k"; "auto" or -1: what fits
     max_num_seqs: int | None = None  # requests that run at once

@@ -119,7 +119,7 @@ class Processor:
         )
 
     def failed_output(
-        self, number: int, prompt: Prompt, ids: Sequence[int], error: Exception
+        self, number: int, prompt: Prompt, ids: Sequence[int], error: ValueError
     ) -> RequestOutput:
         """Of a prompt that could not become a request."""
         return RequestOutput(
@@ -132,13 +132,17 @@ class Processor:
         )
 
     def _text(self, request: Request, params: SamplingParams) -> str:
-        if isinstance(request.stop_watcher, StopStrings):
-            return request.stop_watcher.finish(isinstance(request.stop_reason, str))
         if self._tokenizer is None or not params.detokenize:
             return ""
-        ids = request.output_token_ids
-        is_ended_by_token = request.finish_reason == "stop"
-        if is_ended_by_token and not params.include_stop_str_in_output:
+        ids, watcher = request.output_token_ids, request.stop_watcher
+        is_stop_string = isinstance(request.stop_reason, str)
+        is_stop_token = request.finish_reason == "stop" and not is_stop_string
+        if isinstance(watcher, StopStrings):  # which has seen all tokens but one that ended it
+            if is_stop_string:
+                return watcher.text
+            keeps_last = is_stop_token and params.include_stop_str_in_output
+            return watcher.finish(ids[-1:] if keeps_last else ())
+        if is_stop_token and not params.include_stop_str_in_output:
             ids = ids[:-1]
         detokenizer = self._detokenizer(
             request.prompt_token_ids[-_CONTEXT_TOKENS:].tolist(), params

@@ -10,7 +10,13 @@ from time import perf_counter
 from typing import Any
 
 from nanoflow import _core
-from nanoflow.config import EngineArgs, EngineLimits, cpu_threads, derive_limits
+from nanoflow.config import (
+    DEFAULT_GPU_MEMORY_UTILIZATION,
+    EngineArgs,
+    EngineLimits,
+    cpu_threads,
+    derive_limits,
+)
 from nanoflow.loading import Checkpoint, open_checkpoint
 from nanoflow.schedule import find_schedule
 from nanoflow.scheduler.deal import Dealer
@@ -60,16 +66,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
         kv_bytes_per_token=spec.kv_bytes_per_token,
         free_bytes=max(0, free_bytes - weights.bytes),
     )
-    if (
-        args.max_model_len is None
-        and limits.max_model_len < checkpoint.model.max_position_embeddings
-    ):
-        logger.warning(
-            "requests may have %d tokens, not the model's %d: the KV cache holds no more; raise "
-            "kv_cache_memory_bytes for longer ones",
-            limits.max_model_len,
-            checkpoint.model.max_position_embeddings,
-        )
+    _warn(args, limits, checkpoint.model.max_position_embeddings)
     opened = perf_counter()
     checkpoint.load_weights(weights)
     loaded = perf_counter()
@@ -96,6 +93,23 @@ def start_runtime(args: EngineArgs) -> Runtime:
         tokenizer=tokenizer,
         loop=loop,
     )
+
+
+def _warn(args: EngineArgs, limits: EngineLimits, model_max_len: int) -> None:
+    """Says what the arguments do not come to, once and before it matters."""
+    if args.max_model_len is None and limits.max_model_len < model_max_len:
+        logger.warning(
+            "requests may have %d tokens, not the model's %d: the KV cache holds no more; raise "
+            "kv_cache_memory_bytes for longer ones",
+            limits.max_model_len,
+            model_max_len,
+        )
+    if args.gpu_memory_utilization != DEFAULT_GPU_MEMORY_UTILIZATION:
+        logger.warning(
+            "gpu_memory_utilization=%s has no effect on the CPU: kv_cache_memory_bytes sizes the "
+            "KV cache there",
+            args.gpu_memory_utilization,
+        )
 
 
 def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:

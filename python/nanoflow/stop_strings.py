@@ -46,6 +46,11 @@ class StopStrings:
         self._text = self._text[: at + len(stop) if self._keep_stop else at]
         return stop
 
-    def finish(self, is_stopped: bool) -> str:
-        """The text; `is_stopped` when push() found a stop string."""
-        return self._text if is_stopped else self._text + self._detokenizer.flush()
+    def finish(self, rest: Sequence[int] = ()) -> str:
+        """The text of a generation that something else ended; `rest` are tokens not pushed yet."""
+        return self._text + self._detokenizer.push(rest) + self._detokenizer.flush()
+
+    @property
+    def text(self) -> str:
+        """Up to the stop string, once push() has found one."""
+        return self._text

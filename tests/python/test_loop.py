@@ -222,6 +222,32 @@ def test_logits_that_are_no_numbers_fail_their_request_alone() -> None:
     check_nothing_leaked(service)
 
 
+@dataclass
+class CountingWatcher:
+    """Finds a stop string in the third token."""
+
+    count: int = 0
+
+    def push(self, token: int) -> str | None:
+        self.count += 1
+        return "third" if self.count == 3 else None
+
+
+def test_a_stop_string_ends_its_request() -> None:
+    service = serve()
+    requests = [service.request(n, ignore_eos=True) for n in range(4)]
+    requests[1].stop_watcher = CountingWatcher()
+    service.loop.submit(requests)
+    service.wait(4)
+    for request in requests:
+        expected, *end = expected_output(request, VOCAB_SIZE)
+        if request.id == "1":
+            expected, end = expected[:3], ["stop", "third"]
+        assert request.output_token_ids == expected
+        assert [request.finish_reason, request.stop_reason] == end
+    check_nothing_leaked(service)
+
+
 def test_close_aborts_what_is_open() -> None:
     service = serve(engine_type=GatedEngine)
     requests = [service.request(n, ignore_eos=True) for n in range(10)]

@@ -1,0 +1,112 @@
+"""Schedules by name and from files, and what a wrong file says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoflow import _core
+from nanoflow.schedule import (
+    BUILT_IN,
+    built_in_schedule,
+    find_schedule,
+    load_schedule,
+    schedule_to_json,
+)
+
+PING_PONG = {
+    "id": "mine",
+    "lanes": {"compute": 3, "memory": 1},
+    "stages": {
+        "qkv": {"split": [0.5], "lane": "compute"},
+        "attn": {"split": [0.25, 0.5], "lane": "memory"},
+    },
+    "order": ["qkv.0", "qkv.1", "o.0", "mlp.0"],
+}
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "schedule.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("width", [1, 2, 8, 132])
+def test_built_in_schedules_are_sound_and_fit(name: str, width: int, tmp_path: Path) -> None:
+    schedule = built_in_schedule(name, width)
+    schedule.check()
+    assert schedule.id == name
+    lanes = [lane.width for lane in schedule.lanes]
+    assert sum(lanes) == max(width, len(lanes))
+    assert schedule.cuts() == ([] if name == "sequential" else [0.5])
+    assert load_schedule(write(tmp_path, schedule_to_json(schedule))) == schedule
+
+
+def test_widths_of_the_overlap() -> None:
+    widths = {w: [lane.width for lane in built_in_schedule("overlap", w).lanes] for w in (2, 132)}
+    assert widths == {2: [1, 1], 132: [108, 24]}
+
+
+def test_a_file_becomes_a_schedule(tmp_path: Path) -> None:
+    schedule = find_schedule(str(write(tmp_path, PING_PONG)), 4)
+    assert schedule.id == "mine"
+    assert [(lane.name, lane.width) for lane in schedule.lanes] == [("compute", 3), ("memory", 1)]
+    assert schedule.stages["attn"].split == [0.25, 0.5]
+    assert schedule.cuts() == [0.25, 0.5]
+    assert schedule.order == PING_PONG["order"]
+
+
+def test_a_schedule_stands_for_itself() -> None:
+    schedule = _core.Schedule("x", [_core.LaneSpec("a", 1)])
+    assert find_schedule(schedule, 2) is schedule
+    with pytest.raises(TypeError, match="schedule=3 must be"):
+        find_schedule(3, 2)  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_or_file() -> None:
+    with pytest.raises(ValueError, match="'pingpong' is unknown; known: sequential, nano, overlap"):
+        find_schedule("pingpong", 2)
+    with pytest.raises(FileNotFoundError, match=r"no schedule file .*gone\.json"):
+        find_schedule("gone.json", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lane": {}}, "the schedule has an unknown key 'lane'; known: id, lanes, stages, order"),
+        ({"id": None}, "'id' is None, not a string"),
+        ({"lanes": ["compute"]}, "'lanes' is .*, not a JSON object"),
+        ({"lanes": {"compute": 1.5}}, "the width of lane 'compute' is 1.5, not an integer"),
+        ({"lanes": {}}, "no lanes"),
+        ({"stages": {"qkv": {"splits": [0.5]}}}, "stage 'qkv' has an unknown key 'splits'"),
+        ({"stages": {"qkv": [0.5]}}, "stage 'qkv' is .*, not a JSON object"),
+        ({"stages": {"qkv": {"split": "half"}}}, "'split' of stage 'qkv' is 'half'"),
+        ({"stages": {"qkv": {"split": [0.5, 0.5]}}}, "qkv"),
+        ({"stages": {"qkv": {"lane": 1}}}, "'lane' of stage 'qkv' is 1"),
+        ({"stages": {"qkv": {"lane": "gpu"}}}, "gpu"),
+        ({"stages": {"norm": {}}}, "norm"),
+        ({"order": "qkv.0"}, "'order' is 'qkv.0', not a list of strings"),
+        ({"order": ["qkv.7"]}, "qkv.7"),
+        ({"order": ["qkv.0"]}, "order"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, PING_PONG | changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_schedule(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_missing_keys_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the schedule lacks the key 'lanes'"):
+        load_schedule(write(tmp_path, {"id": "x"}))
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        load_schedule(write(tmp_path, "{"))
+    with pytest.raises(ValueError, match="the schedule is 3, not a JSON object"):
+        load_schedule(write(tmp_path, "3"))
