@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "core/error.h"
+#include "kernels/cuda/attention.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/green.h"
 #include "kernels/cuda/kernels.h"
@@ -71,6 +72,12 @@ class CudaBackend : public Backend {
   }
 
   Kernels& kernels() override { return kernels_; }
+
+  size_t attention_work_bytes(int requests, int rows, int num_heads,
+                              int num_kv_heads) const override {
+    return cuda::attention_work_bytes(requests, rows, num_heads / num_kv_heads, num_kv_heads,
+                                      device_.sm_count);
+  }
 
  private:
   DeviceInfo device_;

@@ -18,6 +18,7 @@ class CudaKernels : public Kernels {
   void run(const AddRmsNorm& op, Lane& lane) override;
   void run(const Gemm& op, Lane& lane) override;
   void run(const RopeAppend& op, Lane& lane) override;
+  void run(const PlanAttention& op, Lane& lane) override;
   void run(const Attention& op, Lane& lane) override;
   void run(const SiluMul& op, Lane& lane) override;
   void run(const GatherRows& op, Lane& lane) override;

@@ -1,0 +1,13 @@
+#include "kernels/cuda/attention_kernel.cuh"
+
+namespace nanoflow::cuda {
+
+void launch_attention_d64(const AttentionArguments& arguments, DType dtype) {
+  if (dtype == DType::kBF16) {
+    launch_attention<__nv_bfloat16, 64>(arguments);
+  } else {
+    launch_attention<__half, 64>(arguments);
+  }
+}
+
+}  // namespace nanoflow::cuda

@@ -1,0 +1,195 @@
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/check.h"
+
+namespace nanoflow::cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+/// Time of a CTA for kTileKeys keys of a tile, in that of kStreamKeys streamed keys (an SM's share
+/// of the memory bandwidth).
+constexpr int kTileCost = 4;
+/// Ranges of less than this many steps are not worth the merging.
+constexpr int kMinSteps = 4;
+
+__device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/// What comes before a request, or the total, of each list.
+struct Counts {
+  int streams, steps, items, tiles;
+
+  __device__ Counts operator+(const Counts& o) const {
+    return {streams + o.streams, steps + o.steps, items + o.items, tiles + o.tiles};
+  }
+};
+
+__device__ Counts shuffle_up(const Counts& c, int delta) {
+  return {__shfl_up_sync(~0u, c.streams, delta), __shfl_up_sync(~0u, c.steps, delta),
+          __shfl_up_sync(~0u, c.items, delta), __shfl_up_sync(~0u, c.tiles, delta)};
+}
+
+/// Exclusive sums over the block's threads; `total` is the sum of all.
+__device__ Counts block_scan(const Counts& own, Counts* warp_sums, Counts& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Counts inclusive = own;
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const Counts before = shuffle_up(inclusive, delta);
+    if (lane >= delta) inclusive = inclusive + before;
+  }
+  if (lane == 31) warp_sums[warp] = inclusive;
+  __syncthreads();
+  Counts before{};
+  total = {};
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w == warp) before = total;
+    total = total + warp_sums[w];
+  }
+  __syncthreads();
+  return {before.streams + inclusive.streams - own.streams,
+          before.steps + inclusive.steps - own.steps, before.items + inclusive.items - own.items,
+          before.tiles + inclusive.tiles - own.tiles};
+}
+
+struct Lists {
+  int* counters;
+  int* warp_begin;
+  int* warp_stream;
+  AttentionItem* stream_items;
+  int* stream_begin;
+  AttentionItem* tile_items;
+  AttentionTile* tiles;
+
+  __device__ Lists(std::byte* work, const AttentionWork& at)
+      : counters(reinterpret_cast<int*>(work + at.counters)),
+        warp_begin(reinterpret_cast<int*>(work + at.warp_begin)),
+        warp_stream(reinterpret_cast<int*>(work + at.warp_stream)),
+        stream_items(reinterpret_cast<AttentionItem*>(work + at.stream_items)),
+        stream_begin(reinterpret_cast<int*>(work + at.stream_begin)),
+        tile_items(reinterpret_cast<AttentionItem*>(work + at.tile_items)),
+        tiles(reinterpret_cast<AttentionTile*>(work + at.tiles)) {}
+};
+
+/// Sorts the requests into the two lists; returns their sizes.
+__device__ Counts list_requests(const AttentionPlanArguments& a, const Lists& lists,
+                                Counts* warp_sums) {
+  const int first = a.segment_requests[a.segment_begin];
+  const int last = a.segment_requests[a.segment_end];
+  Counts done{};
+  for (int base = first; base < last; base += kThreads) {
+    const int r = base + static_cast<int>(threadIdx.x);
+    AttentionItem item{};
+    Counts own{};
+    if (r < last) {
+      item = {a.row_begin[r], a.row_count[r], a.kv_len[r], a.page_indptr[r]};
+      const int packed = item.row_count * a.group;
+      if (packed > kStreamRows) {
+        own.items = 1;
+        own.tiles = ceil_div(packed, kTileRows);
+      } else if (packed > 0) {
+        own.streams = 1;
+        own.steps = ceil_div(item.kv_len, kStreamKeys) * a.kv_heads;
+      }
+    }
+    Counts total;
+    const Counts at = done + block_scan(own, warp_sums, total);
+    if (own.streams > 0) {
+      lists.stream_items[at.streams] = item;
+      lists.stream_begin[at.streams] = at.steps;
+    }
+    if (own.items > 0) lists.tile_items[at.items] = item;
+    for (int i = 0; i < own.tiles; ++i) {  // the longest first
+      lists.tiles[at.tiles + i] = {at.items, own.tiles - 1 - i};
+    }
+    done = done + total;
+  }
+  if (threadIdx.x == 0) lists.stream_begin[done.streams] = done.steps;
+  for (int i = threadIdx.x; i < done.streams * a.kv_heads; i += kThreads) lists.counters[i] = 0;
+  return done;
+}
+
+/// Adds up what the tiles cost each CTA, in steps.
+__device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lists, int num_tiles,
+                               int* costs) {
+  for (int i = threadIdx.x; i < num_tiles * a.kv_heads; i += kThreads) {
+    const AttentionTile tile = lists.tiles[i / a.kv_heads];
+    const AttentionItem item = lists.tile_items[tile.item];
+    const int last_row = min((tile.index + 1) * kTileRows / a.group, item.row_count);
+    const int keys = item.kv_len - item.row_count + last_row;
+    atomicAdd(&costs[i % a.ctas], kTileCost * ceil_div(keys, kTileKeys));
+  }
+}
+
+/// Turns the costs into shares of the line: what each CTA lacks to the level that uses up all
+/// steps. Runs in one warp.
+__device__ void level_costs(int* costs, int ctas, int steps) {
+  const int lane = threadIdx.x;
+  int low = 0, high = 0;
+  for (int c = lane; c < ctas; c += 32) high = max(high, costs[c]);
+  high = __reduce_max_sync(~0u, high) + steps;
+  while (low < high) {
+    const int level = low + (high - low) / 2;
+    int sum = 0;
+    for (int c = lane; c < ctas; c += 32) sum += min(max(level - costs[c], 0), steps);
+    if (__reduce_add_sync(~0u, sum) >= steps) {
+      high = level;
+    } else {
+      low = level + 1;
+    }
+  }
+  for (int c = lane; c < ctas; c += 32) costs[c] = max(low - costs[c], 0);
+}
+
+/// The item whose steps hold `step`.
+__device__ int stream_of(const Lists& lists, int num_streams, int step) {
+  int low = 0, high = num_streams;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (lists.stream_begin[middle] <= step ? low : high) = middle;
+  }
+  return low;
+}
+
+__global__ void __launch_bounds__(kThreads) plan_attention(AttentionPlanArguments a) {
+  __shared__ Counts warp_sums[kThreads / 32];
+  __shared__ int shares[kMaxAttentionCtas];
+  __shared__ int begins[kMaxAttentionCtas + 1];
+  const Lists lists(a.work, AttentionWork::of(a.requests, a.kv_heads, a.ctas));
+  for (int c = threadIdx.x; c < a.ctas; c += kThreads) shares[c] = 0;
+  const Counts counts = list_requests(a, lists, warp_sums);
+  __syncthreads();
+  add_tile_costs(a, lists, counts.tiles, shares);
+  __syncthreads();
+  if (threadIdx.x < 32) level_costs(shares, a.ctas, counts.steps);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int begin = 0;
+    for (int c = 0; c < a.ctas; ++c) {
+      begins[c] = begin;
+      begin = min(begin + shares[c], counts.steps);
+    }
+    begins[a.ctas] = counts.steps;
+    *reinterpret_cast<AttentionWorkHeader*>(a.work) = {a.ctas, counts.tiles, counts.streams,
+                                                       a.requests};
+  }
+  __syncthreads();
+  const int warps = a.ctas * kAttentionWarps;
+  const int unit = counts.steps < 16 * kMinSteps * warps ? kMinSteps : 1;
+  for (int w = threadIdx.x; w <= warps; w += kThreads) {
+    const int cta = w / kAttentionWarps, part = w % kAttentionWarps;
+    int begin = counts.steps;
+    if (w < warps) {
+      const int share = begins[cta + 1] - begins[cta];
+      begin = (begins[cta] + share * part / kAttentionWarps) / unit * unit;
+      lists.warp_stream[w] = stream_of(lists, counts.streams, begin);
+    }
+    lists.warp_begin[w] = begin;
+  }
+}
+
+}  // namespace
+
+void launch_attention_plan(const AttentionPlanArguments& arguments) {
+  plan_attention<<<1, kThreads, 0, arguments.stream>>>(arguments);
+  NF_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace nanoflow::cuda

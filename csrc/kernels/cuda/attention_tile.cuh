@@ -1,0 +1,182 @@
+#pragma once
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/mma.cuh"
+
+// What one warp does with 16 packed rows: products with keys in shared memory and the online
+// softmax.
+
+namespace nanoflow::cuda {
+
+/// The 16-byte chunk `chunk` of a row of D elements lies at a place that makes eight rows of one
+/// chunk fall into different banks.
+template <int D>
+__device__ inline uint32_t chunk_offset(int row, int chunk) {
+  return static_cast<uint32_t>(row * D * 2 + ((chunk ^ (row & 7)) << 4));
+}
+
+/// Of 16 packed rows, as this lane sees them: `0` is row lane / 4, `1` is eight rows on.
+template <class T, int D>
+struct RowState {
+  uint32_t q[D / 16][4];
+  float out[D / 8][4];
+  float max0, max1;    // of the scores so far, not yet scaled
+  float sum0, sum1;    // of this lane's columns
+  int limit0, limit1;  // keys that the row sees
+};
+
+/// Where the packed rows of one KV head's query heads are.
+struct PackedRows {
+  int64_t first;   // element of the first row's first head
+  int64_t stride;  // between rows
+  int group, count;
+
+  __device__ int64_t element(int packed, int head_dim) const {
+    const int row = packed / group;
+    return first + row * stride + static_cast<int64_t>(packed - row * group) * head_dim;
+  }
+};
+
+/// Starts rows [base, base + 16) of `rows`; rows past the count are zeros that see `visible` keys,
+/// as does row base itself of the first request row, and one key more each row.
+template <class T, int D>
+__device__ void start_rows(RowState<T, D>& state, const T* q, const PackedRows& rows, int base,
+                           int visible) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int packed = base + lane / 4 + 8 * half;
+    const bool valid = packed < rows.count;
+    const T* from = q + rows.element(valid ? packed : 0, D) + 2 * (lane % 4);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      state.q[k][half] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0u;
+      state.q[k][half + 2] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8) : 0u;
+    }
+    (half == 0 ? state.limit0 : state.limit1) = visible + (valid ? packed / rows.group : 0);
+  }
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) state.out[n][i] = 0.0f;
+  }
+  state.max0 = state.max1 = -INFINITY;
+  state.sum0 = state.sum1 = 0.0f;
+}
+
+/// Largest value of the four lanes that share a row.
+__device__ inline float row_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+  return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ inline float row_sum(float value) {
+  value += __shfl_xor_sync(~0u, value, 1);
+  return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+/// What to subtract from scores whose largest is `max`: nothing where there is none.
+__device__ inline float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
+
+/// The scores' exponentials, in place; the sums and outputs so far follow the new maxima.
+template <class T, int D, int kColumns>
+__device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float scale_log2) {
+  float max0 = state.max0, max1 = state.max1;
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    max0 = fmaxf(max0, fmaxf(s[n][0], s[n][1]));
+    max1 = fmaxf(max1, fmaxf(s[n][2], s[n][3]));
+  }
+  max0 = row_max(max0);
+  max1 = row_max(max1);
+  if (__any_sync(~0u, max0 > state.max0 || max1 > state.max1)) {
+    const float keep0 = exp2_approx((state.max0 - shift_of(max0)) * scale_log2);
+    const float keep1 = exp2_approx((state.max1 - shift_of(max1)) * scale_log2);
+    state.sum0 *= keep0;
+    state.sum1 *= keep1;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      state.out[n][0] *= keep0;
+      state.out[n][1] *= keep0;
+      state.out[n][2] *= keep1;
+      state.out[n][3] *= keep1;
+    }
+    state.max0 = max0;
+    state.max1 = max1;
+  }
+  const float shift0 = shift_of(max0) * scale_log2, shift1 = shift_of(max1) * scale_log2;
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    s[n][0] = exp2_approx(s[n][0] * scale_log2 - shift0);
+    s[n][1] = exp2_approx(s[n][1] * scale_log2 - shift0);
+    s[n][2] = exp2_approx(s[n][2] * scale_log2 - shift1);
+    s[n][3] = exp2_approx(s[n][3] * scale_log2 - shift1);
+    state.sum0 += s[n][0] + s[n][1];
+    state.sum1 += s[n][2] + s[n][3];
+  }
+}
+
+/// Attends to kKeys keys, the first of them key `first_key` of the request, whose K and V lie in
+/// shared memory. `masked` when some row may not see all of them.
+template <class T, int D, int kKeys>
+__device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int first_key,
+                       bool masked, float scale_log2) {
+  const int lane = threadIdx.x % 32;
+  float s[kKeys / 8][4] = {};
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      uint32_t b[4];
+      load_matrices(
+          b, k_shared + chunk_offset<D>(16 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      mma_16x8x16<T>(s[2 * n], state.q[k], b[0], b[1]);
+      mma_16x8x16<T>(s[2 * n + 1], state.q[k], b[2], b[3]);
+    }
+  }
+  if (masked) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first_key + 8 * n + 2 * (lane % 4) + i % 2;
+        if (key >= (i < 2 ? state.limit0 : state.limit1)) s[n][i] = -INFINITY;
+      }
+    }
+  }
+  soften(state, s, scale_log2);
+#pragma unroll
+  for (int n = 0; n < kKeys / 16; ++n) {
+    const uint32_t p[4] = {pack<T>(s[2 * n][0], s[2 * n][1]), pack<T>(s[2 * n][2], s[2 * n][3]),
+                           pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
+                           pack<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t b[4];
+      load_matrices_transposed(
+          b, v_shared + chunk_offset<D>(16 * n + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
+      mma_16x8x16<T>(state.out[2 * d], p, b[0], b[1]);
+      mma_16x8x16<T>(state.out[2 * d + 1], p, b[2], b[3]);
+    }
+  }
+}
+
+/// Divides by the sums and writes rows [base, base + 16) that exist.
+template <class T, int D>
+__device__ void finish_rows(const RowState<T, D>& state, T* out, const PackedRows& rows, int base) {
+  const int lane = threadIdx.x % 32;
+  const float scale[2] = {1.0f / row_sum(state.sum0), 1.0f / row_sum(state.sum1)};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int packed = base + lane / 4 + 8 * half;
+    if (packed >= rows.count) continue;
+    T* to = out + rows.element(packed, D) + 2 * (lane % 4);
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      *reinterpret_cast<uint32_t*>(to + 8 * n) =
+          pack<T>(state.out[n][2 * half] * scale[half], state.out[n][2 * half + 1] * scale[half]);
+    }
+  }
+}
+
+}  // namespace nanoflow::cuda
