@@ -28,7 +28,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_plan)
     add = parser.add_argument
     add("--rows", type=int, default=64, help="requests that decode in the step (default: 64)")
-    add("--context", type=int, default=512, help="tokens each of them reads (default: 512)")
+    add("--context", type=int, help="tokens each of them reads (default: 512, or all it can)")
     add("--layer", type=int, help="the layer to show (default: the middle one)")
     add("--png", type=Path, metavar="FILE", help="run the step and draw its lanes over the layer")
     add_engine_arguments(parser, ENGINE_FLAGS)
@@ -44,31 +44,33 @@ def run_plan(options: argparse.Namespace) -> None:
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
     model = checkpoint.model
-    layer = model.num_layers // 2 if options.layer is None else options.layer
+    positions = model.max_position_embeddings
+    rows, layer, context = options.rows, options.layer, options.context
+    layer = model.num_layers // 2 if layer is None else layer
+    context = min(512, positions) if context is None else context
     if not 0 <= layer < model.num_layers:
         raise ValueError(f"--layer {layer}: the model has layers 0 to {model.num_layers - 1}")
-    if options.rows < 1 or not 1 <= options.context <= model.max_position_embeddings:
-        raise ValueError(
-            f"--rows {options.rows} must be at least 1, --context {options.context} from 1 to the "
-            f"model's {model.max_position_embeddings} positions"
-        )
+    if rows < 1:
+        raise ValueError(f"--rows {rows} must be at least 1")
+    if not 1 <= context <= positions:
+        raise ValueError(f"--context {context} must be from 1 to the model's {positions} positions")
     backend = _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
     spec = _core.ModelSpec(**model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
     weights = _core.Weights(spec, backend)
     checkpoint.load_weights(weights)
     schedule = find_schedule(args.schedule, backend.width)
-    engine = _core.Engine(plan_view.engine_config(options.rows, options.context), weights, schedule)
-    segments = plan_view.segment_rows(schedule, options.rows)
-    plan = engine.plan(segments, options.rows)
+    engine = _core.Engine(plan_view.engine_config(rows, context), weights, schedule)
+    segments = plan_view.segment_rows(schedule, rows)
+    plan = engine.plan(segments, rows)
     print(plan_view.plan_of_layer(plan, layer))
     for finding in plan.validate(backend.width):
         print(f"finding: {finding}")
     if options.png is None:
         return
-    timings = plan_view.measure_step(engine, segments, options.context)
+    timings = plan_view.measure_step(engine, segments, context)
     title = (
-        f"{schedule.id}: layer {layer} of {Path(args.model).name}, {options.rows} requests decode, "
-        f"{options.context} tokens each, on {backend.description}"
+        f"{schedule.id}: layer {layer} of {Path(args.model).name}, {rows} requests decode, "
+        f"{context} tokens each, on {backend.description}"
     )
     plan_view.draw_lanes(timings, [lane.name for lane in schedule.lanes], layer, title, options.png)
     print(f"{options.png}: lanes over layer {layer}, measured")
