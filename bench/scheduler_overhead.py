@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import queue
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow import _core
+from nanoflow.bench import environment
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop, StepStats
@@ -34,6 +33,7 @@ PAGE_SIZE = 64
 VOCAB_SIZE = 128_256
 EOS_TOKEN_IDS = (128_001, 128_008, 128_009)
 WARM_UP_STEPS = 50
+SEED = 0
 TARGET_MS = {256: 1.0, 1024: 3.0}
 
 
@@ -47,7 +47,7 @@ class InstantEngine:
 
     def __init__(self) -> None:
         self.completed_steps = 0
-        self._rng = np.random.default_rng(0)
+        self._rng = np.random.default_rng(SEED)
 
     def submit(self, batch: tuple[_core.Batch, int]) -> Handle:
         self.completed_steps += 1
@@ -72,7 +72,7 @@ def make_requests(
     count: int, options: argparse.Namespace, done: queue.SimpleQueue
 ) -> list[Request]:
     """Output lengths of the first batch are spread, so that requests do not end all at once."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     requests = []
     for number in range(count):
         prompt = rng.integers(0, 100_000, options.input_len, dtype=np.int32)
@@ -143,12 +143,13 @@ def main() -> None:
         )
     if options.output_json is not None:
         report = {
-            "command": " ".join(sys.argv),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "machine": platform.machine(),
-            "seed": 0,
-            "warm_up_steps": WARM_UP_STEPS,
+            "benchmark": "scheduler_overhead",
+            "command": environment.command_line(),
+            "commit": environment.commit(),
+            "versions": environment.versions(),
+            "device": environment.cpu_model(),
+            "seed": SEED,
+            "warm_up": f"{WARM_UP_STEPS} steps, not counted",
             "results": results,
         }
         options.output_json.write_text(json.dumps(report, indent=2) + "\n")

@@ -147,10 +147,12 @@ class LLM:
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             number = next(self._numbers)
             try:
+                if isinstance(ids, ValueError):
+                    raise ids
                 request = self._processor.make_request(number, ids, params[index], done.put)
             except ValueError as error:
                 errors[index] = error
-                outputs[index] = self._processor.failed_output(number, prompt, ids, error)
+                outputs[index] = self._processor.failed_output(number, prompt, error)
                 continue
             index_of[request.id] = index
             requests.append(request)

@@ -49,9 +49,9 @@ class Processor:
     def default_params(self) -> SamplingParams:
         return SamplingParams(**self._defaults)
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
-        """Token ids of each prompt."""
-        encoded: list[Sequence[int]] = [prompt.token_ids or () for prompt in prompts]
+    def encode(self, prompts: Sequence[Prompt]) -> list[Sequence[int] | ValueError]:
+        """Token ids of each prompt, or why it has none."""
+        encoded: list[Sequence[int] | ValueError] = [prompt.token_ids or () for prompt in prompts]
         for add_special_tokens in (True, False):
             indices = [
                 index
@@ -61,10 +61,19 @@ class Processor:
             if not indices:
                 continue
             texts = [prompts[index].text or "" for index in indices]
-            found = self.get_tokenizer().encode_batch(texts, add_special_tokens)
+            found = self._encode_texts(texts, add_special_tokens)
             for index, ids in zip(indices, found, strict=True):
                 encoded[index] = ids
         return encoded
+
+    def _encode_texts(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> Sequence[Sequence[int] | ValueError]:
+        tokenizer = self.get_tokenizer()
+        try:
+            return tokenizer.encode_batch(texts, add_special_tokens)
+        except TypeError:  # a text of surrogates, which has no UTF-8
+            return [_encode_or_error(tokenizer, text, add_special_tokens) for text in texts]
 
     def make_request(
         self,
@@ -118,14 +127,12 @@ class Processor:
             error=None if request.error is None else str(request.error),
         )
 
-    def failed_output(
-        self, number: int, prompt: Prompt, ids: Sequence[int], error: ValueError
-    ) -> RequestOutput:
+    def failed_output(self, number: int, prompt: Prompt, error: ValueError) -> RequestOutput:
         """Of a prompt that could not become a request."""
         return RequestOutput(
             request_id=str(number),
             prompt=prompt.text,
-            prompt_token_ids=list(ids),
+            prompt_token_ids=list(prompt.token_ids or ()),
             outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
             finished=True,
             error=str(error),
@@ -152,6 +159,16 @@ class Processor:
     def _detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> IncrementalDetokenizer:
         context = prompt[-_CONTEXT_TOKENS:]
         return IncrementalDetokenizer(self.get_tokenizer(), context, params.skip_special_tokens)
+
+
+def _encode_or_error(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool
+) -> Sequence[int] | ValueError:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ValueError(f"the prompt is no valid Unicode text: {error}")
+    return tokenizer.encode(text, add_special_tokens)
 
 
 def _eos_token_ids(runtime: Runtime) -> tuple[int, ...]:

@@ -217,6 +217,7 @@ def test_one_bad_prompt_of_64_fails_alone(llm: LLM, caplog: pytest.LogCaptureFix
         ({"prompt_token_ids": []}, "the prompt is empty"),
         ([5] * 64, "the prompt has 64 tokens, but max_model_len is 64"),
         ([5, -1], "token id -1, outside the vocabulary"),
+        ("\ud800", "the prompt is no valid Unicode text: .*surrogates not allowed"),
     ],
 )
 def test_a_bad_prompt_alone_raises(llm: LLM, prompt: Any, message: str) -> None:

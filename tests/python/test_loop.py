@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -264,6 +266,17 @@ def test_close_aborts_what_is_open() -> None:
     assert {request.finish_reason for request in service.wait(10).values()} == {"abort"}
     with pytest.raises(EngineError, match="has been closed"):
         service.loop.submit([service.request(99)])
+
+
+def test_the_engine_is_let_go_when_the_loop_is_closed() -> None:
+    service = serve()
+    service.loop.submit([service.request(0)])
+    service.wait(1)
+    engine = weakref.ref(service.engine)
+    service.loop.close()
+    del service.engine
+    gc.collect()
+    assert engine() is None
 
 
 def test_the_listener_hears_of_every_step() -> None:

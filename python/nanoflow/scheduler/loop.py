@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from nanoflow.errors import EngineError
@@ -39,12 +39,30 @@ class _StepInFlight:
     seconds: float  # of planning and submitting
 
 
-class SchedulerLoop:
-    """Runs requests on an engine, in a thread of its own.
+@dataclass(slots=True)
+class _Inbox:
+    """What other threads leave for the scheduler's; `changed` guards all of it."""
 
-    `state`, the engine's submit() and everything below "the thread" belong to that thread; other
-    threads leave requests and aborts in an inbox. When the engine fails, every open request fails
-    with its error and the loop is closed.
+    step_listener: StepListener | None
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    requests: list[Request] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)
+    is_closing: bool = False
+    failure: BaseException | None = None
+
+    def closed_error(self) -> EngineError:
+        if self.failure is None:
+            return EngineError("the engine has been closed; make another LLM")
+        error = EngineError(f"the engine has failed and is closed: {self.failure}")
+        error.__cause__ = self.failure
+        return error
+
+
+class SchedulerLoop:
+    """Runs requests on an engine, in a thread of its own. Any thread may call its methods.
+
+    When the engine fails, every open request fails with its error and the loop is closed. The
+    engine is let go when the thread ends.
     """
 
     def __init__(
@@ -56,57 +74,68 @@ class SchedulerLoop:
         steps_in_flight: int = 2,
         step_listener: StepListener | None = None,
     ) -> None:
-        """`steps_in_flight`: 2 overlaps planning with the engine, 1 takes turns.
+        """`state` and the engine belong to the loop's thread from now on.
 
+        `steps_in_flight`: 2 overlaps planning with the engine, 1 takes turns.
         `step_listener` is called in the loop's thread after every step; it must not block or raise.
         """
-        self.step_listener = step_listener
+        self._inbox = _Inbox(step_listener)
+        worker = _Worker(self._inbox, engine, make_batch, state, steps_in_flight)
+        self._thread = threading.Thread(target=worker.run, name="nanoflow-scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def step_listener(self) -> StepListener | None:
+        return self._inbox.step_listener
+
+    @step_listener.setter
+    def step_listener(self, listener: StepListener | None) -> None:
+        self._inbox.step_listener = listener
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queues requests in their order. Raises EngineError once the loop is closed."""
+        now = perf_counter()
+        with self._inbox.changed:
+            if self._inbox.is_closing:
+                raise self._inbox.closed_error()
+            for request in requests:
+                request.arrival_time = now
+                self._inbox.requests.append(request)
+            self._inbox.changed.notify()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Finishes requests with what they have generated; unknown ids are left alone."""
+        with self._inbox.changed:
+            self._inbox.aborts.extend(request_ids)
+            self._inbox.changed.notify()
+
+    def close(self) -> None:
+        """Aborts what is open and ends the thread. May be called more than once."""
+        with self._inbox.changed:
+            self._inbox.is_closing = True
+            self._inbox.changed.notify()
+        self._thread.join()
+
+
+class _Worker:
+    """All that the scheduler's thread does."""
+
+    def __init__(
+        self,
+        inbox: _Inbox,
+        engine: Engine,
+        make_batch: BatchFactory,
+        state: SchedulerState,
+        steps_in_flight: int,
+    ) -> None:
+        self._inbox = inbox
         self._engine = engine
         self._make_batch = make_batch
         self._state = state
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
 
-        self._changed = threading.Condition()  # guards what follows
-        self._inbox: list[Request] = []
-        self._aborts: list[str] = []
-        self._is_closing = False
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="nanoflow-scheduler", daemon=True)
-        self._thread.start()
-
-    def submit(self, requests: Iterable[Request]) -> None:
-        """Queues requests in their order. Raises EngineError once the loop is closed."""
-        now = perf_counter()
-        with self._changed:
-            if self._is_closing:
-                raise self._closed_error() from self._failure
-            for request in requests:
-                request.arrival_time = now
-                self._inbox.append(request)
-            self._changed.notify()
-
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Finishes requests with what they have generated; unknown ids are left alone."""
-        with self._changed:
-            self._aborts.extend(request_ids)
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Aborts what is open and ends the thread. May be called more than once."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _closed_error(self) -> EngineError:
-        if self._failure is None:
-            return EngineError("the engine has been closed; make another LLM")
-        return EngineError(f"the engine has failed and is closed: {self._failure}")
-
-    # The thread.
-
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             while self._take_inbox():
                 self._turn()
@@ -114,13 +143,14 @@ class SchedulerLoop:
             self._fail(error)
 
     def _take_inbox(self) -> bool:
-        """Sleeps while there is nothing to do; False when the loop is to end."""
-        with self._changed:
-            while not (self._inbox or self._aborts or self._is_closing or self._is_busy()):
-                self._changed.wait()
-            requests, self._inbox = self._inbox, []
-            aborts, self._aborts = self._aborts, []
-            is_closing = self._is_closing
+        """Sleeps while there is nothing to do; False when the thread is to end."""
+        inbox = self._inbox
+        with inbox.changed:
+            while not (inbox.requests or inbox.aborts or inbox.is_closing or self._is_busy()):
+                inbox.changed.wait()
+            requests, inbox.requests = inbox.requests, []
+            aborts, inbox.aborts = inbox.aborts, []
+            is_closing = inbox.is_closing
         now = perf_counter()
         for request in requests:
             try:
@@ -156,10 +186,11 @@ class SchedulerLoop:
         tokens = oldest.handle.wait().tokens
         time_done = perf_counter()
         self._state.complete_step(oldest.step, tokens, time_done)
-        if self.step_listener is None:
+        listener = self._inbox.step_listener
+        if listener is None:
             return
         plan = oldest.step.plan
-        self.step_listener(
+        listener(
             StepStats(
                 step=oldest.step.number,
                 time_done=time_done,
@@ -173,13 +204,12 @@ class SchedulerLoop:
         )
 
     def _fail(self, cause: Exception) -> None:
-        with self._changed:
-            self._is_closing = True
-            self._failure = cause
-            requests, self._inbox = self._inbox, []
+        inbox = self._inbox
+        with inbox.changed:
+            inbox.is_closing = True
+            inbox.failure = cause
+            requests, inbox.requests = inbox.requests, []
         now = perf_counter()
         for request in self._state.open_requests() + requests:
-            error = self._closed_error()
-            error.__cause__ = cause
             if request.finish_reason is None:
-                request.finish("error", now, error=error)
+                request.finish("error", now, error=inbox.closed_error())
