@@ -1,12 +1,16 @@
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "bindings/array.h"
+#include "bindings/mirror.h"
 #include "bindings/register.h"
 #include "kernels/backend.h"
 
@@ -15,16 +19,22 @@ namespace py = pybind11;
 namespace nanoflow {
 namespace {
 
-/// The keyword arguments of run_op; remembers which have been asked for.
+/// The keyword arguments of run_op; remembers which have been asked for. Tensors are the arrays'
+/// own memory, or its copy in `mirror` where there is one.
 class Operands {
  public:
-  Operands(std::string_view op, const py::kwargs& values) : op_(op), values_(values) {}
+  Operands(std::string_view op, const py::kwargs& values, Mirror* mirror)
+      : op_(op), values_(values), mirror_(mirror) {}
 
-  Tensor in(const char* name) { return as_tensor(array(name)); }
+  Tensor in(const char* name) {
+    const Tensor tensor = as_tensor(array(name));
+    return mirror_ == nullptr ? tensor : mirror_->of(tensor);
+  }
   Tensor out(const char* name) {
     const py::array found = array(name);
     if (!found.writeable()) throw py::value_error(op_ + ": " + name + " is read-only");
-    return as_tensor(found);
+    const Tensor tensor = as_tensor(found);
+    return mirror_ == nullptr ? tensor : mirror_->written(tensor);
   }
   template <typename T>
   T scalar(const char* name) {
@@ -55,6 +65,7 @@ class Operands {
 
   std::string op_;
   const py::kwargs& values_;
+  Mirror* mirror_;
   std::set<std::string> used_;
 };
 
@@ -111,6 +122,7 @@ Op make_attention(Operands& a) {
                    .segment_begin = a.scalar<int>("segment_begin"),
                    .segment_end = a.scalar<int>("segment_end"),
                    .scale = a.scalar<float>("scale"),
+                   .work = {},
                    .rows = all_rows(q)};
 }
 
@@ -147,26 +159,72 @@ constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Sample::kName, make_sample},
 };
 
-Op make_op(const std::string& name, const py::kwargs& values) {
+Op make_op(const std::string& name, const py::kwargs& values, Mirror* mirror) {
   for (const auto& [op, make] : kMakers) {
     if (op != name) continue;
-    Operands operands(op, values);
+    Operands operands(op, values, mirror);
     Op made = make(operands);
     operands.check_all_used();
     return made;
   }
   std::string known;
-  for (const auto& [op, make] : kMakers) known += (known.empty() ? "" : ", ") + std::string(op);
+  for (const auto& [op, make] : kMakers) {
+    if (!known.empty()) known += ", ";
+    known += op;
+  }
   throw py::value_error("there is no op '" + name + "'; there are " + known);
+}
+
+std::vector<Tensor> tensors_of(const py::kwargs& values) {
+  std::vector<Tensor> tensors;
+  for (const auto& [name, value] : values) {
+    if (!py::isinstance<py::array>(value)) continue;
+    tensors.push_back(as_tensor(py::reinterpret_borrow<py::array>(value)));
+  }
+  return tensors;
+}
+
+/// Enqueues the op and, before an attention on a backend that wants one, its plan; returns the
+/// plan's memory.
+Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
+  Buffer work;
+  if (auto* attention = std::get_if<Attention>(&op)) {
+    const auto D = static_cast<int>(attention->k_cache.size(3));
+    PlanAttention plan{.tables = attention->tables,
+                       .segment_begin = attention->segment_begin,
+                       .segment_end = attention->segment_end,
+                       .num_heads = static_cast<int>(attention->q.size(1)) / D,
+                       .num_kv_heads = static_cast<int>(attention->k_cache.size(1)),
+                       .work = {},
+                       .rows = attention->rows};
+    const size_t bytes = backend.attention_work_bytes(static_cast<int>(plan.tables.kv_len.size(0)),
+                                                      static_cast<int>(attention->q.size(0)),
+                                                      plan.num_heads, plan.num_kv_heads);
+    if (bytes > 0) {
+      work = backend.allocate(bytes);
+      plan.work = Tensor(work.data(), DType::kI32, backend.device(),
+                         {static_cast<int64_t>(bytes / sizeof(int32_t))});
+      attention->work = plan.work;
+      backend.kernels().run(plan, lane);
+    }
+  }
+  std::visit([&](const auto& o) { backend.kernels().run(o, lane); }, op);
+  return work;
 }
 
 void run_op(const std::string& name, const std::shared_ptr<Backend>& backend, int width,
             const py::kwargs& values) {
-  const Op op = make_op(name, values);
-  py::gil_scoped_release release;
   const auto lane = backend->make_lane(width > 0 ? width : backend->width());
   const auto done = backend->make_event();
-  std::visit([&](const auto& o) { backend->kernels().run(o, *lane); }, op);
+  Op op = make_op(name, values, nullptr);
+  std::optional<Mirror> mirror;
+  if (backend->device().kind != Device::Kind::kCpu) {
+    mirror.emplace(*backend, *lane, tensors_of(values));
+    op = make_op(name, values, &*mirror);
+  }
+  py::gil_scoped_release release;
+  const Buffer work = enqueue(op, *backend, *lane);
+  if (mirror) mirror->copy_back();
   lane->record(*done);
   done->synchronize();
 }
@@ -175,7 +233,8 @@ void run_op(const std::string& name, const std::shared_ptr<Backend>& backend, in
 
 void register_run_op(py::module_& m) {
   m.def("run_op", &run_op, py::arg("name"), py::arg("backend"), py::arg("width") = 0,
-        "Runs one op on NumPy arrays in place, on a lane of `width` threads (0: the backend's). "
+        "Runs one op on NumPy arrays in place, on a lane of `width` threads or SMs (0: the "
+        "backend's); a GPU works on copies of them. "
         "The keywords are the fields of the op's struct in kernels/ops.h, those of its tables "
         "among them; uint16 arrays are bfloat16. Raises TypeError for missing or unknown "
         "operands, EngineError for what the op refuses.");

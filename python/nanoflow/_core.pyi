@@ -335,5 +335,5 @@ def run_op(
     name: str, backend: Backend, width: typing.SupportsInt | typing.SupportsIndex = 0, **kwargs
 ) -> None:
     """
-    Runs one op on NumPy arrays in place, on a lane of `width` threads (0: the backend's). The keywords are the fields of the op's struct in kernels/ops.h, those of its tables among them; uint16 arrays are bfloat16. Raises TypeError for missing or unknown operands, EngineError for what the op refuses.
+    Runs one op on NumPy arrays in place, on a lane of `width` threads or SMs (0: the backend's); a GPU works on copies of them. The keywords are the fields of the op's struct in kernels/ops.h, those of its tables among them; uint16 arrays are bfloat16. Raises TypeError for missing or unknown operands, EngineError for what the op refuses.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,34 @@ TOLERANCES = {
 }
 
 
-@pytest.fixture(scope="session", params=_core.cpu_isas())
+def has_cuda() -> bool:
+    try:
+        _core.Backend("cuda")
+    except _core.EngineError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session", params=[*_core.cpu_isas(), *["cuda"] * has_cuda()])
 def backend(request: pytest.FixtureRequest) -> _core.Backend:
-    """A CPU backend for each instruction set of this machine; the default width is 2 threads."""
+    """A CPU backend for each instruction set of this machine, whose default width is 2 threads,
+    and a GPU where there is one."""
+    if request.param == "cuda":
+        return _core.Backend("cuda")
     return _core.Backend("cpu", threads=2, isa=request.param)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Skips what the GPU says it does not do: odd sizes and float32, which the CPU does.
+
+    The sizes of real models are tested in test_cuda_ops.py, where nothing is skipped."""
+    try:
+        return (yield)
+    except _core.EngineError as error:
+        if "on a GPU" in str(error) and pyfuncitem.fspath.basename != "test_cuda_ops.py":
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="session", params=DTYPES)
