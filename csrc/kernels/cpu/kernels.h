@@ -5,8 +5,8 @@
 
 namespace nanoflow::cpu {
 
-/// Instruction sets, each a superset of the one before in speed, not in results: sums are taken in another
-/// order, so tokens may differ between them, never between batch splits of one of them.
+/// Instruction sets, each a superset of the one before in speed, not in results: sums are taken in
+/// another order, so tokens may differ between them, never between batch splits of one of them.
 enum class Isa {
   kGeneric,     // plain C++
   kAvx2,        // AVX2, FMA, F16C
