@@ -186,6 +186,7 @@ class SchedulerState:
         running = slots.running
         stored, known = slots.computed[running], slots.known[running]
         assert np.all(stored <= slots.num_pages[running] * slots.page_size)
+        assert np.all(known >= stored - 1), "more than two tokens are in flight"
         assert np.all((known <= stored + 1) | (known == slots.prefill_len[running]))
         assert np.all(known < slots.max_len[running]), "a request is past its end"
 
