@@ -1,0 +1,86 @@
+#include "kernels/cuda/gemm.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace nanoflow::cuda {
+namespace {
+
+/// A kernel's times on an H100, fitted to bench/cuda/sweep.py.
+struct GemmCost {
+  GemmTraits traits;
+  double fixed_us;  // launch, filling the pipeline, storing the last tile; stream-K's sums
+  double step_us;   // kStepDepth of K for one tile on each SM
+  double wave_us;   // what a wave of tiles adds to its steps
+  double sm_gbs;    // memory traffic of one SM
+};
+
+constexpr double kStepDepth = 64;
+constexpr double kMemoryGbs = 2950;  // of the whole device
+/// Up to this many rows only kernels with tiles of as few rows are considered: the weights' traffic
+/// decides, which the fit does not tell well enough.
+constexpr int kFewRows = 64;
+
+constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
+    {{"128x256", 128, 256, 2, 1, false, true}, 1.2, 0.584, 5.7, 80},
+    {{"128x192", 128, 192, 2, 1, false, false}, 2.3, 0.443, 4.3, 40},
+    {{"128x128", 128, 128, 1, 1, false, true}, 5.5, 0.306, 1.3, 56},
+    {{"128x256 stream-K", 128, 256, 2, 1, true, false}, 16.8, 0.640, 0.6, 22},
+    {{"128x128 stream-K", 128, 128, 2, 1, true, false}, 12.5, 0.377, 0.0, 20},
+    {{"64x128 stream-K", 64, 128, 1, 1, true, true}, 12.0, 0.242, 0.2, 34},
+    {{"16x128 stream-K", 16, 128, 1, 1, true, false}, 9.5, 0.158, 0.0, 40},
+    {{"128x64", 128, 64, 1, 2, false, false}, 7.3, 0.232, 0.2, 35},
+}};
+
+const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Tiles of `tile` that cover `size`, in whole clusters.
+int64_t tiles_of(int size, int tile, int cluster) {
+  return ceil_div(size, int64_t{tile} * cluster) * cluster;
+}
+
+bool is_candidate(GemmKernel kernel, int rows, DType x, DType out) {
+  const GemmTraits& t = traits_of(kernel);
+  if (!t.is_general && !(x == DType::kBF16 && out == DType::kBF16)) return false;
+  return rows > kFewRows || t.tile_rows <= kFewRows;
+}
+
+}  // namespace
+
+const GemmTraits& traits_of(GemmKernel kernel) { return cost_of(kernel).traits; }
+
+double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms) {
+  const GemmCost& cost = cost_of(kernel);
+  const GemmTraits& t = cost.traits;
+  const int cluster = t.cluster_rows * t.cluster_features;
+  const int64_t slots = int64_t{std::max(sms / cluster, 1)} * cluster;
+  const int64_t tiles = tiles_of(shape.rows, t.tile_rows, t.cluster_rows) *
+                        tiles_of(shape.features, t.tile_features, t.cluster_features);
+  const double waves = t.is_stream_k ? static_cast<double>(tiles) / static_cast<double>(slots)
+                                     : static_cast<double>(ceil_div(tiles, slots));
+  const double depth = shape.depth, rows = shape.rows, features = shape.features;
+  const double multiply_us = waves * (cost.step_us * depth / kStepDepth + cost.wave_us);
+  const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
+  const double bytes = 2 * (features * depth + rows * (depth + features));
+  const double memory_us = bytes * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
+  return cost.fixed_us + std::max(multiply_us, memory_us);
+}
+
+GemmKernel choose_gemm(const GemmShape& shape, int sms, DType x, DType out) {
+  GemmKernel best = GemmKernel::k128x256;
+  double best_us = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < kNumGemmKernels; ++i) {
+    const auto kernel = static_cast<GemmKernel>(i);
+    if (!is_candidate(kernel, shape.rows, x, out)) continue;
+    const double us = gemm_time_us(kernel, shape, sms);
+    if (us < best_us) {
+      best = kernel;
+      best_us = us;
+    }
+  }
+  return best;
+}
+
+}  // namespace nanoflow::cuda

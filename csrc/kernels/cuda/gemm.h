@@ -1,0 +1,51 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "core/dtype.h"
+
+// Which matrix kernel a product runs on: a pure choice, without CUDA.
+
+namespace nanoflow::cuda {
+
+/// out[T, N] = x[T, K] · weight[N, K]ᵀ
+struct GemmShape {
+  int rows;      // T
+  int features;  // N
+  int depth;     // K
+};
+
+/// Kernels that are compiled in, by their tile of rows × features. Cooperative: two warpgroups
+/// share a tile; ping-pong: each has its own.
+enum class GemmKernel : uint8_t {
+  k128x256,         // cooperative: the least energy per product
+  k128x192,         // cooperative
+  k128x128,         // ping-pong
+  k128x256StreamK,  // the last wave dealt out along K
+  k128x128StreamK,
+  k64x128StreamK,  // few rows: features are the tensor cores' rows
+  k16x128StreamK,
+  k128x64,  // cooperative
+};
+inline constexpr int kNumGemmKernels = 8;
+
+/// What the choice knows of a kernel.
+struct GemmTraits {
+  std::string_view name;
+  int tile_rows, tile_features;
+  int cluster_rows, cluster_features;  // tiles that run side by side and share operands
+  bool is_stream_k;
+  bool is_general;  // exists for every pair of dtypes, not only bfloat16 in and out
+};
+
+const GemmTraits& traits_of(GemmKernel kernel);
+
+/// The kernel that is expected to be fastest on `sms` SMs, among those that exist for the dtypes.
+GemmKernel choose_gemm(const GemmShape& shape, int sms, DType x, DType out);
+
+/// The time of the choice's model, in microseconds: good for comparing kernels.
+double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms);
+
+}  // namespace nanoflow::cuda

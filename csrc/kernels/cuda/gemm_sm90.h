@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/gemm.h"
+
+namespace nanoflow::cuda {
+
+/// One launch of out = x · weightᵀ. Strides are of rows, in elements; columns are contiguous.
+struct GemmArguments {
+  const void* x;       // [T, K]
+  const void* weight;  // [N, K]
+  void* out;           // [T, N]
+  GemmShape shape;
+  int64_t x_stride, weight_stride, out_stride;
+  int sms;          // CTAs that run at a time
+  void* workspace;  // stream-K sums and flags, contents undefined
+  size_t workspace_bytes;
+  cudaStream_t stream;
+};
+
+/// Enqueues the kernel; Error when the kernel cannot run these arguments.
+using GemmLauncher = void (*)(const GemmArguments&);
+
+/// The kernel for operands of `x` and results of `out`, or null where there is none.
+GemmLauncher gemm_launcher(GemmKernel kernel, DType x, DType out);
+
+/// The launchers by translation unit (each file instantiates up to four kernels); null for kernels
+/// of another one.
+GemmLauncher gemm_bf16_large(GemmKernel kernel);
+GemmLauncher gemm_bf16_medium(GemmKernel kernel);
+GemmLauncher gemm_bf16_small(GemmKernel kernel);
+GemmLauncher gemm_bf16_f32(GemmKernel kernel);
+GemmLauncher gemm_f16(GemmKernel kernel);
+GemmLauncher gemm_f16_f32(GemmKernel kernel);
+
+}  // namespace nanoflow::cuda

@@ -1,0 +1,61 @@
+#include <doctest/doctest.h>
+
+#include "kernels/cuda/gemm.h"
+
+namespace nanoflow::cuda {
+namespace {
+
+constexpr int kSms = 132;
+
+GemmKernel choose(const GemmShape& shape, int sms = kSms) {
+  return choose_gemm(shape, sms, DType::kBF16, DType::kBF16);
+}
+
+TEST_CASE("the choice is the kernel with the least expected time") {
+  for (int rows : {1, 64, 129, 640, 1024, 2048}) {
+    for (int sms : {8, 84, 108, kSms}) {
+      const GemmShape shape{.rows = rows, .features = 6144, .depth = 4096};
+      const double least = gemm_time_us(choose(shape, sms), shape, sms);
+      for (int i = 0; i < kNumGemmKernels; ++i) {
+        const auto kernel = static_cast<GemmKernel>(i);
+        if (rows <= 64 && traits_of(kernel).tile_rows > 64) continue;  // not for so few rows
+        CHECK(least <= gemm_time_us(kernel, shape, sms));
+      }
+    }
+  }
+}
+
+TEST_CASE("expected times fall with SMs and grow with every dimension") {
+  for (int i = 0; i < kNumGemmKernels; ++i) {
+    const auto kernel = static_cast<GemmKernel>(i);
+    const GemmShape shape{.rows = 512, .features = 4096, .depth = 4096};
+    const double us = gemm_time_us(kernel, shape, 96);
+    CAPTURE(traits_of(kernel).name);
+    CHECK(gemm_time_us(kernel, shape, kSms) <= us);
+    CHECK(gemm_time_us(kernel, {.rows = 1024, .features = 4096, .depth = 4096}, 96) > us);
+    CHECK(gemm_time_us(kernel, {.rows = 512, .features = 8192, .depth = 4096}, 96) > us);
+    CHECK(gemm_time_us(kernel, {.rows = 512, .features = 4096, .depth = 8192}, 96) > us);
+  }
+}
+
+TEST_CASE("tiles fit the rows and the SMs") {
+  // 8 × 16 tiles of 128 × 256 are one wave on 132 SMs and would be two on 108.
+  const GemmShape shape{.rows = 1024, .features = 4096, .depth = 14336};
+  CHECK(choose(shape) == GemmKernel::k128x256);
+  CHECK(choose(shape, 108) != GemmKernel::k128x256);
+  // 4 × 32 tiles of 128 × 192 are one wave.
+  CHECK(choose({.rows = 512, .features = 6144, .depth = 4096}) == GemmKernel::k128x192);
+  // Few rows are bound by the weights: no tile of 128 rows.
+  CHECK(traits_of(choose({.rows = 16, .features = 4096, .depth = 4096})).tile_rows == 16);
+}
+
+TEST_CASE("only general kernels are chosen for other dtypes than bfloat16") {
+  for (int rows : {1, 64, 256, 640, 1024}) {
+    const GemmShape shape{.rows = rows, .features = 128256, .depth = 4096};
+    CHECK(traits_of(choose_gemm(shape, kSms, DType::kBF16, DType::kF32)).is_general);
+    CHECK(traits_of(choose_gemm(shape, kSms, DType::kF16, DType::kF16)).is_general);
+  }
+}
+
+}  // namespace
+}  // namespace nanoflow::cuda
