@@ -278,4 +278,12 @@ TEST_CASE("gemm refuses what does not fit together") {
   CHECK_THROWS_WITH_AS(runner.run(x.tensor(), weight.tensor(), half_out.tensor()),
                        "gemm: out is float16[4, 8] but must be bfloat16 or float32", Error);
   CHECK_THROWS_AS(runner.run(x.tensor(), weight.tensor(), narrow_out.tensor()), Error);
+  CHECK_THROWS_AS(
+      runner.run(x.tensor().slice_columns(0, 0), weight.tensor().slice_columns(0, 0), out.tensor()),
+      Error);
+  int32_t numbers[16] = {};
+  const Tensor integers(numbers, DType::kI32, {}, {4, 4});
+  CHECK_THROWS_WITH_AS(runner.run(integers, integers, integers),
+                       "gemm does not support dtype int32; use float32, bfloat16 or float16",
+                       Error);
 }

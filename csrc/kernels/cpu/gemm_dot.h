@@ -40,6 +40,7 @@ class DotGemm {
   static constexpr int kRows = Simd::kRows, kColumns = Simd::kColumns;
   static constexpr int64_t kSlabBytes = 256 << 10;   // activations, for the second cache
   static constexpr int64_t kChunkBytes = 128 << 10;  // weights, beside them
+  static constexpr int64_t kBlockBytes = 20 << 10;   // weights, for the first cache
 
   explicit DotGemm(const GemmArgs& args) : args_(args), slab_(tiles_in(kSlabBytes, kRows)) {}
 
@@ -57,19 +58,27 @@ class DotGemm {
   }
 
   void multiply(int64_t t_begin, int64_t t_end, int64_t n_begin, int64_t n_end) const {
-    for (int64_t n = n_begin; n < n_end; n += kColumns) {
-      const int columns = static_cast<int>(n_end - n < kColumns ? n_end - n : kColumns);
+    const int64_t block = tiles_in(kBlockBytes, kColumns);
+    for (int64_t n = n_begin; n < n_end; n += block) {
+      const int64_t end = n + block < n_end ? n + block : n_end;
       int64_t t = t_begin;
-      for (; t + kRows <= t_end; t += kRows) tile<kRows>(t, n, columns);
-      remainder<kRows - 1>(t, t_end - t, n, columns);
+      for (; t + kRows <= t_end; t += kRows) tiles<kRows>(t, n, end);
+      remainder<kRows - 1>(t, t_end - t, n, end);
     }
   }
 
   template <int kCount>
-  void remainder(int64_t t, int64_t rows, int64_t n, int columns) const {
+  void remainder(int64_t t, int64_t rows, int64_t n_begin, int64_t n_end) const {
     if constexpr (kCount > 0) {
-      if (rows == kCount) return tile<kCount>(t, n, columns);
-      remainder<kCount - 1>(t, rows, n, columns);
+      if (rows == kCount) return tiles<kCount>(t, n_begin, n_end);
+      remainder<kCount - 1>(t, rows, n_begin, n_end);
+    }
+  }
+
+  template <int kCount>
+  void tiles(int64_t t, int64_t n_begin, int64_t n_end) const {
+    for (int64_t n = n_begin; n < n_end; n += kColumns) {
+      tile<kCount>(t, n, static_cast<int>(n_end - n < kColumns ? n_end - n : kColumns));
     }
   }
 
@@ -119,7 +128,7 @@ class DotGemm {
   const int64_t slab_;  // activation rows that stay in the second cache
 };
 
-/// Dot products need no scratch.
+/// Dot products need no scratch. A template, so that each file has its own.
 template <typename Simd>
 size_t no_scratch(const GemmArgs&, int) {
   return 0;
