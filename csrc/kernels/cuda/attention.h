@@ -52,9 +52,16 @@ struct AttentionWorkHeader {
   int requests;  // capacity, see AttentionWork
 };
 
+/// Tiles and KV heads, tile-major, are dealt to the CTAs forwards and backwards in turn, because
+/// the tiles of a request come with the longest first: the i-th of a CTA.
+NF_HOST_DEVICE inline int tile_of_cta(int cta, int i, int ctas) {
+  return i * ctas + (i % 2 == 0 ? cta : ctas - 1 - cta);
+}
+
 /// Where things lie in the work buffer, in bytes. `requests` and `ctas` are capacities.
 struct AttentionWork {
-  size_t counters;      // [requests * Hkv] int: steps of a streamed item that are done; else 0
+  size_t progress;      // [requests * Hkv] int2: steps of a divided item that are done, else 0;
+                        // the warp that starts it
   size_t warp_begin;    // [warps + 1] int: the line's range of each warp, in steps of kStreamKeys
   size_t warp_stream;   // [warps] int: the item that holds the first step of its range
   size_t stream_items;  // [requests] AttentionItem
@@ -67,8 +74,8 @@ struct AttentionWork {
   NF_HOST_DEVICE static AttentionWork of(int requests, int kv_heads, int ctas) {
     const size_t r = requests, warps = static_cast<size_t>(ctas) * kAttentionWarps;
     AttentionWork w;
-    w.counters = align(sizeof(AttentionWorkHeader));
-    w.warp_begin = w.counters + align(r * kv_heads * sizeof(int));
+    w.progress = align(sizeof(AttentionWorkHeader));
+    w.warp_begin = w.progress + align(r * kv_heads * 2 * sizeof(int));
     w.warp_stream = w.warp_begin + align((warps + 1) * sizeof(int));
     w.stream_items = w.warp_stream + align(warps * sizeof(int));
     w.stream_begin = w.stream_items + r * sizeof(AttentionItem);

@@ -158,14 +158,13 @@ struct AttentionKernel {
   static constexpr int kStreamRowsACopy = 32 / kChunks;
   static constexpr int kStreamCopies = kStreamKeys / kStreamRowsACopy;
 
-  /// Where lane l's key of the step is: every lane looks up the key l % 16.
-  __device__ uint32_t stream_chunk(const Cursor& c, int lane) const {
-    const int key = c.step * kStreamKeys + lane % kStreamKeys;
-    return key_chunk(page_of(c.item, key), c.head, key);
+  /// The key of a step whose page lane l looks up.
+  __device__ int key_of_lane(const Cursor& c, int lane) const {
+    return c.step * kStreamKeys + lane % kStreamKeys;
   }
 
-  __device__ void copy_stream(const Cursor& c, uint32_t chunk_of_lane, uint32_t stage,
-                              int lane) const {
+  __device__ void copy_stream(const Cursor& c, int page_of_lane, uint32_t stage, int lane) const {
+    const uint32_t chunk_of_lane = key_chunk(page_of_lane, c.head, key_of_lane(c, lane));
 #pragma unroll
     for (int i = 0; i < kStreamCopies; ++i) {
       const int row = i * kStreamRowsACopy + lane / kChunks;
@@ -188,12 +187,12 @@ struct AttentionKernel {
     const auto stage = [&](int i) { return ring + i % kStreamStages * (2 * kStreamBytes); };
 
     const int count = end - begin;
-    uint32_t chunk = stream_chunk(ahead, lane);
-    const auto fetch = [&](int i) {  // step i of the range, then the place of the next
+    int page = page_of(ahead.item, key_of_lane(ahead, lane));
+    const auto fetch = [&](int i) {  // step i of the range, and the pages of the next step
       if (i < count) {
-        copy_stream(ahead, chunk, stage(i), lane);
+        copy_stream(ahead, page, stage(i), lane);
         advance(ahead);
-        if (i + 1 < count) chunk = stream_chunk(ahead, lane);
+        if (i + 1 < count) page = page_of(ahead.item, key_of_lane(ahead, lane));
       }
       copy_async_commit();
     };
@@ -250,51 +249,62 @@ struct AttentionKernel {
             make_float2(state.out[n][2 * half], state.out[n][2 * half + 1]);
       }
     }
+    int2* progress = list<int2>(at.progress) + c.stream * a.kv_heads + c.head;
+    if (lane == 0 && first_step == 0) progress->y = warp;
     __threadfence();
     __syncwarp();
-    int* counter = list<int>(at.counters) + c.stream * a.kv_heads + c.head;
     const int own = c.step + 1 - first_step;
     int done = 0;
-    if (lane == 0) done = atomicAdd(counter, own) + own;
+    if (lane == 0) done = atomicAdd(&progress->x, own) + own;
     if (__shfl_sync(~0u, done, 0) < c.steps) return;
     __threadfence();
-    merge_parts(c);
-    if (lane == 0) *counter = 0;  // for the next layer
+    merge_parts(c, __ldcg(&progress->y));
+    if (lane == 0) progress->x = 0;  // for the next layer
   }
 
-  /// Adds up the parts of an item, in the order of its keys.
-  __device__ void merge_parts(const Cursor& c) const {
+  /// Adds up the parts of an item, in the order of its keys; `first` is the warp that starts it.
+  __device__ void merge_parts(const Cursor& c, int first) const {
     const int lane = threadIdx.x % 32;
     const int* warp_begin = list<int>(at.warp_begin);
-    const int begin = list<int>(at.stream_begin)[c.stream] + c.head * c.steps;
-    const int end = begin + c.steps;
-    int first = 0, above = header.ctas * kAttentionWarps;  // the warp that holds step `begin`
-    while (above - first > 1) {
-      const int middle = (first + above) / 2;
-      (warp_begin[middle] <= begin ? first : above) = middle;
-    }
+    const int end = list<int>(at.stream_begin)[c.stream] + (c.head + 1) * c.steps;
     const PackedRows rows = rows_of(c.item, c.head, a.out_stride);
-    constexpr int kOwn = D / 32;  // columns of a lane
-    for (int row = 0; row < rows.count; ++row) {
-      float max = -INFINITY, sum = 0.0f, out[kOwn] = {};
+    constexpr int kOwn = D / 32;    // columns of a lane
+    constexpr int kMergedRows = 4;  // at a time, so that their loads overlap
+    for (int base = 0; base < rows.count; base += kMergedRows) {
+      float max[kMergedRows], sum[kMergedRows] = {}, out[kMergedRows][kOwn] = {};
+#pragma unroll
+      for (int r = 0; r < kMergedRows; ++r) max[r] = -INFINITY;
       for (int warp = first; warp_begin[warp] < end; ++warp) {
         if (warp_begin[warp] == warp_begin[warp + 1]) continue;
         const float* part = partial(warp, warp == first);
-        const float2 stats = __ldcg(reinterpret_cast<const float2*>(part + 2 * row));
-        const float new_max = fmaxf(max, stats.x);
-        const float keep = exp2_approx((max - shift_of(new_max)) * a.scale_log2);
-        const float add = exp2_approx((stats.x - shift_of(new_max)) * a.scale_log2);
-        sum = sum * keep + stats.y * add;
+        float2 stats[kMergedRows];
+        float values[kMergedRows][kOwn];
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          const float value = __ldcg(part + 2 * kStreamRows + row * D + i * 32 + lane);
-          out[i] = out[i] * keep + value * add;
+        for (int r = 0; r < kMergedRows; ++r) {  // rows past the count hold anything
+          stats[r] = __ldcg(reinterpret_cast<const float2*>(part + 2 * (base + r)));
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) {
+            values[r][i] = __ldcg(part + 2 * kStreamRows + (base + r) * D + i * 32 + lane);
+          }
         }
-        max = new_max;
-      }
-      T* to = static_cast<T*>(a.out) + rows.element(row, D);
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) to[i * 32 + lane] = static_cast<T>(out[i] / sum);
+        for (int r = 0; r < kMergedRows; ++r) {
+          const float new_max = fmaxf(max[r], stats[r].x);
+          const float keep = exp2_approx((max[r] - shift_of(new_max)) * a.scale_log2);
+          const float add = exp2_approx((stats[r].x - shift_of(new_max)) * a.scale_log2);
+          sum[r] = sum[r] * keep + stats[r].y * add;
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) out[r][i] = out[r][i] * keep + values[r][i] * add;
+          max[r] = new_max;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kMergedRows; ++r) {
+        if (base + r >= rows.count) break;
+        T* to = static_cast<T*>(a.out) + rows.element(base + r, D);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) to[i * 32 + lane] = static_cast<T>(out[r][i] / sum[r]);
+      }
     }
   }
 };
@@ -306,10 +316,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   extern __shared__ uint4 shared_memory[];
   const AttentionKernel<T, D> kernel(a, shared_memory);
   for (int cta = blockIdx.x; cta < kernel.header.ctas; cta += gridDim.x) {
-    const int tiles = kernel.header.num_tiles * a.kv_heads;
-    for (int i = cta; i < tiles; i += kernel.header.ctas) {
-      kernel.run_tile(kernel.template list<AttentionTile>(kernel.at.tiles)[i / a.kv_heads],
-                      i % a.kv_heads);
+    const int ctas = kernel.header.ctas, tiles = kernel.header.num_tiles * a.kv_heads;
+    for (int i = 0; i * ctas < tiles; ++i) {
+      const int at = tile_of_cta(cta, i, ctas);
+      if (at >= tiles) continue;
+      kernel.run_tile(kernel.template list<AttentionTile>(kernel.at.tiles)[at / a.kv_heads],
+                      at % a.kv_heads);
     }
     kernel.run_stream(cta * kAttentionWarps + threadIdx.x / 32);
     __syncthreads();  // the rings are free

@@ -50,7 +50,7 @@ __device__ Counts block_scan(const Counts& own, Counts* warp_sums, Counts& total
 }
 
 struct Lists {
-  int* counters;
+  int2* progress;
   int* warp_begin;
   int* warp_stream;
   AttentionItem* stream_items;
@@ -59,7 +59,7 @@ struct Lists {
   AttentionTile* tiles;
 
   __device__ Lists(std::byte* work, const AttentionWork& at)
-      : counters(reinterpret_cast<int*>(work + at.counters)),
+      : progress(reinterpret_cast<int2*>(work + at.progress)),
         warp_begin(reinterpret_cast<int*>(work + at.warp_begin)),
         warp_stream(reinterpret_cast<int*>(work + at.warp_stream)),
         stream_items(reinterpret_cast<AttentionItem*>(work + at.stream_items)),
@@ -102,19 +102,22 @@ __device__ Counts list_requests(const AttentionPlanArguments& a, const Lists& li
     done = done + total;
   }
   if (threadIdx.x == 0) lists.stream_begin[done.streams] = done.steps;
-  for (int i = threadIdx.x; i < done.streams * a.kv_heads; i += kThreads) lists.counters[i] = 0;
+  for (int i = threadIdx.x; i < done.streams * a.kv_heads; i += kThreads) lists.progress[i].x = 0;
   return done;
 }
 
 /// Adds up what the tiles cost each CTA, in steps.
 __device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lists, int num_tiles,
                                int* costs) {
-  for (int i = threadIdx.x; i < num_tiles * a.kv_heads; i += kThreads) {
-    const AttentionTile tile = lists.tiles[i / a.kv_heads];
+  const int rounds = ceil_div(num_tiles * a.kv_heads, a.ctas);
+  for (int i = threadIdx.x; i < rounds * a.ctas; i += kThreads) {
+    const int cta = i % a.ctas, at = tile_of_cta(cta, i / a.ctas, a.ctas) / a.kv_heads;
+    if (at >= num_tiles) continue;
+    const AttentionTile tile = lists.tiles[at];
     const AttentionItem item = lists.tile_items[tile.item];
     const int last_row = min((tile.index + 1) * kTileRows / a.group, item.row_count);
     const int keys = item.kv_len - item.row_count + last_row;
-    atomicAdd(&costs[i % a.ctas], kTileCost * ceil_div(keys, kTileKeys));
+    atomicAdd(&costs[cta], kTileCost * ceil_div(keys, kTileKeys));
   }
 }
 

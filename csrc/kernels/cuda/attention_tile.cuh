@@ -122,7 +122,9 @@ template <class T, int D, int kKeys>
 __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int first_key,
                        bool masked, float scale_log2) {
   const int lane = threadIdx.x % 32;
-  float s[kKeys / 8][4] = {};
+  // Few keys are few independent products: their sums then run in two chains.
+  constexpr int kChains = kKeys == 16 ? 2 : 1;
+  float chains[kChains][kKeys / 8][4] = {};
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
@@ -130,8 +132,16 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
       uint32_t b[4];
       load_matrices(
           b, k_shared + chunk_offset<D>(16 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-      mma_16x8x16<T>(s[2 * n], state.q[k], b[0], b[1]);
-      mma_16x8x16<T>(s[2 * n + 1], state.q[k], b[2], b[3]);
+      mma_16x8x16<T>(chains[k % kChains][2 * n], state.q[k], b[0], b[1]);
+      mma_16x8x16<T>(chains[k % kChains][2 * n + 1], state.q[k], b[2], b[3]);
+    }
+  }
+  float (&s)[kKeys / 8][4] = chains[0];
+  if constexpr (kChains == 2) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] += chains[1][n][i];
     }
   }
   if (masked) {
