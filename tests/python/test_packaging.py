@@ -1,0 +1,61 @@
+"""What an installation of nanoflow holds; a source folder on the path has no such metadata."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import PurePosixPath
+
+import pytest
+
+MAX_BYTES = 20 << 20  # of the CPU build
+
+
+@pytest.fixture(scope="module")
+def distribution() -> metadata.Distribution:
+    try:
+        return metadata.distribution("nanoflow")
+    except metadata.PackageNotFoundError:
+        pytest.skip("nanoflow is not installed")
+
+
+def files(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
+    found = distribution.files
+    assert found is not None
+    return [path for path in found if "__pycache__" not in path.parts]
+
+
+def test_holds_the_package_the_command_and_its_metadata_only(distribution):
+    info = f"nanoflow-{distribution.version}.dist-info"
+    tops = {path.parts[0] for path in files(distribution) if path.name != "nanoflow"}
+    assert tops == {"nanoflow", info}
+    assert "nanoflow" in [path.name for path in files(distribution)]
+    names = {path.name for path in files(distribution)}
+    assert {"py.typed", "_core.pyi", "libnanoflow_core.so", "LICENSE"} <= names
+    assert [name for name in names if name.startswith("_core.") and name.endswith(".so")]
+
+
+def test_holds_no_sources_tests_or_results(distribution):
+    package = [path for path in files(distribution) if path.parts[0] == "nanoflow"]
+    suffixes = {PurePosixPath(path).suffix for path in package}
+    assert suffixes <= {".py", ".pyi", ".so", ".typed", ""}
+    assert not [path for path in package if "tests" in path.parts]
+
+
+def test_is_small(distribution):
+    assert sum(path.locate().stat().st_size for path in files(distribution)) < MAX_BYTES
+
+
+def test_torch_is_needed_by_tests_only(distribution):
+    required = distribution.requires
+    assert required is not None
+    plain = [line for line in required if "extra ==" not in line]
+    assert not [line for line in plain if line.startswith(("torch", "transformers"))]
+
+
+def test_installs_the_console_command():
+    scripts = metadata.entry_points(group="console_scripts", name="nanoflow")
+    if not scripts:
+        pytest.skip("nanoflow is not installed")
+    (script,) = scripts
+    assert script.value == "nanoflow.cli:main"
+    assert callable(script.load())
