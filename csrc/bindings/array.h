@@ -37,13 +37,14 @@ inline Tensor as_tensor(const pybind11::array& array) {
   NF_CHECK(dims >= 1 && dims <= Tensor::kMaxDims, "an array of ", dims, " dimensions; use 1 to ",
            Tensor::kMaxDims);
   std::array<int64_t, Tensor::kMaxDims> shape{}, strides{};
-  for (pybind11::ssize_t dim = 0; dim < dims; ++dim) {
+  for (pybind11::ssize_t dim = dims - 1; dim >= 0; --dim) {
     shape[dim] = array.shape(dim);
     NF_CHECK(array.strides(dim) % array.itemsize() == 0, "dimension ", dim,
              " of an array has a stride of ", array.strides(dim),
              " bytes, no multiple of its items' ", array.itemsize());
-    // NumPy gives any stride to a dimension that is never walked along.
-    strides[dim] = shape[dim] > 1 ? array.strides(dim) / array.itemsize() : 1;
+    // NumPy gives any stride to a dimension that is never walked along: here that of dense rows.
+    const int64_t dense = dim + 1 < dims ? strides[dim + 1] * shape[dim + 1] : 1;
+    strides[dim] = shape[dim] > 1 ? array.strides(dim) / array.itemsize() : dense;
   }
   const auto count = static_cast<size_t>(dims);
   return Tensor(const_cast<void*>(array.data()), dtype, Device{}, {shape.data(), count},

@@ -37,7 +37,8 @@ class Lane {
   /// Calls fn on an unspecified thread once reached, with the lane's first error or null. An error
   /// of a lane spreads to every lane that waits for its events.
   virtual void notify(std::function<void(std::exception_ptr)> fn) = 0;
-  /// Writes the time in nanoseconds (one clock for all lanes of a backend) once reached.
+  /// Writes the time in nanoseconds (one clock for all lanes of a backend) once reached, to memory
+  /// of Backend::allocate_host().
   virtual void stamp(int64_t* ns) = 0;
   /// Idles for a while once reached: makes races visible in tests.
   virtual void delay(std::chrono::microseconds time) = 0;

@@ -11,10 +11,9 @@
 namespace nanoflow {
 namespace {
 
-std::vector<OpTiming> timings_of(const Plan& plan, const std::vector<int64_t>& stamps) {
+std::vector<OpTiming> timings_of(const Plan& plan, const int64_t* stamps) {
   std::vector<OpTiming> timings;
-  int64_t start = INT64_MAX;
-  for (int64_t stamp : stamps) start = std::min(start, stamp);
+  const int64_t start = *std::min_element(stamps, stamps + 2 * plan.ops.size());
   const auto microseconds = [&](int64_t stamp) { return static_cast<double>(stamp - start) / 1e3; };
   for (const NanoOp& op : plan.ops) {
     timings.push_back({.name = label_of(op),
@@ -112,8 +111,10 @@ void Worker::issue(const std::shared_ptr<StepState>& state) {
   state->plan = cached_plan(state->schedule, key);
   workspace_.stage(state->batch, key, ring);
   workspace_.upload(ring, *origin_);
-  if (state->batch.want_timings) state->stamps.resize(2 * state->plan->ops.size());
-  executor_.run(*state->plan, *origin_, state->batch.want_timings ? state->stamps.data() : nullptr);
+  if (state->batch.want_timings) {  // memory that the device writes
+    state->stamps = backend_.allocate_host(2 * state->plan->ops.size() * sizeof(int64_t));
+  }
+  executor_.run(*state->plan, *origin_, reinterpret_cast<int64_t*>(state->stamps.data()));
 
   const DecoderBuffers& buffers = workspace_.buffers();
   const auto samples = static_cast<size_t>(state->batch.samples());
@@ -131,7 +132,10 @@ void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
   if (error == nullptr) {
     const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
     state.result.tokens.assign(sampled, sampled + state.batch.samples());
-    if (state.batch.want_timings) state.result.timings = timings_of(*state.plan, state.stamps);
+    if (state.batch.want_timings) {
+      state.result.timings =
+          timings_of(*state.plan, reinterpret_cast<const int64_t*>(state.stamps.data()));
+    }
   } else {
     const std::lock_guard lock(mutex_);
     if (error_ == nullptr) error_ = error;

@@ -28,7 +28,7 @@ class StepState {
   Batch batch;
   std::shared_ptr<const Schedule> schedule;
   std::shared_ptr<const Plan> plan;
-  std::vector<int64_t> stamps;  // two a NanoOp, nanoseconds
+  Buffer stamps;  // two int64 a NanoOp, nanoseconds, where the batch asks for timings
   StepResult result;
 
   void finish(std::exception_ptr error);

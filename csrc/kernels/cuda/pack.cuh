@@ -56,9 +56,12 @@ void dispatch_half(DType dtype, std::string_view op, Fn&& fn) {
 inline void check_packs(std::string_view op, std::string_view name, const Tensor& tensor) {
   const auto item = static_cast<int64_t>(size_of(tensor.dtype()));
   bool is_packed = reinterpret_cast<uintptr_t>(tensor.bytes()) % sizeof(uint4) == 0;
-  for (int dim = 0; dim < tensor.dims(); ++dim) {
-    const int64_t step = dim + 1 < tensor.dims() ? tensor.stride(dim) : tensor.size(dim);
+  const auto check = [&](int64_t step) {
     is_packed = is_packed && step * item % static_cast<int64_t>(sizeof(uint4)) == 0;
+  };
+  check(tensor.size(tensor.dims() - 1));
+  for (int dim = 0; dim + 1 < tensor.dims(); ++dim) {
+    if (tensor.size(dim) > 1) check(tensor.stride(dim));
   }
   NF_CHECK(is_packed, op, " on a GPU needs rows of ", name,
            " that begin at multiples of 16 bytes; ", tensor, " has a row of ",

@@ -1,3 +1,5 @@
+#include <cfloat>
+
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/grid.h"
 #include "kernels/cuda/kernels.h"
@@ -14,6 +16,7 @@ namespace nanoflow::cuda {
 namespace {
 
 constexpr int kBlocksPerSm = 3;
+constexpr float kLog2E = 1.44269504f;
 
 struct SampleArgs {
   float* logits;  // [S, V]
@@ -37,35 +40,29 @@ __device__ void ban(const SampleArgs& a, int row) {
 /// Keeps the k highest logits and whatever ties with the last of them.
 __device__ void apply_top_k(Shared& s, Row& row, int k) {
   const auto ones = [](float) { return Mass{1}; };
-  const Crossing border = find_crossing(s, s.counts, kBins, true, static_cast<Mass>(k));
-  if (border.index < 0) return;  // the rest has no mass
-  const Selected last = select(s, row, border.index, static_cast<Mass>(k) - border.before, ones);
-  row.cut = last.logit;
-  Mass kept = 0;
-  for_members(s, row, border.index, [&](float x) { kept += x >= row.cut ? row.mass_of(x) : 0; });
-  kept = block_sum(s, kept);
-  for (int bin = border.index + threadIdx.x; bin < kBins; bin += kThreads) {
-    s.masses[bin] = bin == border.index ? kept : 0;
-  }
+  fill_bins(s, row, ones);
+  const Crossing border = find_crossing(s, s.bins, kBins, true, static_cast<Mass>(k));
+  if (border.index < 0) return;  // what lies beyond the bins has no mass
+  row.cut = select(s, row, border.index, static_cast<Mass>(k) - border.before, ones).logit;
 }
 
 /// Keeps a token if those before it, the highest logits first and ties in order of tokens, have
 /// less than p of the mass: at least one.
 __device__ void apply_top_p(Shared& s, Row& row, float p) {
+  const auto mass = [&row](float x) { return row.mass_of(x); };
+  fill_bins(s, row, mass);
   __syncthreads();
   Mass total = 0;
-  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) total += s.masses[bin];
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) total += s.bins[bin].value();
   total = block_sum(s, total);
   const Mass limit =
       max(Mass{1}, static_cast<Mass>(ceil(static_cast<double>(p) * static_cast<double>(total))));
-  const Crossing border = find_crossing(s, s.masses, kBins, true, limit);
-  if (border.index < 0) return;
-  const auto mass = [&row](float x) { return row.mass_of(x); };
+  const Crossing border = find_crossing(s, s.bins, kBins, true, limit);
   const Selected last = select(s, row, border.index, limit - border.before, mass);
-  row.cut = last.logit;
   const Mass each = row.mass_of(last.logit);
   const Mass needed = limit - border.before - last.above;
   const Mass kept_ties = (needed + each - 1) / each;
+  row.cut = last.logit;
   if (kept_ties >= last.tied / each) return;
   row.last_tied = locate(
       s, row, [&row](int, float x) { return x == row.cut ? Mass{1} : Mass{0}; },
@@ -87,13 +84,11 @@ __device__ int sample_row(Shared& s, const SampleArgs& a, int index) {
   const float temperature = a.temperature[index];
   if (!(temperature > 0.0f)) return highest.token;
   row.top = highest.logit;
-  row.temperature = temperature;
+  row.log2_scale = fminf(kLog2E / temperature, FLT_MAX);
   const float min_p = a.min_p[index], top_p = a.top_p[index];
   const int top_k = a.top_k[index];
   if (min_p > 0.0f) row.cut = row.top + temperature * logf(fminf(min_p, 1.0f));
-  const bool has_top_k = top_k > 0 && top_k < row.count;
-  if (has_top_k || top_p < 1.0f) fill_bins(s, row);
-  if (has_top_k) apply_top_k(s, row, top_k);
+  if (top_k > 0 && top_k < row.count) apply_top_k(s, row, top_k);
   if (top_p < 1.0f) apply_top_p(s, row, top_p);
   return draw(s, row, uniform(a.seed[index], static_cast<uint32_t>(a.counter[index])));
 }

@@ -12,21 +12,37 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = ~0u;
 constexpr int kBins = 1024;
-constexpr float kBinsPerUnit = 32.0f;  // of (highest logit - logit) / temperature
+constexpr float kBinsPerOctave = 24.0f;  // a weight of 2^-42 is beyond the last
 constexpr int kMaxMembers = 4096;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kKeyBits = 32;
 
 /// A weight, 1 for the highest logit, in units of 2^-40: sums are exact up to 2^23 tokens. What
-/// weighs less than half a unit, exp(-28), is never drawn.
+/// weighs less than half a unit is never drawn.
 using Mass = unsigned long long;
 constexpr float kMassUnits = 1099511627776.0f;
 constexpr int kMaxVocabulary = 1 << 23;
 
+/// A sum that threads add to. Two 32-bit atomics, of which the second is rarely needed, are much
+/// faster than a 64-bit one.
+struct Sum {
+  unsigned low, high;
+
+  __device__ void clear() { low = high = 0; }
+  __device__ Mass value() const { return Mass{high} << 32 | low; }
+  __device__ void add(Mass mass) {
+    const auto own_low = static_cast<unsigned>(mass);
+    const unsigned before = atomicAdd(&low, own_low);
+    const unsigned carry = before + own_low < before ? 1 : 0;
+    const unsigned own_high = static_cast<unsigned>(mass >> 32) + carry;
+    if (own_high != 0) atomicAdd(&high, own_high);
+  }
+};
+
 struct Shared {
-  Mass counts[kBins], masses[kBins];  // of the logits that are kept, by bin
-  Mass digits[kDigits];
+  Sum bins[kBins];  // of the logits that are kept
+  Sum digits[kDigits];
   float members[kMaxMembers];  // logits of one bin, in no order
   unsigned member_count;
   Mass parts[kWarps];
@@ -41,21 +57,22 @@ struct Shared {
 struct Row {
   const float* logits;
   int count;
-  float top = 0, temperature = 1;
+  float top = 0;
+  float log2_scale = 1;  // log2(e) / temperature
   float cut = -INFINITY;
   int last_tied = INT32_MAX;
 
   __device__ Row(const float* data, int size) : logits(data), count(size) {}
 
   __device__ Mass mass_of(float x) const {
-    return __float2ull_rn(expf((x - top) / temperature) * kMassUnits);
+    return __float2ull_rn(exp2f((x - top) * log2_scale) * kMassUnits);
   }
   __device__ bool keeps(int token, float x) const {
     return x > cut || (x == cut && token <= last_tied);
   }
   /// From 0 for the highest logits; kBins and more for those without mass.
   __device__ int bin_of(float x) const {
-    return static_cast<int>(fminf((top - x) / temperature * kBinsPerUnit, 2.0f * kBins));
+    return static_cast<int>(fminf((top - x) * log2_scale * kBinsPerOctave, 2.0f * kBins));
   }
 };
 
@@ -149,15 +166,15 @@ __device__ inline Highest find_highest(Shared& s, const Row& row) {
   return {best, best_token, is_bad};
 }
 
-/// Counts and weighs the logits at or above the cutoff, by bin.
-__device__ inline void fill_bins(Shared& s, const Row& row) {
-  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.counts[bin] = s.masses[bin] = 0;
+/// Sums measure(logit) of the logits at or above the cutoff, by bin.
+template <typename Measure>
+__device__ void fill_bins(Shared& s, const Row& row, const Measure& measure) {
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.bins[bin].clear();
   __syncthreads();
   for_logits(row, [&](int, float x) {
     const int bin = row.bin_of(x);
-    if (bin >= kBins || x < row.cut) return;
-    atomicAdd(&s.counts[bin], Mass{1});
-    atomicAdd(&s.masses[bin], row.mass_of(x));
+    if (bin < kBins && x >= row.cut) s.bins[bin].add(measure(x));
   });
 }
 
@@ -167,8 +184,8 @@ struct Crossing {
   Mass before;  // the sum of the entries before it
 };
 
-__device__ inline Crossing find_crossing(Shared& s, const Mass* values, int count,
-                                         bool is_ascending, Mass limit) {
+__device__ inline Crossing find_crossing(Shared& s, const Sum* sums, int count, bool is_ascending,
+                                         Mass limit) {
   __syncthreads();
   if (threadIdx.x < kWarp) {
     const int lane = threadIdx.x;
@@ -176,7 +193,7 @@ __device__ inline Crossing find_crossing(Shared& s, const Mass* values, int coun
     Mass before = 0;
     for (int begin = 0; begin < count && found < 0; begin += kWarp) {
       const int place = begin + lane;
-      const Mass value = values[is_ascending ? place : count - 1 - place];
+      const Mass value = sums[is_ascending ? place : count - 1 - place].value();
       const Mass sum = before + warp_prefix(value);
       const unsigned reached = __ballot_sync(kAllLanes, sum >= limit);
       const int first = reached != 0 ? __ffs(reached) - 1 : kWarp - 1;
@@ -240,18 +257,18 @@ __device__ Selected select(Shared& s, const Row& row, int bin, Mass limit, const
   uint32_t key = 0, known = 0;
   Mass above = 0;
   for (int shift = kKeyBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    if (threadIdx.x < kDigits) s.digits[threadIdx.x] = 0;
+    if (threadIdx.x < kDigits) s.digits[threadIdx.x].clear();
     __syncthreads();
     for_members(s, row, bin, [&](float x) {
       const uint32_t own = key_of(x);
-      if ((own & known) == key) atomicAdd(&s.digits[own >> shift & (kDigits - 1)], measure(x));
+      if ((own & known) == key) s.digits[own >> shift & (kDigits - 1)].add(measure(x));
     });
     const Crossing digit = find_crossing(s, s.digits, kDigits, false, limit - above);
     above += digit.before;
     key |= static_cast<uint32_t>(digit.index) << shift;
     known |= static_cast<uint32_t>(kDigits - 1) << shift;
   }
-  return {logit_of(key), above, s.digits[key & (kDigits - 1)]};
+  return {logit_of(key), above, s.digits[key & (kDigits - 1)].value()};
 }
 
 /// The first token, in their order, with which the running sum of measure(token, logit) exceeds
