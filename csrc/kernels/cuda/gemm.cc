@@ -20,6 +20,9 @@ constexpr double kMemoryGbs = 2950;  // of the whole device
 /// Up to this many rows only kernels with tiles of as few rows are considered: the weights' traffic
 /// decides, which the fit does not tell well enough.
 constexpr int kFewRows = 64;
+/// With more waves than this, an uneven last one costs less than stream-K's extra traffic and
+/// power.
+constexpr int kStreamKWaves = 4;
 
 constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"128x256", 128, 256, 2, 1, false, true}, 1.2, 0.584, 5.7, 80},
@@ -36,15 +39,28 @@ const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(k
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Tiles of `tile` that cover `size`, in whole clusters.
-int64_t tiles_of(int size, int tile, int cluster) {
+/// Of `size` in tiles, in whole clusters.
+int64_t tiles_along(int size, int tile, int cluster) {
   return ceil_div(size, int64_t{tile} * cluster) * cluster;
 }
 
-bool is_candidate(GemmKernel kernel, int rows, DType x, DType out) {
+int64_t tiles_of(const GemmTraits& t, const GemmShape& shape) {
+  return tiles_along(shape.rows, t.tile_rows, t.cluster_rows) *
+         tiles_along(shape.features, t.tile_features, t.cluster_features);
+}
+
+/// CTAs that run at a time.
+int64_t slots_of(const GemmTraits& t, int sms) {
+  const int cluster = t.cluster_rows * t.cluster_features;
+  return int64_t{std::max(sms / cluster, 1)} * cluster;
+}
+
+bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, DType x, DType out) {
   const GemmTraits& t = traits_of(kernel);
   if (!t.is_general && !(x == DType::kBF16 && out == DType::kBF16)) return false;
-  return rows > kFewRows || t.tile_rows <= kFewRows;
+  if (shape.rows <= kFewRows) return t.tile_rows <= kFewRows;
+  return !t.is_stream_k || t.tile_rows <= kFewRows ||
+         tiles_of(t, shape) <= kStreamKWaves * slots_of(t, sms);
 }
 
 }  // namespace
@@ -54,10 +70,7 @@ const GemmTraits& traits_of(GemmKernel kernel) { return cost_of(kernel).traits; 
 double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms) {
   const GemmCost& cost = cost_of(kernel);
   const GemmTraits& t = cost.traits;
-  const int cluster = t.cluster_rows * t.cluster_features;
-  const int64_t slots = int64_t{std::max(sms / cluster, 1)} * cluster;
-  const int64_t tiles = tiles_of(shape.rows, t.tile_rows, t.cluster_rows) *
-                        tiles_of(shape.features, t.tile_features, t.cluster_features);
+  const int64_t slots = slots_of(t, sms), tiles = tiles_of(t, shape);
   const double waves = t.is_stream_k ? static_cast<double>(tiles) / static_cast<double>(slots)
                                      : static_cast<double>(ceil_div(tiles, slots));
   const double depth = shape.depth, rows = shape.rows, features = shape.features;
@@ -73,7 +86,7 @@ GemmKernel choose_gemm(const GemmShape& shape, int sms, DType x, DType out) {
   double best_us = std::numeric_limits<double>::infinity();
   for (int i = 0; i < kNumGemmKernels; ++i) {
     const auto kernel = static_cast<GemmKernel>(i);
-    if (!is_candidate(kernel, shape.rows, x, out)) continue;
+    if (!is_candidate(kernel, shape, sms, x, out)) continue;
     const double us = gemm_time_us(kernel, shape, sms);
     if (us < best_us) {
       best = kernel;
