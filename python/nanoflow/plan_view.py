@@ -6,13 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow import _core
 from nanoflow.scheduler.deal import Dealer
+
+if TYPE_CHECKING:
+    from matplotlib.patches import Patch
 
 STAGE_COLORS = {
     "qkv": "#4e79a7",
@@ -158,7 +161,6 @@ def draw_lanes(
 ) -> None:
     """Writes a PNG: a row for each lane, the layer's ops in full colour, others' pale."""
     from matplotlib.figure import Figure  # slow to import, and needed here only
-    from matplotlib.patches import Patch
 
     bars = bars_of_layer(timings, layer)
     own = [bar for bar in bars if bar.layer == layer]
@@ -192,8 +194,19 @@ def draw_lanes(
     axes.set_xlim(0, end - begin)
     axes.set_xlabel(f"µs from the start of layer {layer}")
     axes.set_title(title, fontsize=10)
-    stages = [stage for stage in STAGE_COLORS if any(bar.stage == stage for bar in bars)]
-    legend = [Patch(color=STAGE_COLORS[stage], label=stage) for stage in stages]
-    legend.append(Patch(facecolor="#888888", alpha=0.3, label="other layers"))
-    figure.legend(handles=legend, loc="outside right upper", fontsize=8)
+    figure.legend(handles=_legend(bars), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150, format="png")
+
+
+def _legend(bars: Sequence[Bar]) -> list[Patch]:
+    """What the colours of stages mean, and how layers and nano-batches are told apart."""
+    from matplotlib.patches import Patch
+
+    stages = [stage for stage in STAGE_COLORS if any(bar.stage == stage for bar in bars)]
+    handles = [Patch(color=STAGE_COLORS[stage], label=stage) for stage in stages]
+    handles.append(Patch(facecolor="#888888", alpha=0.3, label="other layers"))
+    if any(bar.part % 2 for bar in bars):
+        handles.append(
+            Patch(facecolor="#bbbbbb", edgecolor="white", hatch="///", label="odd nano-batches")
+        )
+    return handles
