@@ -31,6 +31,16 @@ def throughput_rows(result: Result) -> list[tuple[str, str]]:
     ] + [("best nanoflow beside best transformers", f"{result['ratio']:.2f} times")]
 
 
+def overhead_rows(result: Result) -> list[tuple[str, str]]:
+    return [
+        (
+            f"scheduler's work on a step of {row['running']} running requests, mean (p99)",
+            f"{row['mean_ms']:.2f} ms ({row['p99_ms']:.2f} ms)",
+        )
+        for row in result["results"]
+    ]
+
+
 def cold_start_rows(result: Result) -> list[tuple[str, str]]:
     median = result["median_seconds"]
     return [("process start to first token, files cached", f"{median['total']:.2f} s")]
@@ -39,6 +49,7 @@ def cold_start_rows(result: Result) -> list[tuple[str, str]]:
 ROWS: Mapping[str, Callable[[Result], list[tuple[str, str]]]] = {
     "transformers.json": throughput_rows,
     "cold_start.json": cold_start_rows,
+    "scheduler_overhead.json": overhead_rows,
 }
 
 
