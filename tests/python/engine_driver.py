@@ -38,6 +38,7 @@ def load_engine(
     schedule: _core.Schedule,
     *,
     dtype: str = "float32",
+    device: str = "cpu",
     threads: int = 4,
     isa: str = "auto",
     max_rows: int = 512,
@@ -47,7 +48,7 @@ def load_engine(
     row_granularity: int = 0,
 ) -> _core.Engine:
     checkpoint = open_checkpoint(model)
-    backend = _core.Backend("cpu", threads=threads, isa=isa)
+    backend = _core.Backend(device, threads=threads if device == "cpu" else 0, isa=isa)
     weights = _core.Weights(_core.ModelSpec(**checkpoint.model.spec_arguments(dtype)), backend)
     checkpoint.load_weights(weights)
     config = _core.EngineConfig(
@@ -77,7 +78,7 @@ class EngineDriver:
         self._next_slot += 1
         return sequence
 
-    def batch(self, segments: list[list[Chunk]]) -> _core.Batch:
+    def batch(self, segments: list[list[Chunk]], want_timings: bool = False) -> _core.Batch:
         tokens, positions, indptr, kv_len = [], [], [0], []
         page_indptr, page_indices, segment_requests = [0], [], [0]
         sample_rows, slots, counters = [], [], []
@@ -127,6 +128,7 @@ class EngineDriver:
             banned_indptr=ints([0] * (n + 1)),
             banned=ints([]),
             want_logits=n > 0,
+            want_timings=want_timings,
         )
 
     def step(self, segments: list[list[Chunk]]) -> _core.StepResult:

@@ -16,6 +16,9 @@ class Notifier;
 
 /// A stream: of the whole device, or of a green context that holds the lane's SMs alone.
 ///
+/// Streams share the hardware queues of a process, 8 by default: where more lanes are to run side
+/// by side, start the process with CUDA_DEVICE_MAX_CONNECTIONS=32.
+///
 /// An error of the device (an illegal address, say) ruins the device's context for the whole
 /// process: every lane and event then reports it, and clear_error() cannot help.
 class CudaLane : public Lane {

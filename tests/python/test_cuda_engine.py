@@ -1,0 +1,142 @@
+"""The engine on a GPU: its logits against the CPU's, with decodes, chunks, lanes and delays."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conftest import has_cuda
+from engine_driver import Chunk, EngineDriver, load_engine
+from nanoflow import _core
+from tiny_models import write_tiny_llama
+
+pytestmark = pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
+
+Logits = NDArray[np.float32]
+
+LENGTHS = (5, 70, 1, 33, 64, 2, 90, 3)
+ALONE = [_core.LaneSpec("all", 132)]
+STAGES = {
+    "qkv": _core.StageSpec([0.5], "compute"),
+    "attn": _core.StageSpec([0.5], "memory"),
+    "o": _core.StageSpec([0.5], "compute"),
+    "mlp": _core.StageSpec([0.5], "compute"),
+    "head": _core.StageSpec([], "compute"),
+}
+PING_PONG = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
+SCHEDULES = {
+    "sequential": _core.Schedule("sequential", ALONE),
+    "narrow": _core.Schedule("narrow", [_core.LaneSpec("all", 24)]),
+    "partitioned": _core.Schedule(
+        "partitioned",
+        [_core.LaneSpec("compute", 108), _core.LaneSpec("memory", 24)],
+        STAGES,
+        PING_PONG,
+    ),
+    "shared": _core.Schedule(  # wider than the device together: no partition
+        "shared",
+        [_core.LaneSpec("compute", 132), _core.LaneSpec("memory", 132)],
+        STAGES,
+        PING_PONG,
+    ),
+}
+HEADS = {
+    64: {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384},
+    128: {"hidden_size": 512, "num_heads": 4, "num_kv_heads": 1, "intermediate_size": 1024},
+}
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    head_dim: int = request.param
+    return write_tiny_llama(
+        tmp_path_factory.mktemp(f"llama{head_dim}"), num_layers=3, **HEADS[head_dim]
+    )
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 160, length).tolist() for length in LENGTHS]
+
+
+def logits_of(engine: _core.Engine, chunk_rows: int) -> list[Logits]:
+    """Logits [length, V] of every prompt, fed in chunks: the last ones are like decodes."""
+    driver = EngineDriver(engine)
+    sequences = [driver.add(tokens) for tokens in prompts()]
+    segments = len(engine.schedule.cuts()) + 1
+    logits: list[list[Logits]] = [[] for _ in sequences]
+    while any(s.computed < len(s.tokens) for s in sequences):
+        step: list[list[Chunk]] = [[] for _ in range(segments)]
+        order: list[list[int]] = [[] for _ in range(segments)]
+        for i, s in enumerate(sequences):
+            rows = min(chunk_rows, len(s.tokens) - s.computed)
+            if rows > 0:
+                step[i % segments].append(Chunk(s, rows, all_logits=True))
+                order[i % segments].append(i)
+        result = driver.step(step)
+        assert result.logits is not None
+        first = 0
+        for i, chunk in zip(chain(*order), chain(*step), strict=True):
+            logits[i].append(result.logits[first : first + chunk.rows])
+            first += chunk.rows
+    return [np.concatenate(parts) for parts in logits]
+
+
+def error(a: list[Logits], b: list[Logits]) -> float:
+    return float(np.sqrt(np.mean((np.concatenate(a) - np.concatenate(b)) ** 2)))
+
+
+def make_engine(
+    model: Path, schedule: _core.Schedule, dtype: str, device: str, jitter_us: int = 0
+) -> _core.Engine:
+    return load_engine(
+        model, schedule, dtype=dtype, device=device, max_seqs=sum(LENGTHS), jitter_us=jitter_us
+    )
+
+
+def on_cpu(model: Path, dtype: str) -> list[Logits]:
+    schedule = _core.Schedule("cpu", [_core.LaneSpec("all", 2)])
+    return logits_of(make_engine(model, schedule, dtype, "cpu"), max(LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path) -> list[Logits]:
+    return on_cpu(model, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("chunk_rows", [1, 17, 100])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_logits_are_as_good_as_the_cpus(
+    model: Path, exact: list[Logits], dtype: str, chunk_rows: int, name: str
+) -> None:
+    """No farther from float32 than the CPU's in the same dtype, but for chance."""
+    actual = logits_of(make_engine(model, SCHEDULES[name], dtype, "cuda"), chunk_rows)
+    assert np.concatenate(exact).std() > 0.5
+    assert error(actual, exact) <= 1.3 * error(on_cpu(model, dtype), exact)
+
+
+@pytest.mark.parametrize("name", ["partitioned", "shared"])
+def test_delays_change_no_bit(model: Path, name: str) -> None:
+    """Random delays around every event, on lanes that run side by side."""
+    plain, delayed = (
+        logits_of(make_engine(model, SCHEDULES[name], "bfloat16", "cuda", jitter_us), 17)
+        for jitter_us in (0, 100)
+    )
+    for got, expected in zip(delayed, plain, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_step_is_timed_by_the_device(model: Path) -> None:
+    engine = make_engine(model, SCHEDULES["partitioned"], "bfloat16", "cuda")
+    driver = EngineDriver(engine)
+    sequences = [driver.add(tokens) for tokens in prompts()[:2]]
+    batch = driver.batch([[Chunk(s, len(s.tokens))] for s in sequences], want_timings=True)
+    timings = engine.submit(batch).wait().timings
+    assert {timing.lane for timing in timings} == {"compute", "memory"}
+    assert all(0 <= timing.begin_us <= timing.end_us < 1e6 for timing in timings)
+    assert timings[-1].end_us > 0
