@@ -41,7 +41,7 @@ class EngineArgs:
     block_size: int = 64  # tokens of a page of the KV cache
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None  # pages of the KV cache, whatever they take
-    device: str = "auto"
+    device: str = "auto"  # auto is the CPU; "cuda" or "cuda:1" for a GPU
     cpu_threads: int = 0  # 0: all that this process may use
     cpu_isa: str = "auto"
     schedule: str | Path | Schedule = "sequential"
@@ -69,15 +69,20 @@ class EngineArgs:
         if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
             self._check_rows(self.max_num_seqs, self.max_num_batched_tokens)
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
     def _check_supported(self) -> None:
         supported: dict[str, tuple[Any, ...]] = {
             "trust_remote_code": (False,),
             "tensor_parallel_size": (1,),
             "quantization": (None,),
-            "device": ("auto", "cpu"),
             "enable_chunked_prefill": (True,),
             "enable_prefix_caching": (None, False),
         }
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+            raise ValueError(f"device={self.device!r} is unknown; known: auto, cpu, cuda, cuda:N")
         for name, values in supported.items():
             value = getattr(self, name)
             if value not in values:
@@ -143,9 +148,16 @@ def parse_length(name: str, length: int | str | None) -> int | None:
 
 
 def derive_limits(
-    args: EngineArgs, *, model_max_len: int, kv_bytes_per_token: int, free_bytes: int
+    args: EngineArgs,
+    *,
+    model_max_len: int,
+    kv_bytes_per_token: int,
+    free_bytes: int,
+    weight_bytes: int,
 ) -> EngineLimits:
-    """Sizes for a model whose positions end at `model_max_len`, on a device with `free_bytes`.
+    """Sizes for a model whose positions end at `model_max_len`.
+
+    `free_bytes`: of the device, before the weights took `weight_bytes` of them.
 
     Without max_model_len, requests may be as long as the model allows, or as the cache holds where
     that is less. Raises ValueError on a max_model_len above either, with both numbers and the
@@ -162,7 +174,7 @@ def derive_limits(
             "(max_position_embeddings); lower max_model_len"
         )
     page_bytes = kv_bytes_per_token * args.block_size
-    pages, source = _affordable_pages(args, page_bytes, free_bytes)
+    pages, source = _affordable_pages(args, page_bytes, free_bytes, weight_bytes)
     held = pages * args.block_size
     max_len = max(min(model_max_len, held), 2) if asked in (None, AUTO) else asked
     if max_len < 2:
@@ -182,13 +194,23 @@ def derive_limits(
     return EngineLimits(max_rows, max_seqs, max_len, args.block_size, num_pages)
 
 
-def _affordable_pages(args: EngineArgs, page_bytes: int, free_bytes: int) -> tuple[int, str]:
+def _affordable_pages(
+    args: EngineArgs, page_bytes: int, free_bytes: int, weight_bytes: int
+) -> tuple[int, str]:
     """How many pages the cache may have, and what says so."""
     if args.num_gpu_blocks_override is not None:
         return args.num_gpu_blocks_override, "num_gpu_blocks_override"
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes // page_bytes, "kv_cache_memory_bytes"
-    cache_bytes = min(DEFAULT_CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * free_bytes))
+    if args.is_cuda:
+        cache_bytes = max(0, int(args.gpu_memory_utilization * free_bytes) - weight_bytes)
+        share = (
+            f"{cache_bytes} bytes: {args.gpu_memory_utilization:.0%} of the free memory "
+            "(gpu_memory_utilization), less the weights"
+        )
+        return cache_bytes // page_bytes, share
+    left = max(0, free_bytes - weight_bytes)
+    cache_bytes = min(DEFAULT_CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * left))
     share = f"{cache_bytes} bytes: {CPU_CACHE_SHARE:.0%} of the free memory, at most 4 GiB"
     return cache_bytes // page_bytes, share
 

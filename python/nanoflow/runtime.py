@@ -49,12 +49,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
-    if args.cpu_isa not in ("auto", *_core.cpu_isas()):
-        raise ValueError(
-            f"cpu_isa={args.cpu_isa!r} does not run here; this CPU has "
-            + ", ".join(_core.cpu_isas())
-        )
-    backend = _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
+    backend = _make_backend(args)
     schedule = find_schedule(args.schedule, backend.width)
     tokenizer = None if args.skip_tokenizer_init else _open_tokenizer(args, checkpoint)
     spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
@@ -64,7 +59,8 @@ def start_runtime(args: EngineArgs) -> Runtime:
         args,
         model_max_len=checkpoint.model.max_position_embeddings,
         kv_bytes_per_token=spec.kv_bytes_per_token,
-        free_bytes=max(0, free_bytes - weights.bytes),
+        free_bytes=free_bytes,
+        weight_bytes=weights.bytes,
     )
     _warn(args, limits, checkpoint.model.max_position_embeddings)
     opened = perf_counter()
@@ -95,6 +91,17 @@ def start_runtime(args: EngineArgs) -> Runtime:
     )
 
 
+def _make_backend(args: EngineArgs) -> _core.Backend:
+    if args.is_cuda:
+        return _core.Backend(args.device)
+    if args.cpu_isa not in ("auto", *_core.cpu_isas()):
+        raise ValueError(
+            f"cpu_isa={args.cpu_isa!r} does not run here; this CPU has "
+            + ", ".join(_core.cpu_isas())
+        )
+    return _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
+
+
 def _warn(args: EngineArgs, limits: EngineLimits, model_max_len: int) -> None:
     """Says what the arguments do not come to, once and before it matters."""
     if args.max_model_len is None and limits.max_model_len < model_max_len:
@@ -104,7 +111,7 @@ def _warn(args: EngineArgs, limits: EngineLimits, model_max_len: int) -> None:
             limits.max_model_len,
             model_max_len,
         )
-    if args.gpu_memory_utilization != DEFAULT_GPU_MEMORY_UTILIZATION:
+    if not args.is_cuda and args.gpu_memory_utilization != DEFAULT_GPU_MEMORY_UTILIZATION:
         logger.warning(
             "gpu_memory_utilization=%s has no effect on the CPU: kv_cache_memory_bytes sizes the "
             "KV cache there",

@@ -287,7 +287,7 @@ def test_defaults_come_from_the_generation_config(
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported yet; supported: 1"),
         ({"quantization": "fp8"}, "quantization='fp8'"),
-        ({"device": "tpu"}, "device='tpu' is not supported yet; supported: 'auto' and 'cpu'"),
+        ({"device": "tpu"}, "device='tpu' is unknown; known: auto, cpu, cuda, cuda:N"),
         ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
@@ -329,7 +329,13 @@ def test_lengths_may_be_written_short() -> None:
 def test_sizes_follow_from_model_and_memory() -> None:
     def limits(free: int = 10**12, **arguments: Any) -> tuple[int, int, int, int]:
         args: EngineArgs = make_args({"model": "x", **arguments})
-        sizes = derive_limits(args, model_max_len=8192, kv_bytes_per_token=1000, free_bytes=free)
+        sizes = derive_limits(
+            args,
+            model_max_len=8192,
+            kv_bytes_per_token=1000,
+            free_bytes=free + 500,
+            weight_bytes=500,
+        )
         return (
             sizes.max_num_batched_tokens,
             sizes.max_num_seqs,
@@ -346,3 +352,5 @@ def test_sizes_follow_from_model_and_memory() -> None:
     assert limits(free=10_000_000) == (2048, 256, 3968, 62)
     assert limits(max_model_len="auto", kv_cache_memory_bytes=640_000)[2:] == (640, 10)
     assert limits(num_gpu_blocks_override=1000, max_model_len=100)[2:] == (100, 1000)
+    on_gpu = limits(free=640_000_000, device="cuda", gpu_memory_utilization=0.5)
+    assert on_gpu == (2048, 256, 8192, 4999)  # half the memory, less the weights
