@@ -5,11 +5,12 @@
 
 namespace nanoflow::cuda {
 
-template <class T, int D>
+/// kSteps: steps of kStreamKeys keys that a warp holds, with the one it works on, at head_dim 128.
+template <class T, int D, int kSteps>
 struct AttentionKernel {
   static constexpr int kChunks = D / 8;  // 16-byte chunks of a key
   // Streamed: each warp has its own ring of stages, filled and read by itself.
-  static constexpr int kStreamStages = D == 64 ? 6 : 3;
+  static constexpr int kStreamStages = kSteps * 128 / D;
   static constexpr int kStreamBytes = kStreamKeys * D * 2;  // of K; V follows
   static constexpr int kStreamRing = kStreamStages * 2 * kStreamBytes;
   // Tiled: one ring for the CTA.
@@ -117,8 +118,8 @@ struct AttentionKernel {
       tile_pages(pages, item, ahead + 1);
       const int key = step * kTileKeys;
       if (key < most) {
-        attend<T, D, kTileKeys>(state, tile_stage(step), tile_stage(step) + kTileBytes, key,
-                                key + kTileKeys > least, a.scale_log2);
+        attend<T, D, kTileKeys, true>(state, tile_stage(step), tile_stage(step) + kTileBytes, key,
+                                      key + kTileKeys > least, a.scale_log2);
       }
     }
     finish_rows(state, static_cast<T*>(a.out), rows_of(item, head, a.out_stride), base);
@@ -212,8 +213,14 @@ struct AttentionKernel {
       __syncwarp();  // every lane's copies are there, and the next stage is no longer read
       fetch(i + kStreamStages - 1);
       const int key = now.step * kStreamKeys;
-      attend<T, D, kStreamKeys>(state, stage(i), stage(i) + kStreamBytes, key,
-                                key + kStreamKeys > visible, a.scale_log2);
+      const bool masked = key + kStreamKeys > visible;
+      if (now.item.row_count * a.group <= 8) {
+        attend<T, D, kStreamKeys, false>(state, stage(i), stage(i) + kStreamBytes, key, masked,
+                                         a.scale_log2);
+      } else {
+        attend<T, D, kStreamKeys, true>(state, stage(i), stage(i) + kStreamBytes, key, masked,
+                                        a.scale_log2);
+      }
       if (now.ends_item() && first_step == 0) {
         finish_rows(state, static_cast<T*>(a.out), rows_of(now.item, now.head, a.out_stride), 0);
       } else if (now.ends_item() || i + 1 == count) {
@@ -310,11 +317,11 @@ struct AttentionKernel {
 };
 
 /// The work of each of the plan's CTAs: its tiles, then its share of the streamed keys.
-template <class T, int D>
+template <class T, int D, int kSteps>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     paged_attention(const __grid_constant__ AttentionArguments a) {
   extern __shared__ uint4 shared_memory[];
-  const AttentionKernel<T, D> kernel(a, shared_memory);
+  const AttentionKernel<T, D, kSteps> kernel(a, shared_memory);
   for (int cta = blockIdx.x; cta < kernel.header.ctas; cta += gridDim.x) {
     const int ctas = kernel.header.ctas, tiles = kernel.header.num_tiles * a.kv_heads;
     for (int i = 0; i * ctas < tiles; ++i) {
@@ -328,14 +335,27 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   }
 }
 
-template <class T, int D>
-void launch_attention(const AttentionArguments& arguments) {
-  constexpr int kShared = AttentionKernel<T, D>::kSharedBytes;
-  NF_CUDA_CHECK(cudaFuncSetAttribute(paged_attention<T, D>,
+template <class T, int D, int kSteps>
+void launch_attention_steps(const AttentionArguments& arguments) {
+  constexpr int kShared = AttentionKernel<T, D, kSteps>::kSharedBytes;
+  NF_CUDA_CHECK(cudaFuncSetAttribute(paged_attention<T, D, kSteps>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  paged_attention<T, D>
+  paged_attention<T, D, kSteps>
       <<<arguments.ctas, kAttentionThreads, kShared, arguments.stream>>>(arguments);
   NF_CUDA_CHECK(cudaGetLastError());
+}
+
+/// A few SMs need many bytes on their way each. On many SMs as many would queue up at the memory,
+/// which then lets some SMs run far ahead of others.
+inline constexpr int kFewCtas = 56;
+
+template <class T, int D>
+void launch_attention(const AttentionArguments& arguments) {
+  if (arguments.ctas <= kFewCtas) {
+    launch_attention_steps<T, D, 3>(arguments);
+  } else {
+    launch_attention_steps<T, D, 2>(arguments);
+  }
 }
 
 }  // namespace nanoflow::cuda

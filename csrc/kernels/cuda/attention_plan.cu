@@ -5,9 +5,9 @@ namespace nanoflow::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-/// Time of a CTA for kTileKeys keys of a tile, in that of kStreamKeys streamed keys (an SM's share
-/// of the memory bandwidth).
-constexpr int kTileCost = 4;
+/// Times of a CTA for a tile as such and for each kTileKeys of its keys, in that for kStreamKeys
+/// streamed keys (at an SM's share of the memory bandwidth).
+constexpr int kTileCost = 8, kTileStepCost = 6;
 /// Ranges of less than this many steps are not worth the merging.
 constexpr int kMinSteps = 4;
 
@@ -117,7 +117,7 @@ __device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lis
     const AttentionItem item = lists.tile_items[tile.item];
     const int last_row = min((tile.index + 1) * kTileRows / a.group, item.row_count);
     const int keys = item.kv_len - item.row_count + last_row;
-    atomicAdd(&costs[cta], kTileCost * ceil_div(keys, kTileKeys));
+    atomicAdd(&costs[cta], kTileCost + kTileStepCost * ceil_div(keys, kTileKeys));
   }
 }
 

@@ -37,8 +37,8 @@ struct PackedRows {
   }
 };
 
-/// Starts rows [base, base + 16) of `rows`; rows past the count are zeros that see `visible` keys,
-/// as does row base itself of the first request row, and one key more each row.
+/// Starts packed rows [base, base + 16). The request's first row sees `visible` keys and every next
+/// one a key more; packed rows past the count are zeros.
 template <class T, int D>
 __device__ void start_rows(RowState<T, D>& state, const T* q, const PackedRows& rows, int base,
                            int visible) {
@@ -78,17 +78,18 @@ __device__ inline float row_sum(float value) {
 /// What to subtract from scores whose largest is `max`: nothing where there is none.
 __device__ inline float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-/// The scores' exponentials, in place; the sums and outputs so far follow the new maxima.
-template <class T, int D, int kColumns>
+/// The scores' exponentials, in place; the sums and outputs so far follow the new maxima. Without
+/// kUpper, rows 8 to 15 are left alone.
+template <class T, int D, int kColumns, bool kUpper>
 __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float scale_log2) {
   float max0 = state.max0, max1 = state.max1;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     max0 = fmaxf(max0, fmaxf(s[n][0], s[n][1]));
-    max1 = fmaxf(max1, fmaxf(s[n][2], s[n][3]));
+    if constexpr (kUpper) max1 = fmaxf(max1, fmaxf(s[n][2], s[n][3]));
   }
   max0 = row_max(max0);
-  max1 = row_max(max1);
+  if constexpr (kUpper) max1 = row_max(max1);
   if (__any_sync(~0u, max0 > state.max0 || max1 > state.max1)) {
     const float keep0 = exp2_approx((state.max0 - shift_of(max0)) * scale_log2);
     const float keep1 = exp2_approx((state.max1 - shift_of(max1)) * scale_log2);
@@ -98,8 +99,10 @@ __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float sca
     for (int n = 0; n < D / 8; ++n) {
       state.out[n][0] *= keep0;
       state.out[n][1] *= keep0;
-      state.out[n][2] *= keep1;
-      state.out[n][3] *= keep1;
+      if constexpr (kUpper) {
+        state.out[n][2] *= keep1;
+        state.out[n][3] *= keep1;
+      }
     }
     state.max0 = max0;
     state.max1 = max1;
@@ -109,16 +112,16 @@ __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float sca
   for (int n = 0; n < kColumns; ++n) {
     s[n][0] = exp2_approx(s[n][0] * scale_log2 - shift0);
     s[n][1] = exp2_approx(s[n][1] * scale_log2 - shift0);
-    s[n][2] = exp2_approx(s[n][2] * scale_log2 - shift1);
-    s[n][3] = exp2_approx(s[n][3] * scale_log2 - shift1);
     state.sum0 += s[n][0] + s[n][1];
+    s[n][2] = kUpper ? exp2_approx(s[n][2] * scale_log2 - shift1) : 0.0f;
+    s[n][3] = kUpper ? exp2_approx(s[n][3] * scale_log2 - shift1) : 0.0f;
     state.sum1 += s[n][2] + s[n][3];
   }
 }
 
 /// Attends to kKeys keys, the first of them key `first_key` of the request, whose K and V lie in
-/// shared memory. `masked` when some row may not see all of them.
-template <class T, int D, int kKeys>
+/// shared memory. `masked` when some row may not see all of them; kUpper when rows 8 to 15 matter.
+template <class T, int D, int kKeys, bool kUpper>
 __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int first_key,
                        bool masked, float scale_log2) {
   const int lane = threadIdx.x % 32;
@@ -154,7 +157,7 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
       }
     }
   }
-  soften(state, s, scale_log2);
+  soften<T, D, kKeys / 8, kUpper>(state, s, scale_log2);
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
     const uint32_t p[4] = {pack<T>(s[2 * n][0], s[2 * n][1]), pack<T>(s[2 * n][2], s[2 * n][3]),

@@ -1,0 +1,74 @@
+// A plain C interface to the CUDA kernels, for bench/cuda/kernels.py and the GPU tests: memory and
+// streams come from the caller. Functions return null, or a message that is valid until the
+// thread's next call.
+
+#include <exception>
+#include <string>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/gemm_sm90.h"
+
+using namespace nanoflow;
+using namespace nanoflow::cuda;
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class Fn>
+const char* guarded(Fn&& fn) {
+  try {
+    fn();
+    return nullptr;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return last_error.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int nf_gemm_kernels() { return kNumGemmKernels; }
+
+const char* nf_gemm_name(int kernel) {
+  return traits_of(static_cast<GemmKernel>(kernel)).name.data();
+}
+
+int nf_choose_gemm(int rows, int features, int depth, int sms, int x_dtype, int out_dtype) {
+  return static_cast<int>(choose_gemm({rows, features, depth}, sms, static_cast<DType>(x_dtype),
+                                      static_cast<DType>(out_dtype)));
+}
+
+const char* nf_gemm(int kernel, int x_dtype, int out_dtype, const GemmArguments* arguments) {
+  return guarded([&] {
+    const GemmLauncher launch =
+        gemm_launcher(static_cast<GemmKernel>(kernel), static_cast<DType>(x_dtype),
+                      static_cast<DType>(out_dtype));
+    NF_CHECK(launch != nullptr, "there is no kernel ", nf_gemm_name(kernel), " for these dtypes");
+    launch(*arguments);
+  });
+}
+
+size_t nf_attention_work_bytes(int requests, int rows, int group, int kv_heads, int ctas) {
+  return attention_work_bytes(requests, rows, group, kv_heads, ctas);
+}
+
+size_t nf_attention_partial_bytes(int ctas, int head_dim) {
+  return attention_partial_bytes(ctas, head_dim);
+}
+
+const char* nf_plan_attention(const AttentionPlanArguments* arguments) {
+  return guarded([&] { launch_attention_plan(*arguments); });
+}
+
+const char* nf_attention(int head_dim, int dtype, const AttentionArguments* arguments) {
+  return guarded([&] {
+    NF_CHECK(head_dim == 64 || head_dim == 128, "there is no kernel for head_dim ", head_dim);
+    const auto launch = head_dim == 64 ? launch_attention_d64 : launch_attention_d128;
+    launch(*arguments, static_cast<DType>(dtype));
+  });
+}
+
+}  // extern "C"
