@@ -23,11 +23,11 @@ void check_tables(ShapeMatcher& match, const AttentionTables& tables) {
 void check_caches(const Attention& op) {
   const Tensor &k = op.k_cache, &v = op.v_cache;
   NF_CHECK(k.size(2) > 0 && std::has_single_bit(static_cast<uint64_t>(k.size(2))),
-           "attention: the page size ", k.size(2), " is not a power of two");
+           "attention: the GPU needs a page size that is a power of two, not ", k.size(2));
   for (int dim = 0; dim < 3; ++dim) {
     NF_CHECK(k.stride(dim) == v.stride(dim) && k.stride(dim) % 8 == 0, "attention: dimension ", dim,
              " of k_cache and v_cache has strides ", k.stride(dim), " and ", v.stride(dim),
-             "; they must be equal multiples of 8");
+             "; the GPU needs equal multiples of 8");
   }
   NF_CHECK(k.span_bytes() >> 36 == 0, "attention: a layer's KV cache of ", k.span_bytes(),
            " bytes is over the limit of 64 GiB");

@@ -33,8 +33,8 @@ void CudaKernels::run(const Gemm& op, Lane& lane) {
   if (shape.rows == 0) return;
   const GemmKernel kernel = choose_gemm(shape, own.width(), op.x.dtype(), op.out.dtype());
   const GemmLauncher launch = gemm_launcher(kernel, op.x.dtype(), op.out.dtype());
-  NF_CHECK(launch != nullptr, "gemm: no kernel multiplies ", op.x.dtype(), " into ", op.out.dtype(),
-           "; use bfloat16 or float16, into the same or float32");
+  NF_CHECK(launch != nullptr, "gemm: no GPU kernel multiplies ", op.x.dtype(), " into ",
+           op.out.dtype(), "; use bfloat16 or float16, into the same or float32");
   launch({.x = op.x.bytes(),
           .weight = op.weight.bytes(),
           .out = op.out.bytes(),
