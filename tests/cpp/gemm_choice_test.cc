@@ -47,6 +47,8 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(choose(shape, 108) != GemmKernel::k128x256);
   // 4 × 32 tiles of 128 × 192 are one wave.
   CHECK(choose({.rows = 512, .features = 6144, .depth = 4096}) == GemmKernel::k128x192);
+  // Many rows: tiles that read the least, whatever the waves.
+  CHECK(choose({.rows = 2048, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
   // Few rows are bound by the weights: no tile of 128 rows.
   CHECK(traits_of(choose({.rows = 16, .features = 4096, .depth = 4096})).tile_rows == 16);
 }

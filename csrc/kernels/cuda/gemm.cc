@@ -20,6 +20,10 @@ constexpr double kMemoryGbs = 2950;  // of the whole device
 /// Up to this many rows only kernels with tiles of as few rows are considered: the weights' traffic
 /// decides, which the fit does not tell well enough.
 constexpr int kFewRows = 64;
+/// Above so many rows tiles of few features cost more: they read the rows from the L2 cache more
+/// often than it can serve.
+constexpr int kManyRows = 1024, kFewFeatures = 128;
+constexpr double kManyRowsFactor = 1.1;
 /// With more waves than this, an uneven last one costs less than stream-K's extra traffic and
 /// power.
 constexpr int kStreamKWaves = 4;
@@ -74,7 +78,9 @@ double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms) {
   const double waves = t.is_stream_k ? static_cast<double>(tiles) / static_cast<double>(slots)
                                      : static_cast<double>(ceil_div(tiles, slots));
   const double depth = shape.depth, rows = shape.rows, features = shape.features;
-  const double multiply_us = waves * (cost.step_us * depth / kStepDepth + cost.wave_us);
+  const bool is_crowded = shape.rows > kManyRows && t.tile_features <= kFewFeatures;
+  const double multiply_us = (is_crowded ? kManyRowsFactor : 1.0) * waves *
+                             (cost.step_us * depth / kStepDepth + cost.wave_us);
   const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
   const double bytes = 2 * (features * depth + rows * (depth + features));
   const double memory_us = bytes * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
