@@ -8,8 +8,9 @@ from pathlib import Path
 from nanoflow import _core, plan_view
 from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.bench.default_model import default_model
-from nanoflow.config import EngineArgs, cpu_threads
+from nanoflow.config import EngineArgs
 from nanoflow.loading import open_checkpoint
+from nanoflow.runtime import make_backend
 from nanoflow.schedule import find_schedule
 
 ENGINE_FLAGS = (
@@ -18,6 +19,7 @@ ENGINE_FLAGS = (
     "load_format",
     "revision",
     "seed",
+    "device",
     "cpu_threads",
     "cpu_isa",
     "schedule",
@@ -54,7 +56,7 @@ def run_plan(options: argparse.Namespace) -> None:
         raise ValueError(f"--rows {rows} must be at least 1")
     if not 1 <= context <= positions:
         raise ValueError(f"--context {context} must be from 1 to the model's {positions} positions")
-    backend = _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
+    backend = make_backend(args)
     spec = _core.ModelSpec(**model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
     weights = _core.Weights(spec, backend)
     checkpoint.load_weights(weights)

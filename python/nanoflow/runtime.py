@@ -49,7 +49,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
-    backend = _make_backend(args)
+    backend = make_backend(args)
     schedule = find_schedule(args.schedule, backend.width)
     tokenizer = None if args.skip_tokenizer_init else _open_tokenizer(args, checkpoint)
     spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
@@ -91,7 +91,8 @@ def start_runtime(args: EngineArgs) -> Runtime:
     )
 
 
-def _make_backend(args: EngineArgs) -> _core.Backend:
+def make_backend(args: EngineArgs) -> _core.Backend:
+    """The device an LLM with these arguments runs on. Raises ValueError on an ISA it lacks."""
     if args.is_cuda:
         return _core.Backend(args.device)
     if args.cpu_isa not in ("auto", *_core.cpu_isas()):
