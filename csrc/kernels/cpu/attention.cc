@@ -144,9 +144,14 @@ void CpuKernels::run(const Attention& op, Lane& lane) {
   cpu_lane(lane).enqueue(
       [op, &loops, scratch, tile_rows](const Worker& worker) {
         TileCursor cursor(op, tile_rows);
-        AttentionTile tile;
         std::byte* own = worker.scratch() + scratch * static_cast<size_t>(worker.index());
-        while (cursor.seek(worker.claim(), tile)) loops.attend(tile, own);
+        AttentionTile tile, next;
+        bool has_tile = cursor.seek(worker.claim(), tile);
+        while (has_tile) {
+          has_tile = cursor.seek(worker.claim(), next);
+          loops.attend(tile, has_tile ? &next : nullptr, own);
+          tile = next;
+        }
       },
       scratch * static_cast<size_t>(lane.width()));
 }

@@ -32,7 +32,8 @@ struct AttentionLoops {
   int (*tile_rows)(int group);
   /// 64-byte aligned scratch that attend() needs for a full tile.
   size_t (*scratch_bytes)(int group, int head_dim);
-  void (*attend)(const AttentionTile& tile, std::byte* scratch);
+  /// `next` is what this thread attends to afterwards, or null: its first keys may be fetched.
+  void (*attend)(const AttentionTile& tile, const AttentionTile* next, std::byte* scratch);
 };
 
 }  // namespace nanoflow::cpu

@@ -17,12 +17,12 @@ inline int tile_rows(int group) { return group < kTileQueries ? kTileQueries / g
 /// A tile's buffers. Heads are padded with zeros to `width` floats, whole vectors.
 struct TileBuffers {
   int64_t width;
-  float *q, *sums;   // [rows * group, width]
-  float* keys;       // [kKeyBlock / kLanes, width / kLanes, kLanes keys, kLanes]
-  float* values;     // [kKeyBlock, width]
-  float* weights;    // [group, kKeyBlock]
-  float* factors;    // [group]
-  Softmax* softmax;  // [rows * group]
+  float *q, *sums;  // [rows * group, width]
+  float* keys;      // [kKeyBlock / kLanes, width / kLanes, kLanes keys, kLanes]
+  float* values;    // [kKeyBlock, width]
+  float* weights;   // [group, kKeyBlock]
+  float* factors;   // [group]
+  Softmax softmax;  // [rows * group]
   size_t bytes;
 
   TileBuffers(std::byte* scratch, int rows, int group, int head_dim) {
@@ -35,7 +35,7 @@ struct TileBuffers {
     values = pieces.take<float>(kKeyBlock * width);
     weights = pieces.take<float>(static_cast<int64_t>(group) * kKeyBlock);
     factors = pieces.take<float>(group);
-    softmax = pieces.take<Softmax>(queries);
+    softmax = {pieces.take<float>(queries), pieces.take<float>(queries)};
     bytes = pieces.bytes();
   }
 };
@@ -63,7 +63,10 @@ void start(const AttentionTile& tile, const TileBuffers& b) {
       widen<1>(q + i * tile.head_dim, tile.head_dim, b.q + (row * tile.group + i) * b.width);
     }
   }
-  for (int i = 0; i < tile.rows * tile.group; ++i) b.softmax[i] = kEmptySoftmax;
+  for (int i = 0; i < tile.rows * tile.group; ++i) {
+    b.softmax.highest[i] = -__builtin_inff();
+    b.softmax.total[i] = 0.0f;
+  }
   const int64_t floats = tile.rows * tile.group * b.width;
   for (int64_t i = 0; i < floats; i += kLanes) store(b.sums + i, splat(0.0f));
 }
@@ -102,6 +105,31 @@ inline void multiply_keys(const float* q, const TileBuffers& b, int n, float* pr
     }
     store(products + j, sums(partial));
   }
+}
+
+/// Turns the first n products of a query into weights relative to the new maximum; the rest of the
+/// last vector becomes 0. Returns what earlier weights are to be multiplied by.
+inline float soften(float* products, int n, float scale, const Softmax& softmax, int query) {
+  const float earlier = softmax.highest[query];
+  Vec best = splat(earlier);
+  for (int j = 0; j < n; j += kLanes) {
+    Vec scaled = load(products + j) * splat(scale);
+    if (n - j < kLanes) scaled = first_lanes(scaled, n - j, splat(-__builtin_inff()));
+    best = max(best, scaled);
+    store(products + j, scaled);
+  }
+  const float top = highest(best);
+  Vec total = splat(0.0f);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec weights = exponential(load(products + j) - splat(top));
+    total = total + weights;
+    store(products + j, weights);
+  }
+  float factor[kLanes];
+  store(factor, exponential(splat(earlier - top)));
+  softmax.highest[query] = top;
+  softmax.total[query] = softmax.total[query] * factor[0] + sum(total);
+  return factor[0];
 }
 
 /// sums = sums * factor + weights · values for kQueries queries and kVectors vectors of a head.
@@ -168,13 +196,13 @@ inline void attend_row(const AttentionTile& tile, const TileBuffers& b, int row,
   for (int i = 0; i < tile.group; ++i) {
     float* weights = b.weights + i * kKeyBlock;
     multiply_keys(b.q + (first + i) * b.width, b, n, weights);
-    b.factors[i] = soften(weights, n, tile.scale, b.softmax[first + i]);
+    b.factors[i] = soften(weights, n, tile.scale, b.softmax, first + i);
   }
   add_values(b, tile.group, n, b.sums + first * b.width);
 }
 
 template <typename T>
-void attend(const AttentionTile& tile, std::byte* scratch) {
+void attend(const AttentionTile& tile, const AttentionTile*, std::byte* scratch) {
   const TileBuffers b(scratch, tile.rows, tile.group, tile.head_dim);
   start<T>(tile, b);
   for (int begin = 0; begin < tile.last_limit(); begin += kKeyBlock) {
@@ -185,14 +213,7 @@ void attend(const AttentionTile& tile, std::byte* scratch) {
       if (n > 0) attend_row(tile, b, row, n < kKeyBlock ? n : kKeyBlock);
     }
   }
-  for (int row = 0; row < tile.rows; ++row) {
-    T* out = static_cast<T*>(tile.out) + row * tile.out_stride;
-    for (int i = 0; i < tile.group; ++i) {
-      const int query = row * tile.group + i;
-      normalise(b.sums + query * b.width, b.softmax[query].total, out + i * tile.head_dim,
-                tile.head_dim);
-    }
-  }
+  write_out<T>(tile, b.sums, b.width, b.softmax.total);
 }
 
 template <typename T>

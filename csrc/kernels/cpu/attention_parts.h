@@ -26,43 +26,24 @@ void for_pages(const AttentionTile& tile, int begin, int end, const Fn& fn) {
   }
 }
 
-/// The running maximum and sum of one query's softmax.
+/// The running maximum and sum of a softmax, of each query of a tile.
 struct Softmax {
-  float highest;
-  float total;
+  float* highest;
+  float* total;
 };
 
-constexpr Softmax kEmptySoftmax{-__builtin_inff(), 0.0f};
-
-/// Turns the first n products of a block into weights relative to the new maximum; the rest of the
-/// last vector becomes 0. Returns what earlier weights are to be multiplied by.
-inline float soften(float* products, int n, float scale, Softmax& softmax) {
-  Vec best = splat(softmax.highest);
-  for (int j = 0; j < n; j += kLanes) {
-    Vec scaled = load(products + j) * splat(scale);
-    if (n - j < kLanes) scaled = first_lanes(scaled, n - j, splat(-__builtin_inff()));
-    best = max(best, scaled);
-    store(products + j, scaled);
-  }
-  const float top = highest(best);
-  Vec total = splat(0.0f);
-  for (int j = 0; j < n; j += kLanes) {
-    const Vec weights = exponential(load(products + j) - splat(top));
-    total = total + weights;
-    store(products + j, weights);
-  }
-  float factor[kLanes];
-  store(factor, exponential(splat(softmax.highest - top)));
-  softmax.highest = top;
-  softmax.total = softmax.total * factor[0] + sum(total);
-  return factor[0];
-}
-
-/// out = sums / total
+/// Writes the output of all queries: their sums [rows * group, width] over the totals of their
+/// weights.
 template <typename T>
-void normalise(const float* sums, float total, T* out, int64_t D) {
-  const Vec factor = splat(1.0f / total);
-  for_vectors(D, [=](int64_t d, auto n) { store(out + d, load(sums + d, n) * factor, n); });
+void write_out(const AttentionTile& tile, const float* sums, int64_t width, const float* totals) {
+  for (int row = 0; row < tile.rows; ++row) {
+    T* out = static_cast<T*>(tile.out) + row * tile.out_stride;
+    for (int i = 0; i < tile.group; ++i, out += tile.head_dim, sums += width, ++totals) {
+      const Vec factor = splat(1.0f / *totals);
+      for_vectors(tile.head_dim,
+                  [=](int64_t d, auto n) { store(out + d, load(sums + d, n) * factor, n); });
+    }
+  }
 }
 
 }  // namespace

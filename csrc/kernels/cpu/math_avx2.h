@@ -37,6 +37,10 @@ inline __m128i to_bf16(Vec x) {
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 
+inline __m128i to_f16(Vec x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const BFloat16* p) {
   return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -56,10 +60,7 @@ inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 inline void store(BFloat16* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x));
 }
-inline void store(Float16* p, Vec x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+inline void store(Float16* p, Vec x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(x)); }
 inline void store(float* p, Vec x, int n) { _mm256_maskstore_ps(p, lane_mask(n), x); }
 template <typename T>
 inline void store(T* p, Vec x, int n) {
@@ -68,9 +69,14 @@ inline void store(T* p, Vec x, int n) {
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
+inline Vec rounded(Vec x, float) { return x; }
+inline Vec rounded(Vec x, BFloat16) { return from_bf16(to_bf16(x)); }
+inline Vec rounded(Vec x, Float16) { return _mm256_cvtph_ps(to_f16(x)); }
+
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec reciprocal(Vec x) { return splat(1.0f) / x; }
 inline Vec round_to_integer(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -87,8 +93,8 @@ inline Vec times_power_of_two(Vec x, Vec n) {
 inline bool has_nan(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
 }
-inline Vec where_at_least(Vec x, Vec limit, Vec value) {
-  return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ), value);
+inline Vec where_at_least(Vec x, Vec limit, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, limit, _CMP_GE_OQ));
 }
 inline Vec first_lanes(Vec x, int n, Vec others) {
   return _mm256_blendv_ps(others, x, _mm256_castsi256_ps(lane_mask(n)));

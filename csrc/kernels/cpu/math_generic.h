@@ -41,6 +41,13 @@ inline void store(T* p, Vec x) {
   store(p, x, kLanes);
 }
 
+/// x as it is once stored as a T.
+template <typename T>
+inline Vec rounded(Vec x, T) {
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(static_cast<T>(x[i]));
+  return x;
+}
+
 /// a * b + c, rounded once where the machine can.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 /// b where either is NaN.
@@ -48,6 +55,8 @@ inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 /// b where either is NaN.
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
+/// 1 / x for x in [1, 2].
+inline Vec reciprocal(Vec x) { return splat(1.0f) / x; }
 /// To nearest, for |x| < 2^22.
 inline Vec round_to_integer(Vec x) {
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: no fraction bits are left
@@ -67,8 +76,7 @@ inline bool has_nan(Vec a, Vec b) {
   const IntVec whole = (a == a) & (b == b);
   return (whole[0] & whole[1] & whole[2] & whole[3]) == 0;
 }
-/// value where x >= limit, else 0.
-inline Vec where_at_least(Vec x, Vec limit, Vec value) { return x >= limit ? value : Vec{}; }
+inline Vec where_at_least(Vec x, Vec limit, Vec yes, Vec no) { return x >= limit ? yes : no; }
 /// x in lanes below n, `others` in the rest.
 inline Vec first_lanes(Vec x, int n, Vec others) { return IntVec{0, 1, 2, 3} < n ? x : others; }
 

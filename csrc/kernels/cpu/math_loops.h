@@ -26,7 +26,7 @@ struct LoopSet {
 /// The fastest loops an instruction set can run.
 const LoopSet& loop_set(Isa isa);
 
-// One a file; those of *_avx*.cc exist on x86-64 only.
-extern const LoopSet kLoopsGeneric, kLoopsAvx2, kLoopsAvx512;
+// One a math_<isa>.cc; only the first exists on other machines than x86-64.
+extern const LoopSet kLoopsGeneric, kLoopsAvx2, kLoopsAvx512, kLoopsAvx512Bf16, kLoopsAmx;
 
 }  // namespace nanoflow::cpu

@@ -1,3 +1,4 @@
+#include "core/error.h"
 #include "kernels/cpu/math_loops.h"
 
 namespace nanoflow::cpu {
@@ -8,9 +9,14 @@ const LoopSet& loop_set(Isa isa) {
       return kLoopsGeneric;
     case Isa::kAvx2:
       return kLoopsAvx2;
-    default:
+    case Isa::kAvx512:
       return kLoopsAvx512;
+    case Isa::kAvx512Bf16:
+      return kLoopsAvx512Bf16;
+    case Isa::kAmx:
+      return kLoopsAmx;
   }
+  fail("unknown instruction set ", static_cast<int>(isa));
 }
 
 }  // namespace nanoflow::cpu

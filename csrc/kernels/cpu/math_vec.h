@@ -4,7 +4,6 @@
 // compiled for one instruction set, hence the anonymous namespace.
 
 #include <cstdint>
-#include <type_traits>
 
 namespace nanoflow::cpu {
 namespace {
@@ -28,18 +27,6 @@ inline Vec exponential(Vec x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r * r, r) + splat(1.0f);
   return times_power_of_two(p, n);
-}
-
-/// x as it is once stored as a T.
-template <typename T>
-inline Vec rounded(Vec x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    T lanes[kLanes];
-    store(lanes, x);
-    return load(lanes);
-  }
 }
 
 /// Stands for kLanes as a number of elements.

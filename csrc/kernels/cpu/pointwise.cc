@@ -67,9 +67,7 @@ void rope_append_row(const RopeAppend& op, const PointwiseLoops& loops, int64_t 
   const int64_t rotated = op.qkv.size(1) / D - kv_heads;  // q and k heads
   std::byte* heads = row_of(op.qkv, row);
   const auto* cos_sin = reinterpret_cast<const float*>(row_of(op.cos_sin, position));
-  for (int64_t head = 0; head < rotated; ++head) {
-    loops.rotate(heads + head * head_bytes, cos_sin, D / 2);
-  }
+  loops.rotate(heads, rotated, cos_sin, D / 2);
   append(op.k_cache, slot, heads + (rotated - kv_heads) * head_bytes);
   append(op.v_cache, slot, heads + rotated * head_bytes);
 }

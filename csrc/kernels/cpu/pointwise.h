@@ -10,8 +10,8 @@ struct PointwiseLoops {
   void (*rms_norm)(const void* x, const void* weight, void* out, int64_t H, float eps);
   /// a += b
   void (*add)(void* a, const void* b, int64_t H);
-  /// Rotates a head of 2 * half elements by half cosines, then half sines.
-  void (*rotate)(void* head, const float* cos_sin, int64_t half);
+  /// Rotates heads of 2 * half elements by half cosines, then half sines.
+  void (*rotate)(void* heads, int64_t count, const float* cos_sin, int64_t half);
   /// out = silu(gate) * up
   void (*silu_mul)(const void* gate, const void* up, void* out, int64_t I);
 };

@@ -33,7 +33,7 @@ void rms_norm(const void* x_data, const void* weight_data, void* out_data, int64
   const float mean = sum_of_squares(x, H) / static_cast<float>(H);
   const Vec inverse = splat(1.0f / __builtin_sqrtf(mean + eps));
   for_vectors(H, [=](int64_t i, auto n) {
-    store(out + i, rounded<T>(load(x + i, n) * inverse) * load(weight + i, n), n);
+    store(out + i, rounded(load(x + i, n) * inverse, T{}) * load(weight + i, n), n);
   });
 }
 
@@ -45,14 +45,16 @@ void add(void* a_data, const void* b_data, int64_t H) {
 }
 
 template <typename T>
-void rotate(void* head, const float* cos_sin, int64_t half) {
-  T* first = static_cast<T*>(head);
-  T* second = first + half;
+void rotate(void* heads, int64_t count, const float* cos_sin, int64_t half) {
   for_vectors(half, [=](int64_t i, auto n) {
-    const Vec a = load(first + i, n), b = load(second + i, n);
     const Vec cosine = load(cos_sin + i, n), sine = load(cos_sin + half + i, n);
-    store(first + i, a * cosine - b * sine, n);
-    store(second + i, b * cosine + a * sine, n);
+    T* first = static_cast<T*>(heads) + i;
+    for (int64_t head = 0; head < count; ++head, first += 2 * half) {
+      T* second = first + half;
+      const Vec a = load(first, n), b = load(second, n);
+      store(first, a * cosine - b * sine, n);
+      store(second, b * cosine + a * sine, n);
+    }
   });
 }
 
@@ -63,8 +65,10 @@ void silu_mul(const void* gate_data, const void* up_data, void* out_data, int64_
   T* out = static_cast<T*>(out_data);
   for_vectors(I, [=](int64_t i, auto n) {
     const Vec g = load(gate + i, n);
-    const Vec silu = g / (splat(1.0f) + exponential(splat(0.0f) - g));
-    store(out + i, silu * load(up + i, n), n);
+    const Vec e = exponential(min(g, splat(0.0f) - g));  // e^-|g|, so that nothing overflows
+    const Vec numerator = where_at_least(g, splat(0.0f), splat(1.0f), e);
+    const Vec sigmoid = numerator * reciprocal(splat(1.0f) + e);
+    store(out + i, g * sigmoid * load(up + i, n), n);
   });
 }
 

@@ -15,12 +15,14 @@
 // temperature, min_p, top_k, top_p, each on what the one before has left. As all of them keep the
 // tokens of the highest logits, a row is reduced to a cutoff; the draw then is one inverse of the
 // cumulative distribution in order of tokens. Nothing is sorted: chunks below the cutoff are
-// skipped, and of the others only those in doubt are partitioned.
+// skipped, a histogram over the logits tells in which bin a filter ends, and only that bin is
+// partitioned.
 
 namespace nanoflow::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kBins = 2048;
 
 /// What may be sampled: logits above `logit`, and those equal to it up to token `last_tied`.
 struct Cutoff {
@@ -29,10 +31,11 @@ struct Cutoff {
 };
 
 struct Candidate {
-  float logit, weight;
+  float logit;
+  float size;  // its weight, or 1 where tokens are counted
   int32_t token;
 
-  /// The order in which top_p takes tokens.
+  /// The order in which filters take tokens.
   bool operator<(const Candidate& other) const {
     return logit > other.logit || (logit == other.logit && token < other.token);
   }
@@ -42,6 +45,7 @@ struct RowBuffers {
   float* highest;         // [chunks] highest logit
   float* bounds;          // [chunks]
   double* mass;           // [chunks] summed weights of what may be sampled
+  double* bins;           // [kBins + 1] sizes of what lies in them; the last takes the rest
   Candidate* candidates;  // [V]
   size_t bytes;
 
@@ -51,6 +55,7 @@ struct RowBuffers {
     highest = pieces.take<float>(chunks);
     bounds = pieces.take<float>(chunks);
     mass = pieces.take<double>(chunks);
+    bins = pieces.take<double>(kBins + 1);
     candidates = pieces.take<Candidate>(V);
     bytes = pieces.bytes();
   }
@@ -79,6 +84,7 @@ class RowSampler {
     if (!std::isfinite(top_)) return Sample::kInvalidLogits;
     if (!(params.temperature > 0.0f)) return greedy();
     temperature_ = params.temperature;
+    sharpness_ = 1.0f / std::max(params.temperature, 1e-30f);
     if (params.min_p > 0.0f) cut_.logit = logit_of_weight(params.min_p);
     if (params.top_k > 0 && params.top_k < V_) apply_top_k(params.top_k);
     if (params.top_p < 1.0f) apply_top_p(params.top_p);
@@ -88,6 +94,7 @@ class RowSampler {
  private:
   int64_t begin_of(int64_t chunk) const { return chunk * kLogitChunk; }
   int64_t end_of(int64_t chunk) const { return std::min(V_, (chunk + 1) * kLogitChunk); }
+  int64_t size_of(int64_t chunk) const { return end_of(chunk) - begin_of(chunk); }
   /// The logit whose weight, relative to the highest, is `weight`.
   float logit_of_weight(float weight) const { return top_ + temperature_ * std::log(weight); }
 
@@ -95,17 +102,6 @@ class RowSampler {
     const int64_t chunk = std::find(b_.highest, b_.highest + chunks_, top_) - b_.highest;
     return static_cast<int32_t>(
         std::find(logits_ + begin_of(chunk), logits_ + end_of(chunk), top_) - logits_);
-  }
-
-  /// Calls fn(token) for all logits >= bound.
-  template <typename Fn>
-  void for_logits(float bound, const Fn& fn) const {
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      if (b_.highest[chunk] < bound) continue;
-      for (int64_t token = begin_of(chunk); token < end_of(chunk); ++token) {
-        if (logits_[token] >= bound) fn(token);
-      }
-    }
   }
 
   /// Weights of a chunk's tokens, 0 for those cut off; returns their sum.
@@ -116,10 +112,10 @@ class RowSampler {
     double total = 0;
     if (tied_end > begin) {
       total +=
-          loops_.weigh(logits_ + begin, tied_end - begin, top_, temperature_, cut_.logit, weights);
+          loops_.weigh(logits_ + begin, tied_end - begin, top_, sharpness_, cut_.logit, weights);
     }
     if (end > tied_end) {
-      total += loops_.weigh(logits_ + tied_end, end - tied_end, top_, temperature_, above,
+      total += loops_.weigh(logits_ + tied_end, end - tied_end, top_, sharpness_, above,
                             weights + (tied_end - begin));
     }
     return total;
@@ -136,64 +132,128 @@ class RowSampler {
     return total;
   }
 
+  /// Calls fn(chunk) for all that hold a logit >= bound.
+  template <typename Fn>
+  void for_chunks(float bound, const Fn& fn) const {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      if (b_.highest[chunk] >= bound) fn(chunk);
+    }
+  }
+
   /// Keeps the k highest logits and whatever ties with the last of them.
   void apply_top_k(int64_t k) {
-    float bound = cut_.logit;
+    float bound = std::max(cut_.logit, std::numeric_limits<float>::lowest());
     if (k <= chunks_) {  // the k-th highest logit is no lower than the k-th highest chunk's
       std::copy(b_.highest, b_.highest + chunks_, b_.bounds);
       std::nth_element(b_.bounds, b_.bounds + k - 1, b_.bounds + chunks_, std::greater<>());
       bound = std::max(bound, b_.bounds[k - 1]);
     }
-    int64_t count = 0;
-    for_logits(bound, [&](int64_t token) {
-      b_.candidates[count++] = {logits_[token], 0.0f, static_cast<int32_t>(token)};
-    });
-    cut_.logit = bound;
-    if (count <= k) return;
-    std::nth_element(b_.candidates, b_.candidates + k - 1, b_.candidates + count);
-    cut_.logit = b_.candidates[k - 1].logit;
+    cut_.logit = last_within(bound, static_cast<double>(k), false).logit;
   }
 
-  /// Keeps a token if those before it in the order of candidates have less than `p` of the mass:
+  /// Keeps a token if those before it, in the order of candidates, have less than `p` of the mass:
   /// at least one.
   void apply_top_p(float p) {
     const double total = weigh_all();
     // All tokens below this weight weigh less than (1 - p) of the total together: none is kept.
     const double least = 0.5 * (1.0 - static_cast<double>(p)) * total / static_cast<double>(V_);
-    const float bound = std::max(cut_.logit, logit_of_weight(static_cast<float>(least)));
-    int64_t count = 0;
-    float weights[kLogitChunk];
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      if (b_.highest[chunk] < bound) continue;
-      weigh(chunk, weights);
-      for (int64_t token = begin_of(chunk); token < end_of(chunk); ++token) {
-        const float weight = weights[token - begin_of(chunk)];
-        if (logits_[token] < bound) continue;
-        b_.candidates[count++] = {logits_[token], weight, static_cast<int32_t>(token)};
-      }
-    }
-    const Candidate& last = last_within(count, static_cast<double>(p) * total);
+    const float lowest = std::max(cut_.logit, std::numeric_limits<float>::lowest());
+    const float bound = std::max(lowest, logit_of_weight(static_cast<float>(least)));
+    const Candidate last = last_within(bound, static_cast<double>(p) * total, true);
     cut_ = {.logit = last.logit, .last_tied = last.token};
   }
 
-  /// The last candidate, in their order, before which there is less mass than `limit`.
-  const Candidate& last_within(int64_t count, double limit) {
+  /// What a filter looks at: logits >= bound, in bins from the highest down.
+  struct Search {
+    float bound, bins_per_logit;
+    bool by_weight;  // or by number
+  };
+
+  void find_bins(const Search& search, int64_t chunk, int32_t* bins) const {
+    loops_.find_bins(logits_ + begin_of(chunk), size_of(chunk), top_, search.bins_per_logit, kBins,
+                     bins);
+  }
+  void find_sizes(const Search& search, int64_t chunk, float* sizes) const {
+    if (search.by_weight) {
+      weigh(chunk, sizes);
+    } else {
+      std::fill(sizes, sizes + kLogitChunk, 1.0f);
+    }
+  }
+
+  Search search_from(float bound, bool by_weight) const {
+    float lowest = top_;
+    for_chunks(bound, [&](int64_t chunk) {
+      const float* logits = logits_ + begin_of(chunk);
+      lowest = std::min(lowest, loops_.find_lowest(logits, size_of(chunk), bound, top_));
+    });
+    const double bins_per_logit = std::min((kBins - 1) / (double{top_} - lowest), 1e30);
+    return {bound, static_cast<float>(bins_per_logit), by_weight};
+  }
+
+  void fill_bins(const Search& search) const {
+    int32_t bins[kLogitChunk];
+    float sizes[kLogitChunk];
+    std::fill(b_.bins, b_.bins + kBins + 1, 0.0);
+    for_chunks(search.bound, [&](int64_t chunk) {
+      find_bins(search, chunk, bins);
+      find_sizes(search, chunk, sizes);
+      for (int64_t i = 0; i < size_of(chunk); ++i) b_.bins[bins[i]] += sizes[i];
+    });
+  }
+
+  /// Makes the tokens of a bin candidates; returns their number.
+  int64_t collect(const Search& search, int bin) const {
+    int32_t bins[kLogitChunk];
+    float sizes[kLogitChunk];
+    int64_t count = 0;
+    for_chunks(search.bound, [&](int64_t chunk) {
+      find_bins(search, chunk, bins);
+      if (std::find(bins, bins + size_of(chunk), bin) == bins + size_of(chunk)) return;
+      find_sizes(search, chunk, sizes);
+      for (int64_t i = 0; i < size_of(chunk); ++i) {
+        const int64_t token = begin_of(chunk) + i;
+        if (bins[i] != bin || logits_[token] < search.bound) continue;
+        b_.candidates[count++] = {logits_[token], sizes[i], static_cast<int32_t>(token)};
+      }
+    });
+    return count;
+  }
+
+  /// Of the tokens with logits >= bound, the last in their order before which the others' weights,
+  /// or number, are less than `limit`.
+  Candidate last_within(float bound, double limit, bool by_weight) const {
+    const Search search = search_from(bound, by_weight);
+    fill_bins(search);
+    int last = 0;
+    double before = 0, sum = 0;  // sizes of the bins before `last`, and with it
+    for (int bin = 0; bin < kBins && sum < limit; ++bin) {
+      if (b_.bins[bin] == 0) continue;
+      last = bin;
+      before = sum;
+      sum += b_.bins[bin];
+    }
+    return last_candidate(collect(search, last), limit - before);
+  }
+
+  /// The last of the candidates, in their order, before which there is less than `limit`.
+  const Candidate& last_candidate(int64_t count, double limit) const {
+    Candidate* c = b_.candidates;
     int64_t low = 0, high = count;  // it is in [low, high)
-    double before = 0;              // mass of [0, low)
+    double before = 0;              // size of [0, low)
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      Candidate* c = b_.candidates;
       std::nth_element(c + low, c + middle, c + high);
-      double mass = before;
-      for (int64_t i = low; i < middle; ++i) mass += c[i].weight;
-      if (mass < limit) {
+      double size = before;
+      for (int64_t i = low; i < middle; ++i) size += c[i].size;
+      if (size < limit) {
         low = middle;
-        before = mass;
+        before = size;
       } else {
         high = middle;
       }
     }
-    return b_.candidates[low];
+    return c[low];
   }
 
   int32_t draw(double u) {
@@ -226,7 +286,7 @@ class RowSampler {
   const int64_t V_, chunks_;
   const SamplingLoops& loops_;
   const RowBuffers& b_;
-  float top_ = 0, temperature_ = 1;
+  float top_ = 0, temperature_ = 1, sharpness_ = 1;
   Cutoff cut_;
 };
 

@@ -38,21 +38,39 @@ inline bool find_highest(const float* logits, int64_t count, float* highest_of) 
   return !is_bad;
 }
 
-inline float weigh(const float* logits, int64_t count, float top, float temperature, float cutoff,
+inline float find_lowest(const float* logits, int64_t count, float bound, float top) {
+  Vec lowest = splat(top);
+  for_vectors(count, [&](int64_t i, auto n) {
+    const Vec x = load_or(logits + i, n, splat(top));
+    lowest = min(lowest, where_at_least(x, splat(bound), x, splat(top)));
+  });
+  return -highest(splat(0.0f) - lowest);
+}
+
+inline void find_bins(const float* logits, int64_t count, float top, float bins_per_logit, int last,
+                      int32_t* bins) {
+  const float limit = static_cast<float>(last);
+  for (int64_t i = 0; i < count; ++i) {
+    const float bin = (top - logits[i]) * bins_per_logit;
+    bins[i] = static_cast<int32_t>(bin < limit ? bin : limit);
+  }
+}
+
+inline float weigh(const float* logits, int64_t count, float top, float sharpness, float cutoff,
                    float* weights) {
   const Vec lowest = splat(-__builtin_inff());
   Vec total = splat(0.0f);
   for_vectors(count, [&](int64_t i, auto n) {
     const Vec x = load_or(logits + i, n, lowest);
-    const Vec weight = exponential((x - splat(top)) / splat(temperature));
-    const Vec kept = where_at_least(x, splat(cutoff), weight);
+    const Vec weight = exponential((x - splat(top)) * splat(sharpness));
+    const Vec kept = where_at_least(x, splat(cutoff), weight, splat(0.0f));
     store(weights + i, kept, n);
     total = total + kept;
   });
   return sum(total);
 }
 
-constexpr SamplingLoops kSamplingLoops{&find_highest, &weigh};
+constexpr SamplingLoops kSamplingLoops{&find_highest, &find_lowest, &find_bins, &weigh};
 
 }  // namespace
 }  // namespace nanoflow::cpu
