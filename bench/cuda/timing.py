@@ -18,7 +18,7 @@ def environment(commit: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python {sys.argv[0]}",
         "seed": torch.initial_seed(),
     }
 
