@@ -1,5 +1,6 @@
 #include "kernels/cpu/gate.h"
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -8,12 +9,18 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Long enough for the barriers of a task whose threads run side by side.
-constexpr int kSpins = 128;
-// Beyond this the waiter counts as idle. Yielding costs nothing while nobody else wants the core.
+constexpr int kSpinsPerClock = 16;
+// Who waits longer counts as idle. Yielding costs little while nobody else wants the core, and much
+// while another program does: then the core is gone for milliseconds.
 constexpr std::chrono::microseconds kPatience{200};
 
 }  // namespace
+
+void Spin::adapt(bool was_enough) {
+  const int32_t now = nanoseconds();
+  const int32_t next = was_enough ? std::min(now * 2, kMost) : std::max(now / 2, kLeast);
+  if (next != now) nanoseconds_.store(next, std::memory_order_relaxed);
+}
 
 void Gate::advance() {
   // Sequentially consistent with sleep_until_change(): one of the two sees the other.
@@ -21,16 +28,21 @@ void Gate::advance() {
   if (sleepers_.load(std::memory_order_seq_cst) != 0) value_.notify_all();
 }
 
-void Gate::await_change(uint32_t seen) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (value() != seen) return;
-    relax();
-  }
-  const Clock::time_point deadline = Clock::now() + kPatience;
+void Gate::await_change(uint32_t seen, Spin& spin) {
+  if (value() != seen) return;
+  const Clock::time_point start = Clock::now();
+  const std::chrono::nanoseconds limit(spin.nanoseconds());
+  do {
+    for (int i = 0; i < kSpinsPerClock; ++i) {
+      if (value() != seen) return spin.adapt(true);
+      relax();
+    }
+  } while (Clock::now() - start < limit);
+  spin.adapt(false);
   do {
     if (value() != seen) return;
     std::this_thread::yield();
-  } while (Clock::now() < deadline);
+  } while (Clock::now() - start < kPatience);
   sleep_until_change(seen);
 }
 

@@ -82,10 +82,11 @@ int CpuLane::width() const { return team_->width(); }
 void CpuLane::wait(Event& event) {
   std::shared_ptr<Record> record = cpu_event(event).latest();
   if (!record) return;
-  team_->run_alone([record = std::move(record)](std::exception_ptr& error) {
-    record->reached.await_change(0);
-    if (!error) error = record->error;
-  });
+  team_->run_alone(
+      [record = std::move(record), &spin = team_->event_spin()](std::exception_ptr& error) {
+        record->reached.await_change(0, spin);
+        if (!error) error = record->error;
+      });
 }
 
 void CpuLane::record(Event& event) {

@@ -67,7 +67,7 @@ void Team::push(std::unique_ptr<Item> item) {
 }
 
 void Team::thread_main(int index) {
-  launched_.await_change(0);
+  launched_.sleep_until_change(0);
   if (is_launch_failed_) return;
   const Worker worker(index, width_, *this);
   while (const Item* task = next_task()) {
@@ -84,7 +84,7 @@ void Team::thread_main(int index) {
 const Team::Item* Team::next_task() {
   const uint32_t started = started_.value();
   if (ended_.fetch_add(1, std::memory_order_acq_rel) + 1 < width_) {
-    started_.await_change(started);
+    started_.await_change(started, started_spin_);
     return task_;
   }
   ended_.store(0, std::memory_order_relaxed);
@@ -109,7 +109,7 @@ const Team::Item* Team::fetch() {
     const uint32_t pushed = pushed_.value();
     std::unique_ptr<Item> next(head_->next.load(std::memory_order_acquire));
     if (!next) {
-      pushed_.await_change(pushed);
+      pushed_.await_change(pushed, pushed_spin_);
       continue;
     }
     head_ = std::move(next);
@@ -147,7 +147,7 @@ void Team::sync() {
     passed_.advance();
     return;
   }
-  passed_.await_change(passed);
+  passed_.await_change(passed, passed_spin_);
   if (failed_.load(std::memory_order_acquire)) throw Abandoned{};
 }
 

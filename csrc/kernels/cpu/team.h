@@ -31,6 +31,9 @@ class Team {
   /// fn gets the lane's error, also when there is one, and may set or reset it.
   void run_alone(std::function<void(std::exception_ptr&)> fn);
 
+  /// How long fn of run_alone() spins for other lanes.
+  Spin& event_spin() { return event_spin_; }
+
   // Called by the threads of a task.
   void sync();
   int64_t claim() { return claimed_.fetch_add(1, std::memory_order_relaxed); }
@@ -57,18 +60,22 @@ class Team {
   std::unique_ptr<Item> head_;
   Item* tail_;
   Gate pushed_;
+  Spin pushed_spin_;
 
   // Written by the thread that ended a task last, read by all once `started_` has advanced.
   const Item* task_ = nullptr;
   Gate started_;
+  Spin started_spin_;
   std::atomic<int> ended_{0};
   std::exception_ptr error_;  // of the lane
+  Spin event_spin_;
   Buffer scratch_;
 
   // Of the task that runs.
   std::atomic<int64_t> claimed_{0};
   std::atomic<int> at_barrier_{0};
   Gate passed_;
+  Spin passed_spin_;
   std::atomic<bool> failed_{false};
   std::exception_ptr task_error_;  // of the thread that failed first
 };
