@@ -28,13 +28,14 @@ using GemmLauncher = void (*)(const GemmArguments&);
 /// The kernel for operands of `x` and results of `out`, or null where there is none.
 GemmLauncher gemm_launcher(GemmKernel kernel, DType x, DType out);
 
-/// The launchers by translation unit (each file instantiates up to four kernels); null for kernels
-/// of another one.
+/// The launchers by translation unit (each file instantiates two or three kernels: compiling one
+/// takes 5 to 6 GB); null for kernels of another one.
 GemmLauncher gemm_bf16_large(GemmKernel kernel);
 GemmLauncher gemm_bf16_medium(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);
 GemmLauncher gemm_bf16_f32(GemmKernel kernel);
 GemmLauncher gemm_f16(GemmKernel kernel);
 GemmLauncher gemm_f16_f32(GemmKernel kernel);
+GemmLauncher gemm_f16_small(GemmKernel kernel, DType out);
 
 }  // namespace nanoflow::cuda
