@@ -242,7 +242,9 @@ class SlabProduct {
       const int64_t rows = min(kPair, end_ - row);
       const char* packed = packed_ + (pair * plan_.steps + step) * 2 * kTileBytes;
       char* sums = sums_ + pair * 4 * kTileBytes;
-      const int64_t first = kPanel * pair / pairs, last = kPanel * (pair + 1) / pairs;
+      // A lone pair waits for memory only, and the hardware does that better undisturbed.
+      const int64_t first = kPanel * pair / pairs;
+      const int64_t last = pairs > 1 ? kPanel * (pair + 1) / pairs : 0;
       const int64_t stride = args_.weight_stride * 2;
       const Ahead lines{ahead + first * stride, stride, last - first};
       if (rows > kTile) {
