@@ -101,7 +101,7 @@ def test_norms(
     _core.run_op("rms_norm", gpu, x=sliced(x), out=out, weight=weight, eps=EPS)
     TOLERANCES[dtype].check(out, reference.rms_norm(decode(x), decode(weight), EPS, dtype))
     _core.run_op("rms_norm", cpu, x=x, out=on_cpu, weight=weight, eps=EPS)
-    assert differing(out, on_cpu) < 1e-3  # mean squares summed in another order
+    assert differing(out, on_cpu) < 5e-3  # mean squares summed in another order
 
     residual = randn(rng, dtype, rows, hidden)
     total = reference.rounded(decode(x) + decode(residual), dtype)
