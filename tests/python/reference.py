@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nanoflow import _core
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -51,7 +53,8 @@ def poisoned(shape: Sequence[int], dtype: str) -> NDArray[Any]:
 
 
 def embed(tokens: Ints, token_pool: Ints, table: Floats) -> Floats:
-    return table[np.where(tokens >= 0, tokens, token_pool[-1 - np.minimum(tokens, -1)])]
+    rows: Floats = table[np.where(tokens >= 0, tokens, token_pool[-1 - np.minimum(tokens, -1)])]
+    return rows
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float, dtype: str) -> Floats:
@@ -66,7 +69,8 @@ def gemm(x: Floats, weight: Floats) -> Floats:
 def silu_mul(gate_up: Floats) -> Floats:
     gate, up = np.split(gate_up, 2, axis=-1)
     with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-gate)) * up
+        product: Floats = gate / (1 + np.exp(-gate)) * up
+    return product
 
 
 def rope_table(inv_freq: NDArray[Any], positions: int) -> NDArray[np.float32]:
@@ -90,7 +94,9 @@ def attention(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
     visible = np.tri(len(q), len(k), len(k) - len(q), dtype=bool)
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("hnk,khd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    attended: Floats = np.einsum("hnk,khd->nhd", weights, v)
+    return attended
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,9 @@ class PagedCache:
 
     def slots(self, request: int, positions: NDArray[Any]) -> Ints:
         """Where those positions of a request lie: page * page_size + offset."""
-        pages = self.page_indices[self.page_indptr[request] + positions // self.page_size]
-        return (pages * self.page_size + positions % self.page_size).astype(np.int32)
+        pages: Ints = self.page_indices[self.page_indptr[request] + positions // self.page_size]
+        slots: Ints = (pages * self.page_size + positions % self.page_size).astype(np.int32)
+        return slots
 
     def gather(self, cache: NDArray[Any], request: int) -> Floats:
         """A request's keys or values [kv_len, Hkv, D]."""
@@ -162,7 +169,7 @@ def allowed_probabilities(
     """The distribution a row is drawn from: temperature, min_p, top_k, top_p in this order."""
     x = logits.astype(np.float64)
     x[list(banned)] = -np.inf
-    p = np.exp((x - x.max()) / temperature)
+    p: Floats = np.exp((x - x.max()) / temperature)
     p[p < min_p] = 0.0
     if 0 < top_k < len(p):
         p[x < np.sort(x)[-top_k]] = 0.0
@@ -172,7 +179,8 @@ def allowed_probabilities(
     dropped = order[1:][before[1:] >= top_p]
     if top_p < 1.0:
         p[dropped] = 0.0
-    return p / p.sum()
+    p /= p.sum()
+    return p
 
 
 def philox4x32(counter: Sequence[int], key: Sequence[int]) -> list[int]:
@@ -191,20 +199,9 @@ def uniform(seed: int, counter: int) -> float:
     return float(((words[1] << 32 | words[0]) >> 11) * 2.0**-53)
 
 
-class Spec(Protocol):
-    """What `llama_logits` needs of a `_core.ModelSpec`."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_inv_freq: Sequence[float]
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    dtype: str
-
-
-def llama_logits(spec: Spec, weights: Mapping[str, NDArray[Any]], tokens: Sequence[int]) -> Floats:
+def llama_logits(
+    spec: _core.ModelSpec, weights: Mapping[str, NDArray[Any]], tokens: Sequence[int]
+) -> Floats:
     """Logits [T, V] of one whole sequence; weights by the names of `_core.Weights.shapes()`."""
 
     def w(name: str) -> Floats:

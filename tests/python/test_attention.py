@@ -100,7 +100,8 @@ def run(
     untouched = np.ones(len(out), bool)
     untouched[taken] = False
     assert np.isnan(decode(out)[untouched]).all()
-    return out[taken].reshape(problem.q.shape)
+    attended: NDArray[Any] = out[taken].reshape(problem.q.shape)
+    return attended
 
 
 SHAPES = [
@@ -221,7 +222,7 @@ def test_segments_and_padding(
     """Rows are found by row_begin; only the requests of the op's segments are computed."""
     rows, kv_len, begin = (1, 1, 9), (20, 70, 40), (0, 4, 8)
     problem = make_problem(rng, dtype, rows, kv_len)
-    options = {"row_begin": begin, "total_rows": 20, "segments": [0, 1, 1, 3]}
+    options: dict[str, Any] = {"row_begin": begin, "total_rows": 20, "segments": [0, 1, 1, 3]}
     expected = problem.expected()
     both = run(backend, problem, **options, segment_range=(0, 3))
     tolerance.check(both, expected)

@@ -228,7 +228,7 @@ def test_a_draw_depends_on_seed_counter_and_row_alone(backend: _core.Backend) ->
     rng = np.random.default_rng(0)
     rows = 64
     logits = random_logits(rows, 777)
-    options = {
+    options: dict[str, Any] = {
         "temperature": rng.uniform(0, 2, rows),
         "top_k": rng.integers(0, 50, rows),
         "top_p": rng.uniform(0.5, 1, rows),
