@@ -151,7 +151,7 @@ def test_a_decode_of_every_context(
     tolerance.check(run(backend, problem), problem.expected())
 
 
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
 def test_how_a_prefill_is_cut_changes_no_bit(
     backend: _core.Backend, dtype: str, rng: Rng, head_dim: int
 ) -> None:

@@ -142,6 +142,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         attention(row_begin=np.array([1], np.int32)),
         r"attention: request 0 has rows \[1, 3\) of 2",
     ),
+    ("attention", attention(scale=0.0), "attention: scale is 0 but must be positive"),
     ("attention", attention(segment_end=2), r"attention: segments \[0, 2\) of 1"),
     ("sample", sampling(seed=zeros(2, dtype=np.int32)), "sample: seed is int32"),
     (

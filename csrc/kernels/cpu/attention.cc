@@ -126,6 +126,7 @@ void check(const Attention& op) {
   table("page_indices", tables.page_indices, "pages in use");
   NF_CHECK(match["R + 1"] == match["R"] + 1, "attention: page_indptr is ", tables.page_indptr,
            " for ", match["R"], " requests");
+  NF_CHECK(op.scale > 0, "attention: scale is ", op.scale, " but must be positive");
   NF_CHECK(0 <= op.segment_begin && op.segment_begin <= op.segment_end &&
                op.segment_end < match["segments + 1"],
            "attention: segments [", op.segment_begin, ", ", op.segment_end, ") of ",
