@@ -1,0 +1,80 @@
+"""README, CONTRIBUTING and CI say the same as the files they speak of."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tiny_models import write_tiny_llama
+
+ROOT = Path(__file__).parents[2]
+MAIN_JOB = "pip install . && python -m nanoflow.bench"
+TESTS = "pip install '.[test]' && pytest"
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "third_party/README.md")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_gives_the_two_commands():
+    blocks = re.findall(r"```sh\n(.*?)```", read("README.md"), re.DOTALL)
+    assert [block.strip() for block in blocks] == [MAIN_JOB, TESTS]
+
+
+def test_ci_runs_the_second_command():
+    assert TESTS in [line.strip() for line in read(".ci/run").splitlines()]
+
+
+def test_readme_example_runs(tmp_path, capsys):
+    model = write_tiny_llama(tmp_path, tokenizer=True)
+    (example,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    exec(example.replace("path/to/model", str(model)), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document):
+    folder = (ROOT / document).parent
+    targets = re.findall(r"\]\(([^)#]+)\)", read(document))
+    local = [target for target in targets if not target.startswith(("http://", "https://"))]
+    assert [target for target in local if not (folder / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_the_text_exist(document):
+    paths = re.findall(r"`((?:csrc|python|tests|bench|third_party)/[\w./*<>]*)`", read(document))
+    plain = [path for path in paths if not set("*<>") & set(path)]
+    assert [path for path in plain if not (ROOT / path).exists()] == []
+
+
+def test_readme_maps_every_source_folder():
+    mapped = set(re.findall(r"^\| `([\w/]+)` \|", read("README.md"), re.MULTILINE))
+    sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert mapped == sources | {"python/nanoflow", "tests", "bench", "third_party"}
+
+
+def test_readme_shows_the_results_of_the_json_files():
+    report = load(ROOT / "bench" / "report.py")
+    assert report.replace(read("README.md"), report.table()) == read("README.md")
+
+
+def test_results_keep_the_command_that_made_them():
+    report = load(ROOT / "bench" / "report.py")
+    assert set(report.ROWS) == {path.name for path in (ROOT / report.RESULTS).glob("*.json")}
+
+
+def test_report_needs_its_marks():
+    report = load(ROOT / "bench" / "report.py")
+    with pytest.raises(ValueError, match=r"README.md lacks the lines"):
+        report.replace("no marks", "table")
