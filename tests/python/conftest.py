@@ -50,6 +50,12 @@ def backend(request: pytest.FixtureRequest) -> _core.Backend:
     return _core.Backend("cpu", threads=2, isa=request.param)
 
 
+@pytest.fixture(scope="session", params=_core.cpu_isas())
+def cpu_backend(request: pytest.FixtureRequest) -> _core.Backend:
+    """As `backend`, for what only the CPU promises: bits that no batch, cut or width changes."""
+    return _core.Backend("cpu", threads=2, isa=request.param)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     """Skips what the GPU says it does not do: odd sizes and float32, which the CPU does.

@@ -153,11 +153,11 @@ def test_a_decode_of_every_context(
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96])
 def test_how_a_prefill_is_cut_changes_no_bit(
-    backend: _core.Backend, dtype: str, rng: Rng, head_dim: int
+    cpu_backend: _core.Backend, dtype: str, rng: Rng, head_dim: int
 ) -> None:
     length = 211
     problem = make_problem(rng, dtype, [length], [length], head_dim=head_dim, heads=9, kv_heads=3)
-    whole = run(backend, problem, width=1)
+    whole = run(cpu_backend, problem, width=1)
     cuts = [0, 1, 2, 63, 64, 65, 130, 194, 210, length]
     for begin, end in pairwise(cuts):
         cache = problem.cache
@@ -173,15 +173,15 @@ def test_how_a_prefill_is_cut_changes_no_bit(
             ),
             dtype=dtype,
         )
-        np.testing.assert_array_equal(run(backend, part), whole[begin:end])
+        np.testing.assert_array_equal(run(cpu_backend, part), whole[begin:end])
 
 
-def test_batch_and_width_change_no_bit(backend: _core.Backend, dtype: str, rng: Rng) -> None:
+def test_batch_and_width_change_no_bit(cpu_backend: _core.Backend, dtype: str, rng: Rng) -> None:
     rows, kv_len = (1, 5, 1, 70), (100, 77, 3, 130)
     problem = make_problem(rng, dtype, rows, kv_len)
-    together = run(backend, problem, width=1)
+    together = run(cpu_backend, problem, width=1)
     for width in (2, 3):
-        np.testing.assert_array_equal(run(backend, problem, width=width), together)
+        np.testing.assert_array_equal(run(cpu_backend, problem, width=width), together)
     first = 0
     for request, count in enumerate(rows):
         pages = problem.cache.page_indptr[request : request + 2]
@@ -197,7 +197,7 @@ def test_batch_and_width_change_no_bit(backend: _core.Backend, dtype: str, rng: 
             ),
             dtype=dtype,
         )
-        np.testing.assert_array_equal(run(backend, alone), together[first : first + count])
+        np.testing.assert_array_equal(run(cpu_backend, alone), together[first : first + count])
         first += count
 
 
