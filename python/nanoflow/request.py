@@ -67,6 +67,12 @@ class Request:
         """Prompt and generated tokens that are known while the request waits."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
+    @property
+    def is_length_certain(self) -> bool:
+        """Whether nothing but max_len ends it."""
+        sampling = self.sampling
+        return sampling.ignore_eos and not sampling.stop_token_ids and self.stop_watcher is None
+
     def finish(
         self,
         reason: FinishReason,

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nanoflow import _core
+from nanoflow.scheduler.forecast import Outlook
 from reference import DTYPES, decode
 
 
@@ -83,3 +84,9 @@ def tolerance(dtype: str) -> Tolerance:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admission foresees nothing, so that pages run out."""
+    monkeypatch.setattr(Outlook, "peak", lambda self: 0)

@@ -185,7 +185,9 @@ def test_chat_writes_the_prompt_by_the_template(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["nano", "overlap"])
-def test_schedules_and_budgets_change_no_token(schedule: str, model: Path, llm: LLM) -> None:
+def test_schedules_and_budgets_change_no_token(
+    schedule: str, model: Path, llm: LLM, blind: None
+) -> None:
     prompts = [f"{n} quick foxes " * (1 + n % 4) for n in range(30)]
     expected = texts(generate(llm, prompts))
     sizes = SIZES | {"max_num_seqs": 5, "max_num_batched_tokens": 7, "num_gpu_blocks_override": 10}

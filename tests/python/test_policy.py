@@ -188,7 +188,7 @@ def test_decodes_come_first_and_chunks_fill_the_step_to_the_token() -> None:
     assert rows == [(0, 16), (1, 15), (2, 14), (3, 13), (4, 12), (5, 11)]
 
 
-def test_requests_are_admitted_in_their_order() -> None:
+def test_requests_are_admitted_in_their_order(blind: None) -> None:
     setup = Setup(num_slots=2, num_pages=11, max_rows=100)
     small, large, smaller = request(0, 3, 40), request(1, 38, 40), request(2, 2, 40)
     setup.add(small, large, smaller)
@@ -218,7 +218,7 @@ def run_out_of_pages(max_len_of_youngest: int) -> tuple[Setup, list[Request], in
             return setup, items, known
 
 
-def test_out_of_pages_preempts_the_youngest_with_its_token_in_flight() -> None:
+def test_out_of_pages_preempts_the_youngest_with_its_token_in_flight(blind: None) -> None:
     setup, items, known = run_out_of_pages(40)
     while not items[2].output_token_ids:  # until it queues again
         assert not setup.turn().admitted
@@ -229,7 +229,7 @@ def test_out_of_pages_preempts_the_youngest_with_its_token_in_flight() -> None:
         check_output(item)
 
 
-def test_a_token_in_flight_can_end_a_preempted_request() -> None:
+def test_a_token_in_flight_can_end_a_preempted_request(blind: None) -> None:
     _, items, known = run_out_of_pages(40)
     setup, items, _ = run_out_of_pages(11 + known + 1)
     setup.finish()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nanoflow.request import Request
 from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.forecast import Forecast, Outlook
 from nanoflow.scheduler.slots import Ints, Slots
 
 
@@ -42,7 +43,8 @@ class _Prefill:
 class Policy:
     """Decodes first, then prefill chunks until the step has max_num_batched_tokens rows.
 
-    Requests are admitted in their order while there are a slot and pages for their whole prefill.
+    Requests are admitted in their order while there are a slot, pages for their whole prefill, and,
+    by the forecast, pages for all that run with them until they end.
     A request that lacks a page for its next row sits the step out; unless pages on their way back
     will do, the youngest of those younger than it are preempted. So the oldest request always gets
     on, and as the cache holds at least one request of full length, every request finishes.
@@ -59,6 +61,7 @@ class Policy:
         free_slots: Sequence[int],
         free_pages: int,
         retired_pages: int,
+        forecast: Forecast,
     ) -> StepPlan:
         """Plans a step and changes nothing.
 
@@ -72,12 +75,16 @@ class Policy:
         takers = takers[fits]
         is_decode = slots.computed[takers] >= slots.prefill_len[takers]
         decodes, prefilling = takers[is_decode], takers[~is_decode]
-        free_pages -= int(_pages_lacking(slots, decodes).sum())
+        lacked = int(_pages_lacking(slots, decodes).sum())
+        free_pages -= lacked
         budget = self._max_rows - len(decodes)
         prefills = _running_prefills(slots, prefilling)
         if not (preempted or stalled):
             spare = free_pages - _pages_of_prefills_to_come(slots, running)
-            prefills += self._admissible(slots, prefills, waiting, free_slots, spare, budget)
+            room = free_pages + retired_pages + int(slots.num_pages[running].sum())
+            outlook = forecast.outlook(slots, running)
+            fitting = _fitting(waiting, forecast, outlook, room + lacked)
+            prefills += self._admissible(slots, prefills, fitting, free_slots, spare, budget)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
         return self._deal(slots, decodes, prefills, budget, free_pages, preempted)
 
@@ -196,6 +203,21 @@ class Policy:
             decodes=len(decodes),
             prefill_rows=budget - rows_left,
         )
+
+
+def _fitting(
+    waiting: Iterable[Request], forecast: Forecast, outlook: Outlook, num_pages: int
+) -> Iterator[Request]:
+    """Those of `waiting`, from the first on, that are expected to end without lack of pages.
+
+    One that would run alone fits always.
+    """
+    for request in waiting:
+        is_alone = len(outlook) == 0
+        outlook.add(request.num_tokens, forecast.steps_left(request))
+        if not is_alone and outlook.peak() > num_pages:
+            return
+        yield request
 
 
 def _pages_lacking(slots: Slots, takers: Ints) -> Ints:

@@ -57,6 +57,7 @@ class Slots:
         self.seed = np.zeros(num_slots, np.uint64)
         self.min_tokens: Ints = np.zeros(num_slots, np.int64)
         self.has_stop_strings = np.zeros(num_slots, np.bool_)
+        self.is_length_certain = np.zeros(num_slots, np.bool_)
         # A row: stop tokens, end-of-sequence tokens, then what is only banned by min_tokens.
         self.end_ids = np.full((num_slots, 4), NO_TOKEN, np.int32)
         self.num_stop_ids: Ints = np.zeros(num_slots, np.int64)  # the first, which are stop reasons
@@ -89,6 +90,7 @@ class Slots:
         self.seed[slot] = sampling.seed
         self.min_tokens[slot] = sampling.min_tokens
         self.has_stop_strings[slot] = request.stop_watcher is not None
+        self.is_length_certain[slot] = request.is_length_certain
         eos = sampling.eos_token_ids
         stop = tuple(i for i in sampling.stop_token_ids if sampling.ignore_eos or i not in eos)
         banned = tuple(dict.fromkeys(stop + eos))

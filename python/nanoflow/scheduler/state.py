@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nanoflow.errors import InvalidLogitsError
 from nanoflow.request import FinishReason, Request
 from nanoflow.scheduler.ends import find_ends
+from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy, StepPlan
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
@@ -33,6 +34,7 @@ class SchedulerState:
         self.slots = slots
         self.pages = pages
         self._policy = policy
+        self._forecast = Forecast()
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
         self._age_of: dict[str, int] = {}
         self._next_age = 0
@@ -92,6 +94,8 @@ class SchedulerState:
                 self._release(slot, SlotState.ENDED)
             else:
                 self.slots.state[slot] = SlotState.ENDED
+        if reason in ("stop", "length"):
+            self._forecast.observe(len(request.output_token_ids))
         request.finish(reason, time, stop_reason=stop_reason, error=error)
 
     def reclaim(self, completed_step: int) -> None:
@@ -126,6 +130,7 @@ class SchedulerState:
             self._free_slots,
             self.pages.num_free,
             self.pages.num_retired,
+            self._forecast,
         )
         for slot in plan.preempted:
             self.slots.request(slot).num_preemptions += 1
