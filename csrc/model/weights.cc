@@ -52,32 +52,45 @@ Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
   }
 }
 
-void Weights::load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
-                   DType dtype) {
+Weights::Place Weights::find(const std::string& name) const {
+  const bool is_gate = name.ends_with(".gate"), is_up = name.ends_with(".up");
+  const std::string entry_name =
+      is_gate || is_up ? name.substr(0, name.rfind('.')) + ".gate_up" : name;
   const auto& entries = arena_.entries();
   const auto entry = std::find_if(entries.begin(), entries.end(),
-                                  [&](const Arena::Entry& e) { return e.name == name; });
+                                  [&](const Arena::Entry& e) { return e.name == entry_name; });
   NF_CHECK(entry != entries.end(), "the model has no weight named ", name);
   const int index = static_cast<int>(entry - entries.begin());
-  const Tensor tensor = arena_.tensor(index);
-  const size_t row_values = tensor.dims() == 1 ? 1 : static_cast<size_t>(tensor.size(1));
+  const int64_t rows = entry->shape[0];
+  if (entry_name == name) return {index, rows, 0};
+  return {index, rows / 2, is_gate ? 0 : rows / 2};
+}
+
+void Weights::load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
+                   DType dtype) {
+  const Place place = find(name);
+  const Tensor tensor = arena_.tensor(place.entry);
+  const auto row_values = static_cast<size_t>(tensor.numel() / tensor.size(0));
   const size_t row_bytes = row_values * size_of(dtype);
   NF_CHECK(bytes % row_bytes == 0, "weight ", name, " is ", tensor, "; ", bytes,
            " bytes are not whole rows of ", row_bytes);
   const auto rows = static_cast<int64_t>(bytes / row_bytes);
-  const Tensor target = tensor.slice_rows(row_begin, row_begin + rows);
-  const size_t target_bytes = target.span_bytes();
+  NF_CHECK(row_begin >= 0 && row_begin + rows <= place.rows, "weight ", name, " has ", place.rows,
+           " rows, not rows [", row_begin, ", ", row_begin + rows, ")");
   const void* source = data;
   if (dtype != tensor.dtype()) {
-    if (staging_.bytes() < target_bytes) staging_ = backend_->allocate_host(target_bytes);
-    convert(data, dtype, staging_.data(), tensor.dtype(), static_cast<size_t>(target.numel()));
+    const size_t values = static_cast<size_t>(rows) * row_values;
+    const size_t needed = values * size_of(tensor.dtype());
+    if (staging_.bytes() < needed) staging_ = backend_->allocate_host(needed);
+    convert(data, dtype, staging_.data(), tensor.dtype(), values);
     source = staging_.data();
   }
-  backend_->copy(target.bytes(), source, target_bytes, *lane_);
+  const Tensor target = tensor.slice_rows(place.row(row_begin), place.row(row_begin) + rows);
+  backend_->copy(target.bytes(), source, target.span_bytes(), *lane_);
   const auto done = backend_->make_event();
   lane_->record(*done);
   done->synchronize();
-  std::fill_n(loaded_[index].begin() + row_begin, rows, true);
+  std::fill_n(loaded_[place.entry].begin() + place.row(row_begin), rows, true);
 }
 
 void Weights::check_complete() const {

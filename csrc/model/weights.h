@@ -14,17 +14,17 @@ namespace nanoflow {
 
 /// The weights of one rank, in one allocation of the backend's memory, filled tensor by tensor.
 ///
-/// | name                         | shape                    | what |
-/// |------------------------------|--------------------------|-------------------------------------------|
-/// | embed                        | [V, H]                   | token embeddings | |
-/// layers.N.input_norm          | [H]                      | before attention | | layers.N.qkv |
-/// [(Hq + 2 Hkv) * D, H]    | rows of q, then k, then v                 | | layers.N.o | [H, Hq *
-/// D]              | attention output                          | | layers.N.post_norm           |
-/// [H]                      | before the MLP                            | | layers.N.gate_up | [2
-/// I, H]                 | rows of gate, then up                     | | layers.N.down | [H, I] |
-/// MLP output                                | | norm                         | [H] | before the
-/// head                           | | lm_head                      | [V, H]                   |
-/// absent when embeddings are tied           |
+/// | name                | shape                 | what                                           |
+/// |---------------------|-----------------------|------------------------------------------------|
+/// | embed               | [V, H]                | token embeddings                               |
+/// | layers.N.input_norm | [H]                   | before attention                               |
+/// | layers.N.qkv        | [(Hq + 2 Hkv) * D, H] | rows of q, then k, then v                      |
+/// | layers.N.o          | [H, Hq * D]           | attention output                               |
+/// | layers.N.post_norm  | [H]                   | before the MLP                                 |
+/// | layers.N.gate_up    | [2 I, H]              | rows of gate, then up                          |
+/// | layers.N.down       | [H, I]                | MLP output                                     |
+/// | norm                | [H]                   | before the head                                |
+/// | lm_head             | [V, H]                | absent when embeddings are tied                |
 class Weights {
  public:
   struct Layer {
@@ -34,8 +34,9 @@ class Weights {
   Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
 
   /// Copies rows [row_begin, row_begin + rows) of a tensor from host memory, converting between
-  /// floating dtypes. `data` holds whole rows, contiguous. Throws Error on an unknown name, rows
-  /// outside the tensor, or a byte count that is not a multiple of a row.
+  /// floating dtypes. `data` holds whole rows, contiguous. layers.N.gate and layers.N.up, [I, H]
+  /// each, are names too: their rows go to their places in gate_up. Throws Error on an unknown
+  /// name, rows outside the tensor, or a byte count that is not a multiple of a row.
   void load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
             DType dtype);
   /// Throws one Error that names every tensor with rows that were never loaded.
@@ -52,6 +53,16 @@ class Weights {
   const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
 
  private:
+  /// Where the rows of a name lie: row i is row begin + i of an entry.
+  struct Place {
+    int entry;
+    int64_t rows, begin;
+
+    int64_t row(int64_t i) const { return begin + i; }
+  };
+
+  Place find(const std::string& name) const;
+
   ModelSpec spec_;
   std::shared_ptr<Backend> backend_;
   Arena arena_;

@@ -46,7 +46,8 @@ def expected_weights(state: dict[str, torch.Tensor], num_layers: int) -> dict[st
             f"layers.{n}.qkv": of("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             f"layers.{n}.o": of("self_attn.o_proj"),
             f"layers.{n}.post_norm": of("post_attention_layernorm"),
-            f"layers.{n}.gate_up": of("mlp.gate_proj", "mlp.up_proj"),
+            f"layers.{n}.gate": of("mlp.gate_proj"),
+            f"layers.{n}.up": of("mlp.up_proj"),
             f"layers.{n}.down": of("mlp.down_proj"),
         }
     return weights

@@ -65,7 +65,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
 def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
     """The tensors a checkpoint of this model holds, by their Hugging Face names.
 
-    q, k and v become the rows of one tensor, and so do gate and up (csrc/model/weights.h).
+    q, k and v become the rows of one tensor; csrc/model/weights.h names them all.
     """
     hidden, inter = model.hidden_size, model.intermediate_size
     q_rows, kv_rows = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -80,8 +80,8 @@ def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
             f"{attn}.v_proj.weight": _rows(f"{ours}.qkv", q_rows + kv_rows, kv_rows, hidden),
             f"{attn}.o_proj.weight": _whole(f"{ours}.o", hidden, q_rows),
             f"{theirs}.post_attention_layernorm.weight": _whole(f"{ours}.post_norm", hidden),
-            f"{mlp}.gate_proj.weight": _rows(f"{ours}.gate_up", 0, inter, hidden),
-            f"{mlp}.up_proj.weight": _rows(f"{ours}.gate_up", inter, inter, hidden),
+            f"{mlp}.gate_proj.weight": _whole(f"{ours}.gate", inter, hidden),
+            f"{mlp}.up_proj.weight": _whole(f"{ours}.up", inter, hidden),
             f"{mlp}.down_proj.weight": _whole(f"{ours}.down", hidden, inter),
         }
     weights["model.norm.weight"] = _whole("norm", hidden)
