@@ -46,7 +46,7 @@ class EngineArgs:
     cpu_isa: str = "auto"
     schedule: str | Path | Schedule = "sequential"
     enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool | None = None
+    enable_prefix_caching: bool | None = None  # None is True
     async_scheduling: bool = True  # plan a step while the one before it runs
 
     def __post_init__(self) -> None:
@@ -79,7 +79,6 @@ class EngineArgs:
             "tensor_parallel_size": (1,),
             "quantization": (None,),
             "enable_chunked_prefill": (True,),
-            "enable_prefix_caching": (None, False),
         }
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise ValueError(f"device={self.device!r} is unknown; known: auto, cpu, cuda, cuda:N")

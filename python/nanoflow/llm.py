@@ -116,6 +116,11 @@ class LLM:
     def step_listener(self, listener: StepListener | None) -> None:
         self._runtime.loop.step_listener = listener
 
+    def reset_prefix_cache(self) -> bool:
+        """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""
+        self._runtime.loop.forget_prefixes()
+        return True
+
     def close(self) -> None:
         """Aborts what is running and stops the engine. May be called more than once."""
         self._finalizer()

@@ -45,6 +45,6 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     error: str | None = None  # why it could not be run; outputs[0].finish_reason is then "error"
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the KV cache
     prompt_logprobs: list[dict[int, Any]] | None = None
     lora_request: Any = None

@@ -125,6 +125,7 @@ class Processor:
                 num_preemptions=request.num_preemptions,
             ),
             error=None if request.error is None else str(request.error),
+            num_cached_tokens=request.num_cached_tokens,
         )
 
     def failed_output(self, number: int, prompt: Prompt, error: ValueError) -> RequestOutput:

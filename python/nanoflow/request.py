@@ -58,6 +58,8 @@ class Request:
     stop_reason: str | int | None = None  # the stop string or stop token
     error: BaseException | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # that were found in the KV cache when it first started
+    page_keys: list[bytes] = field(default_factory=list)  # of its first pages (scheduler/prefix.py)
     arrival_time: float = 0.0  # seconds of time.perf_counter, as all times
     first_token_time: float = 0.0
     finished_time: float = 0.0

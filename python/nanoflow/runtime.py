@@ -67,7 +67,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     checkpoint.load_weights(weights)
     loaded = perf_counter()
     engine = _core.Engine(_engine_config(limits), weights, schedule)
-    loop = _start_loop(engine, limits, schedule.cuts(), args.async_scheduling)
+    loop = _start_loop(engine, limits, schedule.cuts(), args)
     logger.info(
         "%s on %s: opened in %.2f s, %d bytes of weights loaded in %.2f s, engine with %d pages of "
         "%d tokens made in %.2f s",
@@ -140,11 +140,13 @@ def _engine_config(limits: EngineLimits) -> _core.EngineConfig:
 
 
 def _start_loop(
-    engine: _core.Engine, limits: EngineLimits, cuts: list[float], is_async: bool
+    engine: _core.Engine, limits: EngineLimits, cuts: list[float], args: EngineArgs
 ) -> SchedulerLoop:
     state = SchedulerState(
         Policy(Dealer(cuts, limits.max_num_seqs), limits.max_num_batched_tokens),
         Slots(limits.max_num_seqs, limits.max_model_len, limits.page_size),
         PageAllocator(limits.num_pages),
+        shares_prefixes=args.enable_prefix_caching is not False,
     )
-    return SchedulerLoop(engine, _core.Batch, state, steps_in_flight=2 if is_async else 1)
+    steps_in_flight = 2 if args.async_scheduling else 1
+    return SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)

@@ -290,7 +290,6 @@ def test_defaults_come_from_the_generation_config(
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported yet; supported: 1"),
         ({"quantization": "fp8"}, "quantization='fp8'"),
         ({"device": "tpu"}, "device='tpu' is unknown; known: auto, cpu, cuda, cuda:N"),
-        ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_seqs=9 is above max_num_b"),

@@ -47,8 +47,12 @@ class _Inbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     requests: list[Request] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
+    forgets_prefixes: bool = False
     is_closing: bool = False
     failure: BaseException | None = None
+
+    def has_news(self) -> bool:
+        return bool(self.requests or self.aborts or self.forgets_prefixes or self.is_closing)
 
     def closed_error(self) -> EngineError:
         if self.failure is None:
@@ -109,6 +113,12 @@ class SchedulerLoop:
             self._inbox.aborts.extend(request_ids)
             self._inbox.changed.notify()
 
+    def forget_prefixes(self) -> None:
+        """Requests that start from now on find nothing in the KV cache."""
+        with self._inbox.changed:
+            self._inbox.forgets_prefixes = True
+            self._inbox.changed.notify()
+
     def close(self) -> None:
         """Aborts what is open and ends the thread. May be called more than once."""
         with self._inbox.changed:
@@ -146,8 +156,11 @@ class _Worker:
         """Sleeps while there is nothing to do; False when the thread is to end."""
         inbox = self._inbox
         with inbox.changed:
-            while not (inbox.requests or inbox.aborts or inbox.is_closing or self._is_busy()):
+            while not (inbox.has_news() or self._is_busy()):
                 inbox.changed.wait()
+            if inbox.forgets_prefixes:
+                self._state.pages.forget()
+                inbox.forgets_prefixes = False
             requests, inbox.requests = inbox.requests, []
             aborts, inbox.aborts = inbox.aborts, []
             is_closing = inbox.is_closing

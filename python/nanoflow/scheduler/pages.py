@@ -1,16 +1,20 @@
-"""Who has which page of the KV cache."""
+"""Who has which page of the KV cache, and what the pages nobody has still hold."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+Pages = NDArray[np.int32]
+
 
 class PageState(IntEnum):
-    FREE = 0  # in the free stack
-    GRANTED = 1  # a request's keys and values
+    FREE = 0  # to be granted; may still hold keys and values that are worth finding again
+    GRANTED = 1  # one request's keys and values, or several's that begin alike
     RETIRED = 2  # no request's any more, but a step on its way may still read or write it
 
 
@@ -18,7 +22,9 @@ class PageAllocator:
     """Grants pages, and takes them back once no step can touch them. Not thread-safe.
 
     A retired page carries the number of the last step that uses it and becomes free when that step
-    has completed.
+    has completed. A page that was registered under a key keeps its content, and can be shared by
+    that key, until it is granted anew: pages without a key are granted first, then those whose
+    content nobody has wanted for longest.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -26,56 +32,134 @@ class PageAllocator:
         if num_pages < 1:
             raise ValueError(f"num_pages={num_pages} but a cache needs at least one page")
         self.num_pages = num_pages
-        self.num_free = num_pages
         self.num_retired = 0
-        # [num_pages]; the first num_free entries are free, the last of them is granted first
-        self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()
+        # [num_pages]; the first _num_blank entries are free and hold nothing, the last goes first
+        self._blank = np.arange(num_pages, dtype=np.int32)[::-1].copy()
+        self._num_blank = num_pages
+        self._free_keyed: OrderedDict[int, None] = OrderedDict()  # granted from the beginning on
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
         self._state = np.full(num_pages, PageState.FREE, dtype=np.int8)
-        self._retired: list[tuple[int, NDArray[np.int32]]] = []  # (last step, pages)
+        self._users = np.zeros(num_pages, np.int32)  # requests that hold it
+        self._last_step = np.zeros(num_pages, np.int64)  # that uses it, of those that let it go
+        self._retired: list[tuple[int, Pages]] = []  # (last step, pages)
 
-    def grant(self, count: int) -> NDArray[np.int32]:
+    @property
+    def num_free(self) -> int:
+        return self._num_blank + len(self._free_keyed)
+
+    def grant(self, count: int) -> Pages:
         """Takes `count` free pages. Raises ValueError when there are fewer."""
         if not 0 <= count <= self.num_free:
             raise ValueError(f"cannot grant {count} pages, {self.num_free} are free")
-        begin = self.num_free - count
-        pages = self._free[begin : self.num_free].copy()
-        self.num_free = begin
+        blank = min(count, self._num_blank)
+        begin = self._num_blank - blank
+        pages = self._blank[begin : self._num_blank].copy()
+        self._num_blank = begin
+        if blank < count:
+            oldest = [self._free_keyed.popitem(last=False)[0] for _ in range(count - blank)]
+            for page in oldest:
+                del self._page_of[self._key_of.pop(page)]
+            pages = np.concatenate([pages, np.array(oldest, np.int32)])
         self._state[pages] = PageState.GRANTED
+        self._users[pages] = 1
+        self._last_step[pages] = 0
         return pages
 
-    def retire(self, pages: NDArray[np.int32], step: int) -> None:
-        """Gives up granted pages that steps up to number `step` use."""
+    def register(self, page: int, key: bytes) -> None:
+        """Makes a granted page, full of what `key` stands for, one that can be found by it."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages of the first keys, up to one that no page is registered under."""
+        pages = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def num_held(self, pages: Sequence[int]) -> int:
+        """How many of these pages requests hold, so that sharing them takes no free one."""
+        return int(np.count_nonzero(self._state[list(pages)] == PageState.GRANTED))
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Gives pages that find() has named to one more request."""
+        for page in pages:
+            if self._state[page] == PageState.FREE:
+                del self._free_keyed[page]
+            elif self._state[page] == PageState.RETIRED:
+                self.num_retired -= 1
+        self._state[list(pages)] = PageState.GRANTED
+        self._users[list(pages)] += 1
+
+    def retire(self, pages: Pages, step: int) -> None:
+        """A request gives up pages that its steps up to number `step` use."""
         if len(pages) == 0:
             return
         if not np.all(self._state[pages] == PageState.GRANTED):
             raise ValueError(f"cannot retire pages that are not granted: {pages}")
-        self._state[pages] = PageState.RETIRED
-        self.num_retired += len(pages)
-        self._retired.append((step, pages.copy()))
+        self._users[pages] -= 1
+        self._last_step[pages] = np.maximum(self._last_step[pages], step)
+        left = pages[self._users[pages] == 0]
+        self._state[left] = PageState.RETIRED
+        self.num_retired += len(left)
+        for last in np.unique(self._last_step[left]).tolist():
+            self._retired.append((last, left[self._last_step[left] == last]))
 
     def reclaim(self, completed_step: int) -> None:
         """Frees what was retired with a step number up to `completed_step`."""
         waiting = []
         for step, pages in self._retired:
+            # Some may have been shared since, and perhaps retired again with a later step.
+            pages = pages[
+                (self._state[pages] == PageState.RETIRED) & (self._last_step[pages] == step)
+            ]
             if step > completed_step:
                 waiting.append((step, pages))
                 continue
-            self._free[self.num_free : self.num_free + len(pages)] = pages
             self._state[pages] = PageState.FREE
-            self.num_free += len(pages)
             self.num_retired -= len(pages)
+            self._free(pages)
         self._retired = waiting
+
+    def forget(self) -> None:
+        """Lets no page be found any more; those that requests hold stay theirs."""
+        keyed = np.array(list(self._free_keyed), np.int32)
+        self._free_keyed.clear()
+        self._page_of.clear()
+        self._key_of.clear()
+        self._free(keyed)
 
     def check_integrity(self) -> None:
         """Asserts that every page is exactly one of free, granted and retired."""
-        free = self._free[: self.num_free]
-        retired = np.concatenate([np.empty(0, np.int32), *(pages for _, pages in self._retired)])
+        blank = self._blank[: self._num_blank]
+        free = np.concatenate([blank, np.array(list(self._free_keyed), np.int32)])
+        retired = np.flatnonzero(self._state == PageState.RETIRED)
+        listed = np.concatenate([np.empty(0, np.int32), *(pages for _, pages in self._retired)])
         counts = np.bincount(self._state, minlength=len(PageState))
         assert counts[PageState.FREE] == self.num_free == len(np.unique(free))
-        assert counts[PageState.RETIRED] == self.num_retired == len(np.unique(retired))
+        assert counts[PageState.RETIRED] == self.num_retired
+        assert np.all(np.isin(retired, listed)), "a retired page would never come back"
         assert np.all(self._state[free] == PageState.FREE)
-        assert np.all(self._state[retired] == PageState.RETIRED)
+        assert np.array_equal(self._users > 0, self._state == PageState.GRANTED)
+        assert {page: key for key, page in self._page_of.items()} == self._key_of
+        assert all(page in self._key_of for page in self._free_keyed)
+        assert not any(page in self._key_of for page in blank.tolist())
 
-    def granted(self) -> NDArray[np.int32]:
-        """The pages that requests hold, ascending."""
-        return np.flatnonzero(self._state == PageState.GRANTED).astype(np.int32)
+    def users(self) -> NDArray[np.int32]:
+        """[num_pages] How many requests hold each page."""
+        return self._users.copy()
+
+    def _free(self, pages: Pages) -> None:
+        """Puts pages among the free ones, the last first: a beginning is found more often."""
+        if self._key_of:
+            keyed = [page for page in pages[::-1].tolist() if page in self._key_of]
+            self._free_keyed.update(dict.fromkeys(keyed))
+            if keyed:
+                pages = pages[~np.isin(pages, keyed)]
+        self._blank[self._num_blank : self._num_blank + len(pages)] = pages
+        self._num_blank += len(pages)

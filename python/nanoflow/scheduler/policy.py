@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,10 @@ import numpy as np
 from nanoflow.request import Request
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.forecast import Forecast, Outlook
+from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
+
+FindPrefix = Callable[[Request], Prefix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class StepPlan:
 
     preempted: list[int]  # slots that give their pages up first, youngest first
     admitted: list[tuple[int, Request]]  # into which slots, oldest first
+    prefixes: list[Prefix]  # of each admitted request, which it starts with
     slots: Ints  # [R] by segment; inside one, decodes before prefill chunks
     rows: Ints  # [R] tokens computed of each
     segment_requests: Ints  # [segments + 1] first request of each segment
@@ -37,7 +41,8 @@ class _Prefill:
     slot: int
     left: int  # rows until it decodes
     room: int  # rows that fit into the pages it has, or is sure to get
-    request: Request | None = None  # when it is to be admitted
+    admission: tuple[Request, Prefix] | None = None  # when it is to be admitted
+    claims: int = 0  # free pages that its prefix takes then
 
 
 class Policy:
@@ -62,11 +67,13 @@ class Policy:
         free_pages: int,
         retired_pages: int,
         forecast: Forecast,
+        find_prefix: FindPrefix,
     ) -> StepPlan:
         """Plans a step and changes nothing.
 
         `waiting` are in order of age and may be admitted to `free_slots`, the last of them first.
         `retired_pages` will be free when the steps in flight have completed.
+        `find_prefix` tells what of a request the cache holds.
         """
         running, preempted = self._preempt(slots, free_pages, retired_pages)
         takers = self._takers(slots, running)
@@ -83,7 +90,8 @@ class Policy:
             spare = free_pages - _pages_of_prefills_to_come(slots, running)
             room = free_pages + retired_pages + int(slots.num_pages[running].sum())
             outlook = forecast.outlook(slots, running)
-            fitting = _fitting(waiting, forecast, outlook, room + lacked)
+            found = ((request, find_prefix(request)) for request in waiting)
+            fitting = _fitting(found, forecast, outlook, room + lacked)
             prefills += self._admissible(slots, prefills, fitting, free_slots, spare, budget)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
         return self._deal(slots, decodes, prefills, budget, free_pages, preempted)
@@ -132,7 +140,7 @@ class Policy:
         self,
         slots: Slots,
         prefills: list[_Prefill],
-        waiting: Iterable[Request],
+        waiting: Iterable[tuple[Request, Prefix]],
         free_slots: Sequence[int],
         spare_pages: int,
         budget: int,
@@ -142,18 +150,20 @@ class Policy:
         covered = sum(min(prefill.left, share) for prefill in prefills)
         more = self._more(budget)
         admissible: list[_Prefill] = []
-        for slot, request in zip(reversed(free_slots), waiting, strict=False):
+        for slot, (request, prefix) in zip(reversed(free_slots), waiting, strict=False):
             if covered >= budget:
                 more -= 1
             if more < 0:
                 break
-            left = request.num_tokens
-            pages = -(-min(left + 1, request.max_len - 1) // slots.page_size)
+            left = request.num_tokens - len(prefix.pages) * slots.page_size
+            tokens = min(request.num_tokens + 1, request.max_len - 1)
+            pages = -(-tokens // slots.page_size) - prefix.num_held
             if pages > spare_pages:
                 break
             spare_pages -= pages
             covered += min(left, share)
-            admissible.append(_Prefill(slot, left, 0, request))
+            claims = len(prefix.pages) - prefix.num_held
+            admissible.append(_Prefill(slot, left, 0, (request, prefix), claims))
         return admissible
 
     def _deal(
@@ -177,17 +187,19 @@ class Policy:
         lacking -= np.bincount(decode_segments, minlength=segments)
         chunks: list[tuple[int, int, int]] = []  # slot, rows, segment
         admitted: list[tuple[int, Request]] = []
+        prefixes: list[Prefix] = []
         rows_left = budget
         for prefill in prefills:
             later -= prefill.left
             segment = int(np.argmax(lacking))
-            room = prefill.room + free_pages * slots.page_size
+            room = prefill.room + (free_pages - prefill.claims) * slots.page_size
             rows = min(prefill.left, rows_left, room, max(int(lacking[segment]), rows_left - later))
             if rows <= 0:
                 break
-            if prefill.request is not None:
-                admitted.append((prefill.slot, prefill.request))
-            free_pages -= max(0, -(-(rows - prefill.room) // slots.page_size))
+            if prefill.admission is not None:
+                admitted.append((prefill.slot, prefill.admission[0]))
+                prefixes.append(prefill.admission[1])
+            free_pages -= prefill.claims + max(0, -(-(rows - prefill.room) // slots.page_size))
             rows_left -= rows
             lacking[segment] -= rows
             chunks.append((prefill.slot, rows, segment))
@@ -197,6 +209,7 @@ class Policy:
         return StepPlan(
             preempted=preempted,
             admitted=admitted,
+            prefixes=prefixes,
             slots=np.concatenate([decodes, table[:, 0]])[order],
             rows=np.concatenate([np.ones(len(decodes), np.int64), table[:, 1]])[order],
             segment_requests=np.searchsorted(segment_of[order], np.arange(segments + 1)),
@@ -206,18 +219,19 @@ class Policy:
 
 
 def _fitting(
-    waiting: Iterable[Request], forecast: Forecast, outlook: Outlook, num_pages: int
-) -> Iterator[Request]:
+    waiting: Iterable[tuple[Request, Prefix]], forecast: Forecast, outlook: Outlook, num_pages: int
+) -> Iterator[tuple[Request, Prefix]]:
     """Those of `waiting`, from the first on, that are expected to end without lack of pages.
 
-    One that would run alone fits always.
+    One that would run alone fits always. A page that n requests share counts n times on both sides.
     """
-    for request in waiting:
+    for request, prefix in waiting:
         is_alone = len(outlook) == 0
         outlook.add(request.num_tokens, forecast.steps_left(request))
+        num_pages += prefix.num_held
         if not is_alone and outlook.peak() > num_pages:
             return
-        yield request
+        yield request, prefix
 
 
 def _pages_lacking(slots: Slots, takers: Ints) -> Ints:

@@ -48,6 +48,7 @@ class Slots:
         self.tokens = np.empty((num_slots, max_model_len), np.int32)
 
         self.num_pages: Ints = np.zeros(num_slots, np.int64)
+        self.num_shared: Ints = np.zeros(num_slots, np.int64)  # of them, others may find: the first
         self.pages = np.empty((num_slots, -(-max_model_len // page_size)), np.int32)
 
         self.temperature = np.zeros(num_slots, np.float32)
@@ -64,8 +65,11 @@ class Slots:
         self.num_end_ids: Ints = np.zeros(num_slots, np.int64)  # the first, which end the request
         self.num_banned_ids: Ints = np.zeros(num_slots, np.int64)  # all of them
 
-    def assign(self, slot: int, request: Request, age: int) -> None:
-        """Gives a free slot to a request; `age` must be above that of all running requests."""
+    def assign(self, slot: int, request: Request, age: int, pages: Sequence[int] = ()) -> None:
+        """Gives a free slot to a request; `age` must be above that of all running requests.
+
+        `pages` are full and hold its first tokens already.
+        """
         assert self.state[slot] == SlotState.FREE
         prompt_len, length = len(request.prompt_token_ids), request.num_tokens
         self.requests[slot] = request
@@ -74,7 +78,10 @@ class Slots:
         self.age[slot] = age
         self.prompt_len[slot] = prompt_len
         self.prefill_len[slot] = self.known[slot] = length
-        self.computed[slot] = self.num_pages[slot] = self.last_step[slot] = 0
+        self.last_step[slot] = 0
+        self.pages[slot, : len(pages)] = pages
+        self.num_pages[slot] = self.num_shared[slot] = len(pages)
+        self.computed[slot] = len(pages) * self.page_size
         self.max_len[slot] = request.max_len
         self.first_token_time[slot] = request.first_token_time
         self.tokens[slot, :prompt_len] = request.prompt_token_ids

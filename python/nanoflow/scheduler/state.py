@@ -15,6 +15,7 @@ from nanoflow.scheduler.ends import find_ends
 from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy, StepPlan
+from nanoflow.scheduler.prefix import ROOT, Prefix, page_keys
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 
 
@@ -30,8 +31,12 @@ class Step:
 class SchedulerState:
     """All requests that have not finished, and the slots and pages they hold. Not thread-safe."""
 
-    def __init__(self, policy: Policy, slots: Slots, pages: PageAllocator) -> None:
+    def __init__(
+        self, policy: Policy, slots: Slots, pages: PageAllocator, *, shares_prefixes: bool = True
+    ) -> None:
+        """`shares_prefixes`: requests that begin alike share the full pages of their beginning."""
         self.slots = slots
+        self._shares_prefixes = shares_prefixes
         self.pages = pages
         self._policy = policy
         self._forecast = Forecast()
@@ -131,15 +136,13 @@ class SchedulerState:
             self.pages.num_free,
             self.pages.num_retired,
             self._forecast,
+            self._find_prefix,
         )
         for slot in plan.preempted:
             self.slots.request(slot).num_preemptions += 1
             self._release(slot, SlotState.PREEMPTED)
-        for slot, request in plan.admitted:
-            self._waiting.pop(request.id)
-            assert self._free_slots.pop() == slot
-            self._slot_of[request.id] = slot
-            self.slots.assign(slot, request, self._age_of[request.id])
+        for (slot, request), prefix in zip(plan.admitted, plan.prefixes, strict=True):
+            self._admit(slot, request, prefix)
         if plan.is_empty:
             return Step(self._last_step, plan, np.empty(0, np.bool_))
         self._last_step += 1
@@ -148,6 +151,8 @@ class SchedulerState:
         self._grant(plan.slots, slots.pages_for(stored) - slots.num_pages[plan.slots])
         slots.computed[plan.slots] = stored
         slots.last_step[plan.slots] = self._last_step
+        if self._shares_prefixes:
+            self._register_full_pages()
         return Step(self._last_step, plan, stored >= slots.prefill_len[plan.slots])
 
     def complete_step(self, step: Step, tokens: NDArray[np.int32], time: float) -> None:
@@ -175,8 +180,10 @@ class SchedulerState:
         slots = self.slots
         self.pages.check_integrity()
         held = [slots.pages_of(slot) for slot in slots.running.tolist()]
-        granted = np.sort(np.concatenate([np.empty(0, np.int32), *held]))
-        assert np.array_equal(granted, self.pages.granted()), "pages held are not those granted"
+        users = np.bincount(
+            np.concatenate([np.empty(0, np.int32), *held]), minlength=self.pages.num_pages
+        )
+        assert np.array_equal(users, self.pages.users()), "pages held are not those granted"
         states = [int(np.sum(slots.state == state)) for state in SlotState]
         assert states[SlotState.FREE] == len(self._free_slots) == len(set(self._free_slots))
         assert states[SlotState.RUNNING] == len(slots.running)
@@ -200,6 +207,47 @@ class SchedulerState:
         if any(self.slots.state[slot] == SlotState.PREEMPTED for slot in self._leaving):
             return ()
         return iter(self._waiting.values())
+
+    def _admit(self, slot: int, request: Request, prefix: Prefix) -> None:
+        self._waiting.pop(request.id)
+        assert self._free_slots.pop() == slot
+        self._slot_of[request.id] = slot
+        self.pages.share(prefix.pages)
+        self.slots.assign(slot, request, self._age_of[request.id], prefix.pages)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = int(self.slots.computed[slot])
+
+    def _find_prefix(self, request: Request) -> Prefix:
+        """Full pages that hold the first tokens of a waiting request: not the last one, whose row
+        gives the next token."""
+        if not self._shares_prefixes:
+            return Prefix()
+        full = (request.num_tokens - 1) // self.slots.page_size
+        if len(request.page_keys) < full:
+            tokens = np.concatenate(
+                [request.prompt_token_ids, np.array(request.output_token_ids, np.int32)]
+            )
+            self._extend_keys(request, tokens)
+        pages = self.pages.find(request.page_keys[:full])
+        return Prefix(pages, self.pages.num_held(pages))
+
+    def _extend_keys(self, request: Request, tokens: NDArray[np.int32]) -> None:
+        """Keys for all full pages of a request's tokens."""
+        size, keys = self.slots.page_size, request.page_keys
+        keys.extend(page_keys(tokens[len(keys) * size :], size, keys[-1] if keys else ROOT))
+
+    def _register_full_pages(self) -> None:
+        """Lets later steps find the pages that the steps ordered so far fill with known tokens."""
+        slots = self.slots
+        running = slots.running
+        full = np.minimum(slots.computed[running], slots.known[running]) // slots.page_size
+        more = full > slots.num_shared[running]
+        for slot, end in zip(running[more].tolist(), full[more].tolist(), strict=True):
+            request = slots.request(slot)
+            self._extend_keys(request, slots.tokens[slot, : end * slots.page_size])
+            for page in range(int(slots.num_shared[slot]), end):
+                self.pages.register(int(slots.pages[slot, page]), request.page_keys[page])
+            slots.num_shared[slot] = end
 
     def _release(self, slot: int, state: SlotState) -> None:
         self.pages.retire(self.slots.pages_of(slot), int(self.slots.last_step[slot]))
