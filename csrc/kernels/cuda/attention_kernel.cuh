@@ -119,7 +119,7 @@ struct AttentionKernel {
       const int key = step * kTileKeys;
       if (key < most) {
         attend<T, D, kTileKeys, true>(state, tile_stage(step), tile_stage(step) + kTileBytes, key,
-                                      key + kTileKeys > least, a.scale_log2);
+                                      least, a.scale_log2);
       }
     }
     finish_rows(state, static_cast<T*>(a.out), rows_of(item, head, a.out_stride), base);
@@ -213,12 +213,11 @@ struct AttentionKernel {
       __syncwarp();  // every lane's copies are there, and the next stage is no longer read
       fetch(i + kStreamStages - 1);
       const int key = now.step * kStreamKeys;
-      const bool masked = key + kStreamKeys > visible;
       if (now.item.row_count * a.group <= 8) {
-        attend<T, D, kStreamKeys, false>(state, stage(i), stage(i) + kStreamBytes, key, masked,
+        attend<T, D, kStreamKeys, false>(state, stage(i), stage(i) + kStreamBytes, key, visible,
                                          a.scale_log2);
       } else {
-        attend<T, D, kStreamKeys, true>(state, stage(i), stage(i) + kStreamBytes, key, masked,
+        attend<T, D, kStreamKeys, true>(state, stage(i), stage(i) + kStreamBytes, key, visible,
                                         a.scale_log2);
       }
       if (now.ends_item() && first_step == 0) {

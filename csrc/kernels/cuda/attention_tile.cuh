@@ -119,11 +119,55 @@ __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float sca
   }
 }
 
+/// Whether 16 keys' values, rows of D elements one after the other, hold an infinity or NaN.
+template <class T, int D>
+__device__ bool holds_non_finite(uint32_t v_shared) {
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    const uint4 words = load_shared(v_shared + (i * 32 + threadIdx.x % 32) * 16);
+    found |= non_finite<T>(words.x) | non_finite<T>(words.y) | non_finite<T>(words.z) |
+             non_finite<T>(words.w);
+  }
+  return __any_sync(~0u, found != 0);
+}
+
+/// out += p · v for 16 keys of which some rows see none of the values that are not finite: zero
+/// times infinity would spoil these rows too. `seen` is 1 where a row sees a key, else 0.
+template <class T, int D>
+__device__ void add_non_finite(float (&out)[D / 8][4], const uint32_t (&p)[4],
+                               const uint32_t (&seen)[4], uint32_t v_shared) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 0; d < D / 16; ++d) {
+    uint32_t b[4], ones[4];
+    load_matrices_transposed(
+        b, v_shared + chunk_offset<D>(lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bad = non_finite<T>(b[i]);
+      b[i] &= ~bad;
+      ones[i] = bad & pack<T>(1.0f, 1.0f);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float hits[4] = {};
+      mma_16x8x16<T>(hits, seen, ones[2 * half], ones[2 * half + 1]);
+      mma_16x8x16<T>(out[2 * d + half], p, b[2 * half], b[2 * half + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (hits[i] > 0.0f) out[2 * d + half][i] = NAN;
+      }
+    }
+  }
+}
+
 /// Attends to kKeys keys, the first of them key `first_key` of the request, whose K and V lie in
-/// shared memory. `masked` when some row may not see all of them; kUpper when rows 8 to 15 matter.
+/// shared memory. Every row sees the request's first `visible` keys; kUpper when rows 8 to 15
+/// matter.
 template <class T, int D, int kKeys, bool kUpper>
 __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int first_key,
-                       bool masked, float scale_log2) {
+                       int visible, float scale_log2) {
   const int lane = threadIdx.x % 32;
   // Few keys are few independent products: their sums then run in two chains.
   constexpr int kChains = kKeys == 16 ? 2 : 1;
@@ -147,7 +191,7 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
       for (int i = 0; i < 4; ++i) s[n][i] += chains[1][n][i];
     }
   }
-  if (masked) {
+  if (first_key + kKeys > visible) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -163,6 +207,18 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
     const uint32_t p[4] = {pack<T>(s[2 * n][0], s[2 * n][1]), pack<T>(s[2 * n][2], s[2 * n][3]),
                            pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
                            pack<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
+    const int key = first_key + 16 * n;
+    if (key + 16 > visible && holds_non_finite<T, D>(v_shared + 16 * n * D * 2)) {
+      uint32_t seen[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int last =
+            (i % 2 == 0 ? state.limit0 : state.limit1) - key - 2 * (lane % 4) - i / 2 * 8;
+        seen[i] = pack<T>(last > 0 ? 1.0f : 0.0f, last > 1 ? 1.0f : 0.0f);
+      }
+      add_non_finite<T, D>(state.out, p, seen, v_shared + 16 * n * D * 2);
+      continue;
+    }
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
       uint32_t b[4];

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // The tensor-core and asynchronous-copy instructions that attention is made of (sm_80 and newer).
 // A fragment's lane l holds elements of row l / 4 (and l / 4 + 8), columns 2 (l % 4) and one more.
@@ -63,6 +64,23 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t addre
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address));
+}
+
+/// All bits of a half of `pair`, two elements of T, where it holds an infinity or NaN.
+template <class T>
+__device__ uint32_t non_finite(uint32_t pair) {
+  constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7C00 : 0x7F80;
+  constexpr uint32_t kLowest = kExponent & (~kExponent + 1);  // carries a full exponent to bit 15
+  const uint32_t carry = (pair & (kExponent * 0x10001u)) + kLowest * 0x10001u;
+  return (carry >> 15 & 0x10001u) * 0xFFFFu;
+}
+
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 r;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"(address));
+  return r;
 }
 
 /// Copies 16 bytes to shared memory, or zeros where `valid` is false (`from` is then not read).
