@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -212,21 +214,75 @@ Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
   return work;
 }
 
-void run_op(const std::string& name, const std::shared_ptr<Backend>& backend, int width,
-            const py::kwargs& values) {
-  const auto lane = backend->make_lane(width > 0 ? width : backend->width());
-  const auto done = backend->make_event();
-  Op op = make_op(name, values, nullptr);
-  std::optional<Mirror> mirror;
-  if (backend->device().kind != Device::Kind::kCpu) {
+/// An op over NumPy arrays, or over their copies on a GPU, and a lane to run it on.
+struct Bench {
+  Bench(const std::string& name, const std::shared_ptr<Backend>& backend, int width,
+        const py::kwargs& values)
+      : lane(backend->make_lane(width > 0 ? width : backend->width())),
+        op(make_op(name, values, nullptr)) {
+    if (backend->device().kind == Device::Kind::kCpu) return;
     mirror.emplace(*backend, *lane, tensors_of(values));
     op = make_op(name, values, &*mirror);
   }
+
+  std::unique_ptr<Lane> lane;
+  std::optional<Mirror> mirror;
+  Op op;
+};
+
+void run_op(const std::string& name, const std::shared_ptr<Backend>& backend, int width,
+            const py::kwargs& values) {
+  const auto done = backend->make_event();
+  Bench bench(name, backend, width, values);
   py::gil_scoped_release release;
-  const Buffer work = enqueue(op, *backend, *lane);
-  if (mirror) mirror->copy_back();
-  lane->record(*done);
+  const Buffer work = enqueue(bench.op, *backend, *bench.lane);
+  if (bench.mirror) bench.mirror->copy_back();
+  bench.lane->record(*done);
   done->synchronize();
+}
+
+/// Runs the op over and over, at most two batches of runs ahead of the device, and returns the
+/// microseconds of a run in the second half of the time.
+double time_op(const std::string& name, const std::shared_ptr<Backend>& backend, double seconds,
+               int width, const py::kwargs& values) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::duration<double> kBatch{0.02};
+  Bench bench(name, backend, width, values);
+  py::gil_scoped_release release;
+  const Buffer work = enqueue(bench.op, *backend, *bench.lane);
+  const std::unique_ptr<Event> done[] = {backend->make_event(), backend->make_event()};
+  const auto enqueue_runs = [&](int runs, Event& event) {
+    for (int i = 0; i < runs; ++i) {
+      std::visit([&](const auto& op) { backend->kernels().run(op, *bench.lane); }, bench.op);
+    }
+    bench.lane->record(event);
+  };
+  enqueue_runs(1, *done[0]);
+  done[0]->synchronize();
+  auto begin = Clock::now();
+  enqueue_runs(1, *done[0]);
+  done[0]->synchronize();
+  const int runs = std::max(1, static_cast<int>(kBatch / (Clock::now() - begin)));
+  begin = Clock::now();
+  const auto half = begin + std::chrono::duration_cast<Clock::duration>(
+                                std::chrono::duration<double>(seconds / 2));
+  enqueue_runs(runs, *done[0]);
+  auto counted_from = begin;
+  int64_t counted = 0;
+  for (int batch = 1;; ++batch) {
+    enqueue_runs(runs, *done[batch % 2]);
+    done[(batch - 1) % 2]->synchronize();
+    const auto now = Clock::now();
+    if (now < half) {
+      counted_from = now;
+      continue;
+    }
+    counted += runs;
+    if (now - begin >= std::chrono::duration<double>(seconds)) {
+      done[batch % 2]->synchronize();
+      return std::chrono::duration<double, std::micro>(now - counted_from).count() / counted;
+    }
+  }
 }
 
 }  // namespace
@@ -238,6 +294,11 @@ void register_run_op(py::module_& m) {
         "The keywords are the fields of the op's struct in kernels/ops.h, those of its tables "
         "among them; uint16 arrays are bfloat16. Raises TypeError for missing or unknown "
         "operands, EngineError for what the op refuses.");
+  m.def("time_op", &time_op, py::arg("name"), py::arg("backend"), py::arg("seconds"),
+        py::arg("width") = 0,
+        "Microseconds of a run of an op that is repeated for so many seconds, the first half of "
+        "them dropped: what it takes under sustained load. Operands and errors as run_op; the "
+        "arrays are overwritten on the CPU and left alone by a GPU.");
 }
 
 }  // namespace nanoflow

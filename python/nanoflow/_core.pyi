@@ -28,6 +28,7 @@ __all__: list[str] = [
     "Weights",
     "cpu_isas",
     "run_op",
+    "time_op",
 ]
 
 class EngineError(RuntimeError):
@@ -336,4 +337,15 @@ def run_op(
 ) -> None:
     """
     Runs one op on NumPy arrays in place, on a lane of `width` threads or SMs (0: the backend's); a GPU works on copies of them. The keywords are the fields of the op's struct in kernels/ops.h, those of its tables among them; uint16 arrays are bfloat16. Raises TypeError for missing or unknown operands, EngineError for what the op refuses.
+    """
+
+def time_op(
+    name: str,
+    backend: Backend,
+    seconds: typing.SupportsFloat | typing.SupportsIndex,
+    width: typing.SupportsInt | typing.SupportsIndex = 0,
+    **kwargs,
+) -> float:
+    """
+    Microseconds of a run of an op that is repeated for so many seconds, the first half of them dropped: what it takes under sustained load. Operands and errors as run_op; the arrays are overwritten on the CPU and left alone by a GPU.
     """

@@ -196,3 +196,11 @@ def test_arrays_that_are_no_tensors(cpu: _core.Backend) -> None:
     out.flags.writeable = False
     with pytest.raises(ValueError, match="silu_mul: out is read-only"):
         _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2), out=out)
+
+
+def test_an_op_is_timed_by_repeating_it(cpu: _core.Backend) -> None:
+    out = zeros(3, 5)
+    us = _core.time_op("gemm", cpu, 0.05, x=zeros(3, 4), weight=zeros(5, 4), out=out)
+    assert 0 < us < 1e5
+    with pytest.raises(TypeError, match="gemm lacks operand 'out'"):
+        _core.time_op("gemm", cpu, 0.05, x=zeros(3, 4), weight=zeros(5, 4))
