@@ -89,6 +89,13 @@ class LLM:
             prompts.append(Prompt(text=text, add_special_tokens=False))
         return self._run(prompts, sampling_params, use_tqdm)
 
+    def abort(self) -> None:
+        """Ends all open requests of any thread with what they have generated, at once.
+
+        Their generate() and chat() return, with finish_reason "abort".
+        """
+        self._runtime.loop.abort_all()
+
     def get_tokenizer(self) -> Tokenizer:
         """Raises ValueError when it was left out by skip_tokenizer_init."""
         return self._processor.get_tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,22 @@ def test_sampling_params_must_fit_the_prompts(llm: LLM) -> None:
         generate(llm, "a", {"temperature": 0})
     with pytest.raises(ValueError, match=r"stop_token_ids \[9999\] are outside"):
         generate(llm, "a", SamplingParams(stop_token_ids=[9999]))
+
+
+def test_another_thread_may_abort_all(llm: LLM) -> None:
+    outputs: list[RequestOutput] = []
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    prompts = ["again and again"] * 400
+    thread = threading.Thread(target=lambda: outputs.extend(generate(llm, prompts, params)))
+    begun = threading.Event()
+    llm.step_listener = lambda stats: begun.set()
+    thread.start()
+    begun.wait()
+    llm.abort()
+    thread.join()
+    llm.step_listener = None
+    assert {output.outputs[0].finish_reason for output in outputs[-100:]} == {"abort"}
+    assert texts(generate(llm, "the quick fox"))[0]
 
 
 def test_a_closed_llm_says_so(model: Path) -> None:

@@ -196,6 +196,31 @@ def test_aborts_at_any_moment_leak_nothing() -> None:
     check_nothing_leaked(service)
 
 
+def test_all_may_be_aborted_at_once() -> None:
+    service = serve(engine_type=GatedEngine)
+    requests = [service.request(n, ignore_eos=True) for n in range(20)]
+    service.loop.submit(requests)
+    wait_until(lambda: service.engine.submitted == 2)
+    later = service.request(20)
+    service.loop.abort_all()
+    service.loop.submit([later])
+    for _ in range(4):
+        service.engine.gate.release()
+    service.wait(20)
+    assert {request.finish_reason for request in requests} == {"abort"}
+    for _ in range(40):
+        service.engine.gate.release()
+    service.wait(1)
+    assert later.finish_reason in ("stop", "length")
+    service.loop.abort_all()  # nobody
+    service.loop.submit([another := service.request(21)])
+    for _ in range(40):
+        service.engine.gate.release()
+    service.wait(1)
+    assert another.finish_reason in ("stop", "length")
+    check_nothing_leaked(service)
+
+
 def test_an_engine_failure_fails_all_with_its_cause_and_closes() -> None:
     service = serve(fail_at=4)
     requests = [service.request(n, ignore_eos=True) for n in range(20)]
@@ -289,6 +314,7 @@ def test_the_listener_hears_of_every_step() -> None:
     assert [stats.step for stats in heard] == list(range(1, service.engine.submitted + 1))
     assert sum(stats.prefill_tokens for stats in heard) == 9 * 7
     assert sum(stats.decode_tokens for stats in heard) == 9 * 4  # each prefill gives a token, too
+    assert sum(stats.output_tokens for stats in heard) == 9 * 5
     assert max(stats.running for stats in heard) == 6
     assert heard[0].waiting == 9 - heard[0].running
     assert heard[-1].running == heard[-1].waiting == 0

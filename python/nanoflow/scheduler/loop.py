@@ -23,6 +23,7 @@ class StepStats:
     time_done: float  # seconds of time.perf_counter
     prefill_tokens: int
     decode_tokens: int
+    output_tokens: int  # sampled
     running: int
     waiting: int
     free_pages: int
@@ -48,11 +49,13 @@ class _Inbox:
     requests: list[Request] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     forgets_prefixes: bool = False
+    doomed: int | None = None  # all open requests and the first so many of `requests`
     is_closing: bool = False
     failure: BaseException | None = None
 
     def has_news(self) -> bool:
-        return bool(self.requests or self.aborts or self.forgets_prefixes or self.is_closing)
+        is_told = self.forgets_prefixes or self.doomed is not None or self.is_closing
+        return bool(self.requests or self.aborts) or is_told
 
     def closed_error(self) -> EngineError:
         if self.failure is None:
@@ -119,6 +122,12 @@ class SchedulerLoop:
             self._inbox.forgets_prefixes = True
             self._inbox.changed.notify()
 
+    def abort_all(self) -> None:
+        """Finishes every request submitted so far with what it has generated."""
+        with self._inbox.changed:
+            self._inbox.doomed = len(self._inbox.requests)
+            self._inbox.changed.notify()
+
     def close(self) -> None:
         """Aborts what is open and ends the thread. May be called more than once."""
         with self._inbox.changed:
@@ -164,14 +173,16 @@ class _Worker:
             requests, inbox.requests = inbox.requests, []
             aborts, inbox.aborts = inbox.aborts, []
             is_closing = inbox.is_closing
+            doomed, inbox.doomed = len(requests) if is_closing else inbox.doomed, None
         now = perf_counter()
         for request in requests:
             try:
                 self._state.add(request)
             except ValueError as error:
                 request.finish("error", now, error=error)
-        if is_closing:
-            aborts = [request.id for request in self._state.open_requests()]
+        if doomed is not None:
+            spared = {request.id for request in requests[doomed:]}
+            aborts += [r.id for r in self._state.open_requests() if r.id not in spared]
         for request_id in aborts:
             self._state.abort(request_id, now)
         return self._is_busy() or not is_closing
@@ -209,6 +220,7 @@ class _Worker:
                 time_done=time_done,
                 prefill_tokens=plan.prefill_rows,
                 decode_tokens=plan.decodes,
+                output_tokens=len(tokens),
                 running=self._state.num_running,
                 waiting=self._state.num_waiting,
                 free_pages=self._state.pages.num_free,
