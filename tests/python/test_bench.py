@@ -15,6 +15,7 @@ from nanoflow.bench import environment
 from nanoflow.bench.command import add_bench_arguments
 from nanoflow.bench.datasets import Request
 from nanoflow.bench.first_run import QUESTIONS
+from nanoflow.bench.steady import SteadyState
 from nanoflow.bench.throughput import Measurement, lines, measure, to_json
 from nanoflow.cli import run_command
 from nanoflow.outputs import CompletionOutput, RequestOutput
@@ -27,7 +28,7 @@ from tiny_models import write_tiny_llama
 class Stats:
     time_done: float
     prefill_tokens: int
-    decode_tokens: int
+    output_tokens: int
     running: int
     waiting: int
 
@@ -39,6 +40,9 @@ class FakeLLM:
         self.step_listener: Any = None
         self.missing = missing
         self.params: list[SamplingParams] = []
+
+    def abort(self) -> None:
+        raise AssertionError("a whole run is not aborted")
 
     def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> Any:
         self.params = sampling_params
@@ -73,8 +77,7 @@ def test_measures_requests_and_steps():
     result = run(llm, temperature=0.5, detokenize=False)
     assert (result.num_requests, result.input_tokens, result.output_tokens) == (2, 6, 8)
     assert result.steps == 3
-    assert result.steady is not None
-    assert (result.steady.seconds, result.steady.tokens) == (3, 6)
+    assert result.steady == SteadyState(3, 1, 4, 2, mean_input=3, mean_output=4)
     assert result.seconds > 0
     assert llm.step_listener is None
     assert [params.max_tokens for params in llm.params] == [3, 5]
@@ -88,7 +91,7 @@ def test_a_request_that_ends_early_spoils_the_measurement():
         run(FakeLLM(missing=1))
 
 
-MEASURED = Measurement(4.0, 10, 1000, 600, 20, None)
+MEASURED = Measurement(0.0, 4.0, 10, 1000, 600, 20, None)
 
 
 def test_prints_the_lines_that_scripts_parse():
@@ -107,8 +110,10 @@ def test_json_has_the_fields_of_both_benchmarks():
     assert result["requests_per_second"] == result["request_throughput"] == 2.5
     assert result["input_throughput"] == 250
     assert result["output_throughput"] == 150
-    for name in ("tokens_per_second", "total_throughput", "total_token_throughput"):
+    for name in ("tokens_per_second", "total_throughput", "total_token_throughput", "total_tok_s"):
         assert result[name] == 400
+    assert result["output_tok_s"] == 150
+    assert result["step_ms"] == 200
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (1000, 600)
     assert (result["mean_input_len"], result["mean_output_len"]) == (100, 60)
     assert result["steady_total_tok_s"] is None
@@ -141,7 +146,12 @@ def test_throughput_command_writes_its_result(model, tmp_path, capsys, schedule)
     assert f"Total num prompt tokens:  {result['total_input_tokens']}\n" in printed
     assert f"Total num output tokens:  {result['total_output_tokens']}\n" in printed
     assert (result["num_requests"], result["seed"], result["schedule"]) == (12, 5, schedule)
-    assert result["model_id"] == str(model)
+    assert result["model"] == result["model_id"] == model.name
+    assert result["workload"] == "9x6-r0.5"
+    assert result["measured"] == "whole run"
+    assert result["commit"]
+    assert [result[name] for name in ("gpu", "watts", "sm_mhz", "j_per_token")] == [None] * 4
+    assert result["telemetry_reason"] == "only GPUs are sampled"
     assert 4 <= result["mean_input_len"] <= 14
     assert 3 <= result["mean_output_len"] <= 9
     assert set(result["phase_seconds"]) == {"load", "warm_up", "run"}
@@ -149,6 +159,35 @@ def test_throughput_command_writes_its_result(model, tmp_path, capsys, schedule)
     assert result["steady_total_tok_s"] > 0
     assert result["versions"]["python"]
     assert "cpu" in result["device"]
+
+
+def test_steady_start_measures_a_window_and_ends(model, tmp_path, capsys):
+    flags = ("--max-num-seqs", "8", "--steady-seconds", "0.3", "--commit", "abc")
+    flags += ("--device", "cpu", "--num-prompts", "20000", "--result-dir", tmp_path)
+    lengths = ("--input-len", "20", "--output-len", "40")
+    assert bench("throughput", "--model", model, *lengths, *flags, "--steady-start") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^Steady state: [\d.]+ total tokens/s in 0\.\d+ s, ", printed, re.MULTILINE)
+    result = json.loads((tmp_path / "cpu" / f"{model.name}-20x40-sequential.json").read_text())
+    steady = result["steady_state"]
+    assert result["measured"] == "steady state"
+    assert steady["seconds"] >= 0.3
+    assert steady["fill_requests"] == 8
+    assert 7 < steady["mean_running"] <= 8
+    assert steady["prompt_per_output"] == pytest.approx(0.5, rel=0.2)
+    assert result["output_tok_s"] == steady["output_tokens"] / steady["seconds"]
+    assert result["steady_total_tok_s"] == min(steady["counted_tok_s"], steady["from_output_tok_s"])
+    assert result["step_ms"] == pytest.approx(1e3 * steady["seconds"] / steady["steps"])
+    assert result["commit"] == "abc"
+    assert result["profile"] is result["gemm_ceiling_tflops"] is None
+    assert result["profile_reason"] == "only GPUs are profiled"
+    assert set(result["phase_seconds"]) == {"load", "fill", "window"}
+
+
+def test_a_stream_that_ends_too_early_is_told(model, capsys):
+    flags = ("--max-num-seqs", "4", "--num-prompts", "6", "--input-len", "9", "--output-len", "9")
+    assert bench("throughput", "--model", model, *flags, "--steady-start") == 1
+    assert "raise --num-prompts" in capsys.readouterr().err
 
 
 def test_throughput_of_a_trace(model, tmp_path, capsys):
@@ -226,7 +265,8 @@ def test_first_run_answers_and_compares_the_schedules(model, capsys):
         ),
         (["python", "/venv/bin/nanoflow", "bench", "a b"], ["/venv/bin/nanoflow", "bench", "a b"],
          "nanoflow bench 'a b'"),
-        (["python", "bench/x.py"], ["bench/x.py"], "python bench/x.py"),
+        (["python", "bench/x.py", "--to=/a/b", "/c/d", "e/f"],
+         ["bench/x.py", "--to=/a/b", "/c/d", "e/f"], "python bench/x.py --to=b d e/f"),
     ],
 )  # fmt: skip
 def test_command_line_is_what_a_user_types(monkeypatch, original, argv, command):

@@ -1,15 +1,21 @@
-"""The steady-state window of a throughput run."""
+"""The steady-state window of a throughput run, and the fill that brings it about at once."""
 
 from dataclasses import dataclass
 
-from nanoflow.bench.steady import steady_state
+import numpy as np
+import pytest
+
+from nanoflow.bench.datasets import Lengths
+from nanoflow.bench.fill import fill_lengths, running_requests
+from nanoflow.bench.steady import SteadyState, steady_state, window
+from nanoflow.config import EngineLimits
 
 
 @dataclass
 class Step:
     time_done: float
     prefill_tokens: int
-    decode_tokens: int
+    output_tokens: int
     running: int
     waiting: int
 
@@ -24,10 +30,7 @@ def test_window_lies_between_the_first_completion_and_the_last_admission():
         Step(8.0, 50, 10, running=3, waiting=0),
         Step(9.0, 0, 10, running=1, waiting=0),
     ]
-    window = steady_state(steps)
-    assert window is not None
-    assert (window.seconds, window.steps, window.tokens) == (3.0, 2, 120)
-    assert window.tokens_per_second == 40.0
+    assert steady_state(steps, 60, 40) == SteadyState(3.0, 2, 70, 50, 60, 40)
 
 
 def test_requests_may_still_arrive_in_the_first_steps():
@@ -38,9 +41,9 @@ def test_requests_may_still_arrive_in_the_first_steps():
         Step(4.0, 1, 2, running=2, waiting=3),
         Step(5.0, 0, 2, running=2, waiting=0),
     ]
-    window = steady_state(steps)
-    assert window is not None
-    assert (window.seconds, window.tokens) == (1.0, 3)
+    found = steady_state(steps, 1, 1)
+    assert found is not None
+    assert (found.seconds, found.prompt_tokens, found.output_tokens) == (1.0, 1, 2)
 
 
 def test_no_steady_state_when_all_run_from_the_start():
@@ -49,7 +52,7 @@ def test_no_steady_state_when_all_run_from_the_start():
         Step(2.0, 0, 4, running=4, waiting=0),
         Step(3.0, 0, 4, running=0, waiting=0),
     ]
-    assert steady_state(steps) is None
+    assert steady_state(steps, 25, 2) is None
 
 
 def test_no_steady_state_when_the_queue_empties_before_the_first_completion():
@@ -58,8 +61,81 @@ def test_no_steady_state_when_the_queue_empties_before_the_first_completion():
         Step(2.0, 100, 2, running=4, waiting=0),
         Step(3.0, 0, 4, running=2, waiting=0),
     ]
-    assert steady_state(steps) is None
+    assert steady_state(steps, 50, 2) is None
 
 
-def test_no_steady_state_without_steps():
-    assert steady_state([]) is None
+def test_no_steady_state_without_steps_or_tokens():
+    assert steady_state([], 1, 1) is None
+    assert window([Step(1.0, 9, 1, 1, 1), Step(2.0, 9, 0, 1, 1)], 0, 1, 9, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "rate"),
+    [
+        (100, 50, 75),  # the long run's mix: both rates agree
+        (150, 50, 75),  # more prompts than their share count for nothing
+        (40, 50, 45),  # fewer count as they are
+    ],
+)
+def test_the_lower_rate_counts(prompt, output, rate):
+    state = SteadyState(2.0, 4, prompt, output, mean_input=200, mean_output=100)
+    assert state.tokens_per_second == rate
+    assert state.step_ms == 500
+    told = state.to_json()
+    assert told["prompt_per_output"] == prompt / output
+    assert told["prompt_per_output_in_the_long_run"] == 2
+
+
+LIMITS = EngineLimits(
+    max_num_batched_tokens=2048, max_num_seqs=512, max_model_len=1100, page_size=64, num_pages=7348
+)
+
+
+def test_as_many_run_as_have_slots_or_pages():
+    assert running_requests([Lengths(512, 512)], LIMITS) == 512
+    # 512 + 1024 / 2 tokens and half a page each, of 470,272
+    assert running_requests([Lengths(512, 1024)], LIMITS) == 445
+    assert running_requests([Lengths(10**7, 10)], LIMITS) == 1
+
+
+def play(fill: list[Lengths], rows_per_step: int) -> tuple[int, list[int]]:
+    """Steps until the fill is prefilled, and the tokens each has yet to generate then."""
+    to_prefill = [request.input for request in fill]
+    left = [request.output for request in fill]
+    steps = 0
+    while any(to_prefill):
+        rows = rows_per_step
+        for i in range(len(fill)):
+            if to_prefill[i] == 0 and left[i] > 0:
+                left[i] -= 1
+                rows -= 1
+        for i in range(len(fill)):
+            taken = min(rows, to_prefill[i])
+            to_prefill[i] -= taken
+            rows -= taken
+        steps += 1
+    return steps, left
+
+
+def test_when_the_fill_is_prefilled_progress_is_spread_evenly():
+    rng = np.random.default_rng(0)
+    fill = fill_lengths([Lengths(512, 512)], 512, 2048, rng)
+    assert all(request.input + request.output == 1024 for request in fill)
+    steps, left = play(fill, 2048)
+    assert 180 < steps < 200  # 512 x (512 + 256) tokens in steps of 2048
+    assert np.abs(np.sort(left) - np.arange(512)).max() < 10
+
+
+def test_long_outputs_are_filled_in_in_proportion_to_their_stay():
+    rng = np.random.default_rng(0)
+    fill = fill_lengths([Lengths(10, 30), Lengths(10, 90)], 400, 1000, rng)
+    total = [request.input + request.output - 10 for request in fill]
+    assert set(total) == {30, 90}
+    assert total.count(90) == pytest.approx(300, abs=30)
+    assert all(request.output >= 1 for request in fill)
+
+
+def test_requests_that_end_during_the_fill_begin_anew():
+    rng = np.random.default_rng(0)
+    fill = fill_lengths([Lengths(1000, 4)], 100, 128, rng)
+    assert fill[0] == Lengths(1000, 4)

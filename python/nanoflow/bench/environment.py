@@ -33,7 +33,13 @@ def command_line() -> str:
         start = ["python", os.path.relpath(program)]
     else:
         start = [program.name]
-    return shlex.join([*start, *sys.argv[1:]])
+    return shlex.join([*start, *map(without_folders, sys.argv[1:])])
+
+
+def without_folders(word: str) -> str:
+    """The last part of an absolute path, also behind "--flag="; other words as they are."""
+    flag, equals, value = word.rpartition("=")
+    return flag + equals + (Path(value).name if value.startswith(("/", "~")) else value)
 
 
 def cpu_model() -> str:

@@ -1,14 +1,26 @@
-"""The steady state of a throughput run, from the log of its steps."""
+"""The steady state of a throughput run, from the log of its steps.
+
+In the long run each output token costs one decode row and brings mean input / mean output prompt
+tokens with it. A window of a run seldom has just that mix: the batch may be filling up, or requests
+of equal length may enter and leave in bursts. So two rates are taken of every window:
+
+- counted: prompt and output tokens in the window, a second;
+- from output: output tokens in the window, a second, x (mean input + mean output) / mean output.
+
+They agree when as many requests enter as leave. `SteadyState.tokens_per_second` is the lower one:
+a window that got more than its share of prompts (cheap tokens) says less, not more. Prompt tokens
+are rows computed, so those that a preempted request computes again count in the first rate only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 DEFINITION = (
-    "tokens processed (prompt and decode rows) a second between two steps: the one at whose end "
-    "the first request had completed, and the last one that left requests waiting"
+    "the lower of (a) prompt and output tokens of the window a second and (b) its output tokens a "
+    "second x (mean input + mean output) / mean output"
 )
 
 
@@ -20,7 +32,7 @@ class Step(Protocol):
     @property
     def prefill_tokens(self) -> int: ...
     @property
-    def decode_tokens(self) -> int: ...
+    def output_tokens(self) -> int: ...
     @property
     def running(self) -> int: ...
     @property
@@ -29,20 +41,67 @@ class Step(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SteadyState:
-    """The window without ramp-up (no request has ended yet) and tail (none is left to admit)."""
+    """What happened in a window, and the mean lengths of the workload's requests."""
 
     seconds: float
     steps: int
-    tokens: int
+    prompt_tokens: int
+    output_tokens: int
+    mean_input: float
+    mean_output: float
+
+    @property
+    def counted_per_second(self) -> float:
+        return (self.prompt_tokens + self.output_tokens) / self.seconds
+
+    @property
+    def output_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def from_output_per_second(self) -> float:
+        return self.output_per_second * (self.mean_input + self.mean_output) / self.mean_output
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        return min(self.counted_per_second, self.from_output_per_second)
+
+    @property
+    def step_ms(self) -> float:
+        return self.seconds / self.steps * 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "definition": DEFINITION,
+            **asdict(self),
+            "counted_tok_s": self.counted_per_second,
+            "from_output_tok_s": self.from_output_per_second,
+            "prompt_per_output": self.prompt_tokens / self.output_tokens,
+            "prompt_per_output_in_the_long_run": self.mean_input / self.mean_output,
+        }
 
 
-def steady_state(steps: Sequence[Step]) -> SteadyState | None:
-    """None when the run has no such window: all requests were running before the first ended.
+def window(
+    steps: Sequence[Step], begin: int, end: int, mean_input: float, mean_output: float
+) -> SteadyState | None:
+    """From the end of step `begin` to that of step `end`; None when nothing was generated."""
+    chosen = steps[begin + 1 : end + 1]
+    seconds = steps[end].time_done - steps[begin].time_done if chosen else 0.0
+    output = sum(step.output_tokens for step in chosen)
+    if seconds <= 0 or output == 0:
+        return None
+    prompt = sum(step.prefill_tokens for step in chosen)
+    return SteadyState(seconds, len(chosen), prompt, output, mean_input, mean_output)
 
+
+def steady_state(
+    steps: Sequence[Step], mean_input: float, mean_output: float
+) -> SteadyState | None:
+    """The window of a whole run without ramp-up (no request has ended yet) and tail (none is left
+    to admit): from the step at whose end the first request had completed to the last one that left
+    requests waiting.
+
+    None when the run has no such window: all requests were running before the first ended.
     Requests may still arrive during the first steps, so the first completion is the first fall of
     the number of open requests from its peak.
     """
@@ -53,11 +112,6 @@ def steady_state(steps: Sequence[Step]) -> SteadyState | None:
     first_at_peak = unfinished.index(peak)
     begin = next((i for i, n in enumerate(unfinished) if i > first_at_peak and n < peak), None)
     end = max((i for i, step in enumerate(steps) if step.waiting), default=-1)
-    if begin is None or end <= begin:
+    if begin is None:
         return None
-    window = steps[begin + 1 : end + 1]
-    seconds = steps[end].time_done - steps[begin].time_done
-    if seconds <= 0:
-        return None
-    tokens = sum(step.prefill_tokens + step.decode_tokens for step in window)
-    return SteadyState(seconds, len(window), tokens)
+    return window(steps, begin, end, mean_input, mean_output)

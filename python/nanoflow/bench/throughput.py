@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
 from nanoflow.bench.datasets import Request
-from nanoflow.bench.steady import DEFINITION, SteadyState, Step, steady_state
+from nanoflow.bench.steady import SteadyState, Step, steady_state
 from nanoflow.outputs import RequestOutput
 from nanoflow.sampling_params import SamplingParams
 
@@ -22,11 +22,14 @@ class Generator(Protocol):
         self, prompts: Any, sampling_params: Any, *, use_tqdm: bool
     ) -> list[RequestOutput]: ...
 
+    def abort(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One run: all requests given at once, until the last has its text."""
 
+    begin: float  # seconds of time.perf_counter
     seconds: float
     num_requests: int
     input_tokens: int
@@ -37,6 +40,22 @@ class Measurement:
     @property
     def total_tokens(self) -> int:
         return self.input_tokens + self.output_tokens
+
+
+def sampling_params(
+    requests: Sequence[Request], *, temperature: float, detokenize: bool, seed: int
+) -> list[SamplingParams]:
+    """For outputs of the requests' lengths, whatever is sampled."""
+    return [
+        SamplingParams(
+            temperature=temperature,
+            seed=seed + index,
+            max_tokens=request.output_len,
+            ignore_eos=True,
+            detokenize=detokenize,
+        )
+        for index, request in enumerate(requests)
+    ]
 
 
 def measure(
@@ -50,16 +69,7 @@ def measure(
 ) -> Measurement:
     """Raises RuntimeError when a request did not generate all of its tokens."""
     prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-    params = [
-        SamplingParams(
-            temperature=temperature,
-            seed=seed + index,
-            max_tokens=request.output_len,
-            ignore_eos=True,
-            detokenize=detokenize,
-        )
-        for index, request in enumerate(requests)
-    ]
+    params = sampling_params(requests, temperature=temperature, detokenize=detokenize, seed=seed)
     steps: list[Step] = []
     llm.step_listener = steps.append
     try:
@@ -75,13 +85,17 @@ def measure(
                 f"request {output.request_id} generated {generated} tokens instead of "
                 f"{request.output_len}"
             )
+    input_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    output_tokens = sum(request.output_len for request in requests)
+    count = len(requests)
     return Measurement(
+        begin=begin,
         seconds=seconds,
-        num_requests=len(requests),
-        input_tokens=sum(len(request.prompt_token_ids) for request in requests),
-        output_tokens=sum(request.output_len for request in requests),
+        num_requests=count,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         steps=len(steps),
-        steady=steady_state(steps),
+        steady=steady_state(steps, input_tokens / count, output_tokens / count),
     )
 
 
@@ -102,11 +116,18 @@ def lines(run: Measurement) -> list[str]:
     if run.steady is None:
         text.append("Steady state: none, all requests were running before the first ended")
     else:
-        text.append(
-            f"Steady state: {run.steady.tokens_per_second:.2f} total tokens/s in "
-            f"{run.steady.seconds:.2f} s, {run.steady.steps} steps"
-        )
+        text.append(steady_line(run.steady))
     return text
+
+
+def steady_line(state: SteadyState) -> str:
+    return (
+        f"Steady state: {state.tokens_per_second:.2f} total tokens/s in {state.seconds:.2f} s, "
+        f"{state.steps} steps of {state.step_ms:.2f} ms (counted {state.counted_per_second:.2f}, "
+        f"from {state.output_per_second:.2f} output tokens/s {state.from_output_per_second:.2f}; "
+        f"{state.prompt_tokens / state.output_tokens:.3f} prompt tokens per output token, "
+        f"{state.mean_input / state.mean_output:.3f} in the long run)"
+    )
 
 
 def to_json(run: Measurement) -> dict[str, Any]:
@@ -128,9 +149,10 @@ def to_json(run: Measurement) -> dict[str, Any]:
         "mean_input_len": run.input_tokens / run.num_requests,
         "mean_output_len": run.output_tokens / run.num_requests,
         "num_steps": run.steps,
+        "measured": "whole run",
+        "total_tok_s": run.total_tokens * rate,
+        "output_tok_s": run.output_tokens * rate,
         "steady_total_tok_s": run.steady and run.steady.tokens_per_second,
-        "steady_state": {
-            "definition": DEFINITION,
-            "window": run.steady and asdict(run.steady),
-        },
+        "step_ms": run.seconds / run.steps * 1e3 if run.steps else None,
+        "steady_state": run.steady and run.steady.to_json(),
     }

@@ -1,0 +1,87 @@
+"""What a result says beside its rates, and the file it goes to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nanoflow.bench import environment
+from nanoflow.bench.gpu_profile import Profile
+from nanoflow.bench.telemetry import Power
+from nanoflow.config import EngineArgs, EngineLimits
+
+USUAL_MODEL = "llama-3.1-8b"  # results of other models have the model in their files' names
+
+
+def gpu_name(device_description: str) -> str | None:
+    """ "NVIDIA H100 80GB HBM3" of "cuda:0 (NVIDIA H100 80GB HBM3, 132 SMs)"; None for a CPU."""
+    match = re.match(r"cuda:\d+ \((.+), \d+ SMs\)", device_description)
+    return match and match[1]
+
+
+def gpu_folder(gpu: str | None) -> str:
+    """ "h100" of "NVIDIA H100 80GB HBM3": the first word with a digit."""
+    if gpu is None:
+        return "cpu"
+    words = [word for word in gpu.split() if re.search(r"\d", word)]
+    return (words or gpu.split())[0].lower()
+
+
+def schedule_name(args: EngineArgs) -> str:
+    """A built-in schedule's name, a file's without its suffix, or an object's id."""
+    if isinstance(args.schedule, str | Path):
+        return Path(args.schedule).stem
+    return args.schedule.id
+
+
+def result_path(folder: Path, result: dict[str, Any]) -> Path:
+    """folder/<gpu>/<workload>-<schedule>.json; "-whole" for a whole run."""
+    model = "" if result["model"] == USUAL_MODEL else f"{result['model']}-"
+    kind = "-whole" if result["measured"] == "whole run" else ""
+    name = f"{model}{result['workload']}-{result['schedule']}{kind}.json"
+    return folder / gpu_folder(result["gpu"]) / name
+
+
+def energy(
+    power: Power | None, reason: str | None, tokens_per_second: float | None
+) -> dict[str, Any]:
+    """Power and clock beside the rate they were measured at; `reason` says why there are none."""
+    if power is None:
+        why = reason or "too short for two samples"
+        return {"watts": None, "sm_mhz": None, "j_per_token": None, "telemetry_reason": why}
+    return {
+        "watts": power.watts,
+        "sm_mhz": power.sm_mhz,
+        "j_per_token": power.watts / tokens_per_second if tokens_per_second else None,
+    }
+
+
+def kernels(profile: Profile | None, reason: str | None) -> dict[str, Any]:
+    if profile is None:
+        none: dict[str, Any] = {"kernel_sum_ms": None, "gpu_idle_pct": None, "profile": None}
+        return none | {"profile_reason": reason}
+    return {
+        "kernel_sum_ms": profile.kernel_sum_ms,
+        "gpu_idle_pct": profile.gpu_idle_pct,
+        "profile": profile.to_json(),
+    }
+
+
+def circumstances(
+    args: EngineArgs, limits: EngineLimits, device_description: str, commit: str | None
+) -> dict[str, Any]:
+    """Where, with what and by which command it was measured."""
+    return {
+        "gpu": gpu_name(device_description),
+        "model": Path(args.model).name.removesuffix(".gguf"),
+        "model_id": environment.without_folders(str(args.model)),
+        "schedule": schedule_name(args),
+        "seed": args.seed,
+        "limits": asdict(limits) | {"kv_tokens": limits.num_pages * limits.page_size},
+        "device": f"{device_description}; {environment.cpu_model()}",
+        "versions": environment.versions(),
+        "commit": commit or environment.commit(),
+        "command": environment.command_line(),
+    }

@@ -1,0 +1,108 @@
+"""Power and clock of the GPU while something is measured."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+SAMPLES_PER_SECOND = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    time: float  # seconds of time.perf_counter
+    joules: float  # since the driver was loaded
+    sm_mhz: float
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """Means over a span of time."""
+
+    watts: float
+    sm_mhz: float
+
+
+def power(samples: Sequence[Sample], begin: float, end: float) -> Power | None:
+    """Between two times of time.perf_counter; None with fewer than two samples there."""
+    inside = [sample for sample in samples if begin <= sample.time <= end]
+    if len(inside) < 2:
+        return None
+    first, last = inside[0], inside[-1]
+    watts = (last.joules - first.joules) / (last.time - first.time)
+    return Power(watts, sum(sample.sm_mhz for sample in inside) / len(inside))
+
+
+class Telemetry:
+    """Samples a GPU in a thread of its own, from entry to exit.
+
+    `reason` says why there is nothing to sample: a CPU, or no NVML (pip install 'nanoflow[bench]').
+    """
+
+    def __init__(self, device: str) -> None:
+        """`device`: as in EngineArgs."""
+        self.samples: list[Sample] = []
+        self.reason: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._nvml: Any = None
+        if not device.startswith("cuda"):
+            self.reason = "only GPUs are sampled"
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml, self._handle = pynvml, _handle(pynvml, device)
+            self._sample()
+        except ImportError:
+            self.reason = "nvidia-ml-py is not installed: pip install 'nanoflow[bench]'"
+        except pynvml.NVMLError as error:
+            self.reason = f"NVML: {error}"
+
+    def power(self, begin: float, end: float) -> Power | None:
+        return power(list(self.samples), begin, end)
+
+    def __enter__(self) -> Telemetry:
+        if self.reason is None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(1 / SAMPLES_PER_SECOND):
+            try:
+                self._sample()
+            except self._nvml.NVMLError as error:
+                self.reason = f"NVML: {error}"
+                return
+
+    def _sample(self) -> None:
+        nvml = self._nvml
+        millijoules = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        mhz = nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)
+        self.samples.append(Sample(perf_counter(), millijoules * 1e-3, mhz))
+
+
+def _handle(nvml: Any, device: str) -> Any:
+    """NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES names."""
+    index = int(device.partition(":")[2] or 0)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = visible[index] if index < len(visible) and visible[0] else str(index)
+    if name.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)

@@ -1,0 +1,184 @@
+"""What benchmarks read from a GPU, on made-up readings."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanoflow.bench import gpu_profile, result, telemetry
+from nanoflow.bench.ceiling import gemm_ceiling_tflops
+from nanoflow.bench.gpu_profile import Kernel, ProfileError, Profiler, kernels_of, summarize
+from nanoflow.bench.telemetry import Power, Sample, Telemetry, power
+from nanoflow.config import EngineArgs
+
+
+def test_power_is_energy_by_time():
+    samples = [Sample(t, 100 + 500 * t, 1000 + 100 * t) for t in range(6)]
+    assert power(samples, 0.5, 3.5) == Power(500, 1200)
+    assert power(samples, 0.5, 1.5) is None
+
+
+class FakeNvml:
+    NVML_CLOCK_SM = 1
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, calls_before_failure: int = 10**9) -> None:
+        self.calls = 0
+        self.calls_before_failure = calls_before_failure
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return f"index {index}"
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
+        return name
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        self.calls += 1
+        if self.calls > self.calls_before_failure:
+            raise self.NVMLError("lost")
+        return 1000 * self.calls
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
+        return 1500
+
+
+def test_samples_while_it_is_entered(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.setattr(telemetry, "SAMPLES_PER_SECOND", 1000)
+    with Telemetry("cuda") as readings:
+        while len(readings.samples) < 5:
+            pass
+    assert readings.reason is None
+    assert [sample.joules for sample in readings.samples[:3]] == [1, 2, 3]
+    found = readings.power(readings.samples[0].time, readings.samples[-1].time)
+    assert found is not None and found.sm_mhz == 1500
+
+
+def test_says_why_there_are_no_samples(monkeypatch):
+    assert Telemetry("cpu").reason == "only GPUs are sampled"
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "pip install 'nanoflow[bench]'" in str(Telemetry("cuda").reason)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(calls_before_failure=0))
+    assert Telemetry("cuda").reason == "NVML: lost"
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "handle"),
+    [
+        ("", "cuda", "index 0"),
+        ("", "cuda:2", "index 2"),
+        ("3,5", "cuda:1", "index 5"),
+        ("GPU-ab12", "cuda:0", "GPU-ab12"),
+    ],
+)
+def test_samples_the_gpu_that_cuda_numbers(monkeypatch, visible, device, handle):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert telemetry._handle(FakeNvml(), device) == handle
+
+
+def event(name: str, begin: float, length: float, **more: Any) -> dict[str, Any]:
+    whole = {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": length, "tid": 7}
+    return whole | more
+
+
+def test_finds_kernels_in_a_trace():
+    events = [
+        event("late", 5, 1),
+        event("early", 1, 2),
+        event("copy", 0, 9, cat="gpu_memcpy"),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert kernels_of(events) == [Kernel("early", 7, 1, 3), Kernel("late", 7, 5, 6)]
+
+
+def steps(count: int) -> list[Kernel]:
+    """Steps of 100 µs: gemm 20, norm 10, gemm 40, norm 10, other 15 beside the last norm."""
+    kernels = []
+    for at in range(0, 100 * count, 100):
+        for name, stream, begin, end in (
+            ("gemm", 1, 0, 20),
+            ("norm", 1, 20, 30),
+            ("gemm", 1, 30, 70),
+            ("norm", 1, 70, 80),
+            ("other", 2, 72, 87),
+        ):
+            kernels.append(Kernel(name, stream, at + begin, at + end))
+    return kernels
+
+
+def test_sums_up_the_kernels_of_a_step(monkeypatch):
+    monkeypatch.setattr(gpu_profile, "CONTEXT", 2)
+    profile = summarize(steps(100), step_ms=0.1)
+    assert profile.kernel_sum_ms == pytest.approx(0.095, rel=0.02)
+    assert profile.busy_ms == pytest.approx(0.087, rel=0.02)
+    assert profile.gpu_idle_pct == pytest.approx(13, abs=1)
+    longest = profile.kernels[0]
+    assert (longest["name"], longest["after"]) == ("gemm", "norm")
+    assert longest["us_per_step"] == pytest.approx(60, rel=0.03)
+
+
+def test_tells_kernels_of_one_name_apart_by_those_before_them():
+    profile = summarize(steps(100), step_ms=0.1)
+    assert len([kernel for kernel in profile.kernels if kernel["name"] == "gemm"]) == 1
+    kernels = [Kernel("head", 1, k.begin_us, k.end_us) if i % 5 == 3 else k
+               for i, k in enumerate(steps(100))]  # fmt: skip
+    profile = summarize(kernels, step_ms=0.1)
+    gemms = [kernel for kernel in profile.kernels if kernel["name"] == "gemm"]
+    assert [(gemm["after"], round(gemm["mean_us"])) for gemm in gemms] == [
+        ("norm", 40), ("head", 20)
+    ]  # fmt: skip
+    assert all(gemm["runs_per_step"] == pytest.approx(1, abs=0.03) for gemm in gemms)
+
+
+def test_a_record_without_kernels_is_no_profile():
+    with pytest.raises(ProfileError, match="no kernel was recorded"):
+        summarize([], 1.0)
+
+
+def test_profiling_needs_torch_and_a_gpu(monkeypatch):
+    no_gpu = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", no_gpu)
+    with pytest.raises(ProfileError, match="torch sees no GPU"):
+        Profiler()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ProfileError, match="torch is not installed"):
+        Profiler()
+
+
+def test_the_ceiling_is_measured_on_any_device():
+    assert gemm_ceiling_tflops("cpu", rows=16, features=64, depth=32, seconds=0.05) > 0
+
+
+@pytest.mark.parametrize(
+    ("description", "gpu", "folder"),
+    [
+        ("cuda:0 (NVIDIA H100 80GB HBM3, 132 SMs)", "NVIDIA H100 80GB HBM3", "h100"),
+        ("cuda:1 (NVIDIA H200, 132 SMs)", "NVIDIA H200", "h200"),
+        ("cpu (2 threads, amx)", None, "cpu"),
+    ],
+)
+def test_results_lie_with_their_gpu(description, gpu, folder):
+    assert result.gpu_name(description) == gpu
+    assert result.gpu_folder(gpu) == folder
+
+
+def test_result_files_are_named_by_what_was_run(tmp_path):
+    found = {"gpu": None, "model": "llama-3.1-8b", "workload": "512x512"}
+    found |= {"schedule": "overlap", "measured": "steady state"}
+    assert result.result_path(tmp_path, found) == tmp_path / "cpu" / "512x512-overlap.json"
+    found |= {"model": "llama-2-7b", "measured": "whole run"}
+    name = "llama-2-7b-512x512-overlap-whole.json"
+    assert result.result_path(tmp_path, found).name == name
+    assert result.schedule_name(EngineArgs(model="m", schedule="a/best.json")) == "best"
+
+
+def test_energy_says_why_it_is_missing():
+    assert result.energy(Power(690, 1700), None, 23000)["j_per_token"] == 0.03
+    assert result.energy(None, None, 5)["telemetry_reason"] == "too short for two samples"
