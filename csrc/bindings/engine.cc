@@ -113,7 +113,10 @@ void register_step(py::module_& m) {
             return to_array(result.logits, {samples, values / samples});
           },
           "[S, V] float32 when the batch asked for them.")
-      .def_readonly("timings", &StepResult::timings, "When the batch asked for them.");
+      .def_readonly("timings", &StepResult::timings, "When the batch asked for them.")
+      .def_readonly("begin_us", &StepResult::begin_us,
+                    "When the step's first op began, by a clock that all steps share; where the "
+                    "batch asked for timings.");
   py::class_<StepHandle>(m, "StepHandle", "A step on its way.")
       .def_property_readonly("step", &StepHandle::step, "Its number, from 1.")
       .def("is_done", &StepHandle::is_done)

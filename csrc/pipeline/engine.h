@@ -36,6 +36,7 @@ struct StepResult {
       tokens;  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite
   std::vector<float> logits;      // [S, V] when asked for
   std::vector<OpTiming> timings;  // when asked for
+  double begin_us = 0;            // of the step's first op by the backend's clock; with timings
 };
 
 class StepState;

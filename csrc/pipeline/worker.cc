@@ -11,17 +11,16 @@
 namespace nanoflow {
 namespace {
 
-std::vector<OpTiming> timings_of(const Plan& plan, const int64_t* stamps) {
-  std::vector<OpTiming> timings;
+void set_timings(const Plan& plan, const int64_t* stamps, StepResult& result) {
   const int64_t start = *std::min_element(stamps, stamps + 2 * plan.ops.size());
   const auto microseconds = [&](int64_t stamp) { return static_cast<double>(stamp - start) / 1e3; };
+  result.begin_us = static_cast<double>(start) / 1e3;
   for (const NanoOp& op : plan.ops) {
-    timings.push_back({.name = label_of(op),
-                       .lane = plan.lanes[op.lane].name,
-                       .begin_us = microseconds(stamps[2 * op.id]),
-                       .end_us = microseconds(stamps[2 * op.id + 1])});
+    result.timings.push_back({.name = label_of(op),
+                              .lane = plan.lanes[op.lane].name,
+                              .begin_us = microseconds(stamps[2 * op.id]),
+                              .end_us = microseconds(stamps[2 * op.id + 1])});
   }
-  return timings;
 }
 
 }  // namespace
@@ -133,8 +132,7 @@ void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
     const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
     state.result.tokens.assign(sampled, sampled + state.batch.samples());
     if (state.batch.want_timings) {
-      state.result.timings =
-          timings_of(*state.plan, reinterpret_cast<const int64_t*>(state.stamps.data()));
+      set_timings(*state.plan, reinterpret_cast<const int64_t*>(state.stamps.data()), state.result);
     }
   } else {
     const std::lock_guard lock(mutex_);

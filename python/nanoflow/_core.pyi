@@ -272,6 +272,11 @@ class OpTiming:
 
 class StepResult:
     @property
+    def begin_us(self) -> float:
+        """
+        When the step's first op began, by a clock that all steps share; where the batch asked for timings.
+        """
+    @property
     def logits(self) -> numpy.typing.NDArray[numpy.float32] | None:
         """
         [S, V] float32 when the batch asked for them.

@@ -1,4 +1,4 @@
-"""The command `nanoflow plan`: a schedule's plan in words and as a picture."""
+"""The command `nanoflow plan`: a schedule's plan in words, as a picture and as a timeline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.bench.default_model import default_model
 from nanoflow.config import EngineArgs
 from nanoflow.loading import open_checkpoint
+from nanoflow.mixed_step import MixedStep, StepMix, deal_step, run_steps
 from nanoflow.runtime import make_backend
-from nanoflow.schedule import find_schedule
+from nanoflow.schedule import find_schedule, schedule_to_json
+from nanoflow.trace import TimedStep, trace_of, write_trace
 
 ENGINE_FLAGS = (
     "model",
@@ -31,8 +33,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=int, default=64, help="requests that decode in the step (default: 64)")
     add("--context", type=int, help="tokens each of them reads (default: 512, or all it can)")
+    add("--prefill-rows", type=int, default=0, help="rows of prompts in the step (default: 0)")
     add("--layer", type=int, help="the layer to show (default: the middle one)")
     add("--png", type=Path, metavar="FILE", help="run the step and draw its lanes over the layer")
+    add("--trace", type=Path, metavar="FILE", help="run the step and write a Perfetto timeline")
+    add("--steps", type=int, default=3, help="steps of the timeline (default: 3)")
     add_engine_arguments(parser, ENGINE_FLAGS)
 
 
@@ -46,33 +51,67 @@ def run_plan(options: argparse.Namespace) -> None:
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
     model = checkpoint.model
-    positions = model.max_position_embeddings
-    rows, layer, context = options.rows, options.layer, options.context
-    layer = model.num_layers // 2 if layer is None else layer
-    context = min(512, positions) if context is None else context
+    mix = _step_mix(options, model.max_position_embeddings)
+    layer = model.num_layers // 2 if options.layer is None else options.layer
     if not 0 <= layer < model.num_layers:
         raise ValueError(f"--layer {layer}: the model has layers 0 to {model.num_layers - 1}")
-    if rows < 1:
-        raise ValueError(f"--rows {rows} must be at least 1")
-    if not 1 <= context <= positions:
-        raise ValueError(f"--context {context} must be from 1 to the model's {positions} positions")
     backend = make_backend(args)
+    schedule = find_schedule(args.schedule, backend.width)
+    step = deal_step(mix, schedule.cuts())
     spec = _core.ModelSpec(**model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
     weights = _core.Weights(spec, backend)
     checkpoint.load_weights(weights)
-    schedule = find_schedule(args.schedule, backend.width)
-    engine = _core.Engine(plan_view.engine_config(rows, context), weights, schedule)
-    segments = plan_view.segment_rows(schedule, rows)
-    plan = engine.plan(segments, rows)
+    engine = _core.Engine(step.engine_config(), weights, schedule)
+    plan = engine.plan(step.segment_rows, len(step.rows))
     print(plan_view.plan_of_layer(plan, layer))
     for finding in plan.validate(backend.width):
         print(f"finding: {finding}")
-    if options.png is None:
+    if options.png is None and options.trace is None:
         return
-    timings = plan_view.measure_step(engine, segments, context)
-    title = (
-        f"{schedule.id}: layer {layer} of {Path(args.model).name}, {rows} requests decode, "
-        f"{context} tokens each, on {backend.description}"
-    )
-    plan_view.draw_lanes(timings, [lane.name for lane in schedule.lanes], layer, title, options.png)
-    print(f"{options.png}: lanes over layer {layer}, measured")
+    results = run_steps(engine, step.batch(spec.vocab_size), options.steps)
+    name = Path(args.model).name
+    if options.png is not None:
+        title = f"{schedule.id}: layer {layer} of {name}, {_words(mix)}, on {backend.description}"
+        lanes = [lane.name for lane in schedule.lanes]
+        plan_view.draw_lanes(results[-1].timings, lanes, layer, title, options.png)
+        print(f"{options.png}: lanes over layer {layer}, measured")
+    if options.trace is not None:
+        facts = {"model": name, "dtype": spec.dtype, "device": backend.description}
+        _write_trace(options.trace, results, schedule, {**facts, **_sizes(mix, step)})
+        print(f"{options.trace}: {len(results)} steps, measured; open it at ui.perfetto.dev")
+
+
+def _step_mix(options: argparse.Namespace, positions: int) -> StepMix:
+    """Raises ValueError on sizes that a model of so many positions does not have."""
+    context = min(512, positions) if options.context is None else options.context
+    if options.steps < 1:
+        raise ValueError(f"--steps {options.steps} must be at least 1")
+    mix = StepMix(options.rows, context, options.prefill_rows)
+    mix.check(positions)
+    return mix
+
+
+def _write_trace(
+    path: Path,
+    results: list[_core.StepResult],
+    schedule: _core.Schedule,
+    facts: dict[str, object],
+) -> None:
+    steps = [TimedStep(result.begin_us, result.timings) for result in results]
+    lanes = [lane.name for lane in schedule.lanes]
+    metadata = {**facts, "schedule": schedule_to_json(schedule)}
+    write_trace(trace_of(steps, lanes, metadata), path)
+
+
+def _sizes(mix: StepMix, step: MixedStep) -> dict[str, object]:
+    return {
+        "decodes": mix.decodes,
+        "context": mix.context,
+        "prefill_rows": mix.prefill_rows,
+        "segment_rows": step.segment_rows,
+    }
+
+
+def _words(mix: StepMix) -> str:
+    words = f"{mix.decodes} requests decode, {mix.context} tokens each"
+    return words + (f", {mix.prefill_rows} rows prefill" if mix.prefill_rows else "")

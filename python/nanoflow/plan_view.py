@@ -1,4 +1,4 @@
-"""What a schedule does with a step: a measured step, and a picture of its lanes over one layer."""
+"""What a schedule does with a step: a layer's part of its plan, and a picture of its lanes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nanoflow import _core
-from nanoflow.scheduler.deal import Dealer
 
 if TYPE_CHECKING:
     from matplotlib.patches import Patch
@@ -90,70 +86,6 @@ def plan_of_layer(plan: _core.Plan, layer: int) -> str:
     is_op = re.compile(r"\s*\d+\s")
     head = [line for line in lines if not is_op.match(line)]
     return "\n".join([*head, *(line for line in lines if f" layers.{layer}." in line)])
-
-
-def segment_rows(schedule: _core.Schedule, rows: int) -> list[int]:
-    """Rows of each segment when requests of one row each are dealt to them."""
-    dealer = Dealer(schedule.cuts(), rows)
-    dealt = dealer.deal_decodes(np.ones(rows, np.int64))
-    return [int(np.count_nonzero(dealt == segment)) for segment in range(dealer.segments)]
-
-
-def engine_config(rows: int, context: int, page_size: int = 64) -> _core.EngineConfig:
-    """Capacities for steps of `rows` requests that read `context` keys each."""
-    return _core.EngineConfig(
-        max_num_batched_tokens=rows,
-        max_num_seqs=rows,
-        max_model_len=context,
-        page_size=page_size,
-        num_pages=rows * -(-context // page_size),
-    )
-
-
-def decode_batch(config: _core.EngineConfig, segments: Sequence[int], context: int) -> _core.Batch:
-    """A step of one-row requests that read `context` keys each and want their timings.
-
-    The keys are whatever the cache holds: for measuring, not for reading the tokens.
-    """
-    rows = sum(segments)
-    pages = -(-context // config.page_size)
-
-    def ints(values: NDArray[np.int64]) -> NDArray[np.int32]:
-        return values.astype(np.int32)
-
-    def filled(value: float) -> NDArray[np.float32]:
-        return np.full(rows, value, np.float32)
-
-    zeros = np.zeros(rows, np.int32)
-    return _core.Batch(
-        tokens=zeros,
-        positions=zeros + np.int32(context - 1),
-        request_indptr=ints(np.arange(rows + 1)),
-        kv_len=zeros + np.int32(context),
-        page_indptr=ints(np.arange(rows + 1) * pages),
-        page_indices=ints(np.arange(rows * pages)),
-        segment_requests=ints(np.concatenate([[0], np.cumsum(segments)])),
-        sample_rows=ints(np.arange(rows)),
-        slots=ints(np.arange(rows)),
-        temperature=filled(0),
-        top_p=filled(1),
-        min_p=filled(0),
-        top_k=zeros,
-        seed=np.zeros(rows, np.uint64),
-        counter=zeros,
-        banned_indptr=np.zeros(rows + 1, np.int32),
-        banned=np.zeros(0, np.int32),
-        want_timings=True,
-    )
-
-
-def measure_step(
-    engine: _core.Engine, segments: Sequence[int], context: int
-) -> list[_core.OpTiming]:
-    """When each op of a decode step ran; the second of two equal steps, so that memory is warm."""
-    batch = decode_batch(engine.config, segments, context)
-    engine.submit(batch).wait()
-    return engine.submit(batch).wait().timings
 
 
 def draw_lanes(

@@ -42,6 +42,9 @@ def has_cuda() -> bool:
     return True
 
 
+DEVICES = ("cpu", *["cuda"] * has_cuda())
+
+
 @pytest.fixture(scope="session", params=[*_core.cpu_isas(), *["cuda"] * has_cuda()])
 def backend(request: pytest.FixtureRequest) -> _core.Backend:
     """A CPU backend for each instruction set of this machine, whose default width is 2 threads,

@@ -203,7 +203,7 @@ def test_plan_draws_the_lanes_of_a_layer(model, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--layer", "3"], "--layer 3: the model has layers 0 to 2"),
-        (["--rows", "0"], "--rows 0 must be at least 1"),
+        (["--rows", "0"], "--rows 0 and --prefill-rows 0 must not be below 0, and at least 1"),
         (["--context", "257"], "--context 257 must be from 1 to the model's 256 positions"),
     ],
 )
