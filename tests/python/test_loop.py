@@ -137,6 +137,23 @@ def test_all_requests_get_their_tokens(cuts: tuple[float, ...], steps_in_flight:
     check_nothing_leaked(service)
 
 
+def test_how_fast_the_engine_is_changes_no_batch(blind: None) -> None:
+    """Not even when pages are short: requests are preempted at the same steps."""
+    runs: list[list[Any]] = []
+    for early in (None, 0, 1):
+        service = serve((0.5,), early=None if early is None else np.random.default_rng(early))
+        requests = [service.request(n, 1 + n % 20) for n in range(60)]
+        service.loop.submit(requests)
+        service.wait(60)
+        assert sum(request.num_preemptions for request in requests) > 0
+        check_nothing_leaked(service)
+        runs.append(service.engine.batches)
+    for run in runs[1:]:
+        for batch, expected in zip(run, runs[0], strict=True):
+            for name, values in batch.arrays.items():
+                np.testing.assert_array_equal(values, expected.arrays[name], name)
+
+
 def test_two_steps_are_in_flight_while_there_is_work() -> None:
     service = serve(engine_type=GatedEngine)
     service.loop.submit([service.request(0, ignore_eos=True)])

@@ -29,9 +29,5 @@ BatchFactory: TypeAlias = Callable[..., Any]
 
 
 class Engine(Protocol):
-    @property
-    def completed_steps(self) -> int:
-        """Every step up to this number has left the device."""
-
     def submit(self, batch: Any) -> StepHandle:
         """Queues a step and returns at once; at most two may be on their way."""

@@ -153,6 +153,7 @@ class _Worker:
         self._state = state
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
+        self._arrived = 0  # the last step that was waited for
 
     def run(self) -> None:
         try:
@@ -191,9 +192,13 @@ class _Worker:
         return self._state.has_requests or bool(self._in_flight)
 
     def _turn(self) -> None:
-        """Starts a step if one can be, then completes the oldest if as many run as should."""
+        """Starts a step if one can be, then completes the oldest if as many run as should.
+
+        What a step is made of depends on the steps waited for, never on how far the device has
+        come: the same requests give the same steps.
+        """
         begin = perf_counter()
-        self._state.reclaim(self._engine.completed_steps)
+        self._state.reclaim(self._arrived)
         step = self._state.start_step()
         if not step.plan.is_empty:
             batch = self._make_batch(**build_batch(self._state.slots, step))
@@ -209,6 +214,7 @@ class _Worker:
     def _complete(self, oldest: _StepInFlight) -> None:
         tokens = oldest.handle.wait().tokens
         time_done = perf_counter()
+        self._arrived = oldest.step.number
         self._state.complete_step(oldest.step, tokens, time_done)
         listener = self._inbox.step_listener
         if listener is None:
