@@ -41,6 +41,7 @@ class Runtime:
     generation_config: Mapping[str, Any]  # as in generation_config.json
     tokenizer: Tokenizer | None
     loop: SchedulerLoop
+    state: SchedulerState  # the loop's: for its thread, or when it is closed
 
 
 def start_runtime(args: EngineArgs) -> Runtime:
@@ -67,7 +68,9 @@ def start_runtime(args: EngineArgs) -> Runtime:
     checkpoint.load_weights(weights)
     loaded = perf_counter()
     engine = _core.Engine(_engine_config(limits), weights, schedule)
-    loop = _start_loop(engine, limits, schedule.cuts(), args)
+    state = _scheduler_state(limits, schedule.cuts(), args)
+    steps_in_flight = 2 if args.async_scheduling else 1
+    loop = SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)
     logger.info(
         "%s on %s: opened in %.2f s, %d bytes of weights loaded in %.2f s, engine with %d pages of "
         "%d tokens made in %.2f s",
@@ -88,6 +91,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
         generation_config=checkpoint.generation_config,
         tokenizer=tokenizer,
         loop=loop,
+        state=state,
     )
 
 
@@ -139,14 +143,12 @@ def _engine_config(limits: EngineLimits) -> _core.EngineConfig:
     )
 
 
-def _start_loop(
-    engine: _core.Engine, limits: EngineLimits, cuts: list[float], args: EngineArgs
-) -> SchedulerLoop:
-    state = SchedulerState(
+def _scheduler_state(
+    limits: EngineLimits, cuts: list[float], args: EngineArgs
+) -> SchedulerState:
+    return SchedulerState(
         Policy(Dealer(cuts, limits.max_num_seqs), limits.max_num_batched_tokens),
         Slots(limits.max_num_seqs, limits.max_model_len, limits.page_size),
         PageAllocator(limits.num_pages),
         shares_prefixes=args.enable_prefix_caching is not False,
     )
-    steps_in_flight = 2 if args.async_scheduling else 1
-    return SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)
