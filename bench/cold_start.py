@@ -1,9 +1,11 @@
-"""From process start to the first token of SmolLM2-135M-Instruct, model file and libraries cached.
+"""From process start to the first token, model file and libraries cached.
 
-Every run is a fresh process that imports nanoflow, loads the model, and answers a chat prompt with
-one token. The first run, which fills the caches, is not counted.
+Every run is a fresh process that imports nanoflow, loads the model (SmolLM2-135M-Instruct unless
+told otherwise), and answers a prompt with one token. The first run, which fills the caches, is not
+counted.
 
     python bench/cold_start.py --output-json bench/results/cpu/cold_start.json
+    python bench/cold_start.py --shape llama-3.1-8b --device cuda
 """
 
 from __future__ import annotations
@@ -13,52 +15,76 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from nanoflow.bench import environment
 from nanoflow.bench.default_model import default_model
+from shapes import SHAPES, write_model
 
+MAX_MODEL_LEN = 2048  # of random weights
+CPU = ("auto", "cpu")
 CHILD = """
 import json, sys
 from time import perf_counter
 start = perf_counter()
 from nanoflow import LLM, SamplingParams
 imported = perf_counter()
-llm = LLM(sys.argv[1])
+arguments = json.loads(sys.argv[1])
+llm = LLM(**arguments)
 loaded = perf_counter()
-messages = [{"role": "user", "content": "What is the capital of France?"}]
-output = llm.chat(messages, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)[0]
+params = SamplingParams(temperature=0, max_tokens=1)
+if arguments.get("skip_tokenizer_init"):
+    output = llm.generate({"prompt_token_ids": [7] * 30}, params, use_tqdm=False)[0]
+else:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    output = llm.chat(messages, params, use_tqdm=False)[0]
 assert len(output.outputs[0].token_ids) == 1
 done = perf_counter()
 phases = {"import": imported - start, "load": loaded - imported, "first_token": done - loaded}
-print(json.dumps(phases), flush=True)
+print(json.dumps([phases, llm.device_description]), flush=True)
 """
 
 
-def start_once(model: Path) -> dict[str, float]:
-    """Seconds of each phase, and in all from the start of the process to its first token."""
+def start_once(arguments: dict[str, Any]) -> tuple[dict[str, float], str]:
+    """Seconds of each phase, and in all from the start of the process to its first token; and what
+    the device says of itself.
+    """
     begin = perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(model)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD, json.dumps(arguments)], stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         total = perf_counter() - begin
     if child.returncode != 0:
         raise RuntimeError(f"the process ended with {child.returncode}")
-    phases: dict[str, float] = json.loads(line)
-    return {"interpreter": total - sum(phases.values()), **phases, "total": total}
+    phases, device = json.loads(line)
+    return {"interpreter": total - sum(phases.values()), **phases, "total": total}, device
+
+
+def llm_arguments(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"device": options.device}
+    if options.shape is None:
+        return arguments | {"model": str(default_model())}
+    model = write_model(scratch, options.shape)
+    arguments |= {"model": str(model), "load_format": "dummy", "skip_tokenizer_init": True}
+    return arguments | {"max_model_len": MAX_MODEL_LEN}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--shape", choices=SHAPES, help="a model of random weights")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
-    model = default_model()
-    start_once(model)
-    runs = [start_once(model) for _ in range(options.runs)]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = llm_arguments(options, Path(scratch))
+        start_once(arguments)
+        runs, devices = zip(*(start_once(arguments) for _ in range(options.runs)), strict=True)
     medians = {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
     for phase, seconds in medians.items():
         print(f"{phase:12} {seconds:6.2f} s")
@@ -69,8 +95,8 @@ def main() -> None:
         "command": environment.command_line(),
         "commit": environment.commit(),
         "versions": environment.versions(),
-        "device": environment.cpu_model(),
-        "model_id": "SmolLM2-135M-Instruct",
+        "device": environment.cpu_model() if options.device in CPU else devices[0],
+        "model_id": options.shape or "SmolLM2-135M-Instruct",
         "warm_up": "one run, not counted",
         "median_seconds": medians,
         "runs": runs,

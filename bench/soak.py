@@ -1,7 +1,7 @@
 """Runs random requests for many steps and checks that nothing leaks.
 
 python bench/soak.py --device cuda --output-json soak.json  # two layers of Llama-3.1-8B's width
-python bench/soak.py --size tiny --steps 4000               # on a CPU
+python bench/soak.py --model tiny --steps 4000              # on a CPU
 
 Prompts and outputs of random lengths, some beginning alike, every way of sampling, aborts at random
 moments, and a KV cache so small that requests are preempted. The scheduler's books are checked as
@@ -32,11 +32,8 @@ from nanoflow.request import Request
 from nanoflow.runtime import Runtime, start_runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler.loop import StepStats
+from shapes import SHAPES, write_model
 
-SIZES = {  # of vocabulary, hidden, intermediate; query and KV heads
-    "8b": (128256, 4096, 14336, 32, 8),
-    "tiny": (512, 64, 96, 4, 2),
-}
 MAX_MODEL_LEN = 512
 LIMITS = {"max_num_seqs": 64, "max_num_batched_tokens": 256, "block_size": 16}
 NUM_PAGES = 256  # of 16 tokens: 64 each for 64 requests
@@ -156,27 +153,6 @@ class Requests:
         )
 
 
-def write_model(folder: Path, size: str) -> Path:
-    """A configuration without weights."""
-    names = ("vocab_size", "hidden_size", "intermediate_size")
-    names += ("num_attention_heads", "num_key_value_heads")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        **dict(zip(names, SIZES[size], strict=True)),
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def start(options: argparse.Namespace) -> Watch:
     gpu = _core.Backend(options.device) if options.device.startswith("cuda") else None
     free_before = gpu.free_memory if gpu else 0
@@ -184,7 +160,7 @@ def start(options: argparse.Namespace) -> Watch:
         runtime = start_runtime(
             make_args(
                 {
-                    "model": write_model(Path(folder), options.size),
+                    "model": write_model(Path(folder), options.model, num_hidden_layers=2),
                     "load_format": "dummy",
                     "skip_tokenizer_init": True,
                     "device": options.device,
@@ -276,7 +252,7 @@ def drift(what: str, watch: Watch, used: list[int]) -> dict[str, Any] | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b", help="of two layers")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--schedule", default="sequential")
     parser.add_argument("--seed", type=int, default=0)

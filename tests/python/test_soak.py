@@ -25,7 +25,7 @@ def test_a_short_soak_leaks_nothing(
     monkeypatch.setattr(soak, "ABORT_SHARE", 0.2)
     monkeypatch.setattr(soak, "MOST_DRIFT", 0.5)  # 200 steps say nothing of memory
     path = tmp_path / "soak.json"
-    arguments = ["--size", "tiny", "--steps", "200", "--output-json", str(path)]
+    arguments = ["--model", "tiny", "--steps", "200", "--output-json", str(path)]
     assert soak.main(arguments) == 0
     found = json.loads(path.read_text())
     assert found["steps"] >= 200
@@ -50,7 +50,7 @@ def test_growing_memory_is_found(soak: ModuleType) -> None:
 
 def test_a_request_that_is_forgotten_is_found(soak: ModuleType) -> None:
     options = soak.argparse.Namespace(
-        device="cpu", size="tiny", steps=50, schedule="sequential", seed=0
+        device="cpu", model="tiny", steps=50, schedule="sequential", seed=0
     )
     runtime = soak.start(options).runtime
     runtime.loop.close()
