@@ -1,0 +1,56 @@
+"""Results of peers, in nanoflow's form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peer_result
+
+RUN: dict[str, Any] = {
+    "peer": "vllm",
+    "version": "0.26.0",
+    "work": "512x1024",
+    "engine": "mbt=8192,seqs=512",
+    "wall_s": 90.2,
+    "mean_in": 512.0,
+    "mean_out": 1024.0,
+    "total_tok_s": 12000.0,
+    "out_tok_s": 8000.0,
+    "out_tokens": 720000,
+    "partial": True,
+    "counters": {"counted_total_tok_s": 16000.0, "counted_out_tok_s": 10000.0},
+    "t50": 40.0,
+    "t90": 70.0,
+    "watts": 690,
+    "sm_mhz": 1650,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({}, 16000),  # counted; 10000 x 1.5 from the output
+        ({"counters": {"counted_total_tok_s": 14000.0, "counted_out_tok_s": 10000.0}}, 15000),
+        ({"counters": {}}, 12000),
+        ({"counters": {}, "partial": False}, 14400),  # 288000 tokens in 30 s, x 1.5
+    ],
+)
+def test_the_highest_rate_is_the_peers(changes: dict[str, Any], rate: float) -> None:
+    assert peer_result.steady_total_tok_s(RUN | changes) == pytest.approx(rate)
+
+
+def test_every_line_becomes_a_file(tmp_path: Path) -> None:
+    lines = tmp_path / "vllm.jsonl"
+    trace = RUN | {"work": "trace:chats.csv", "watts": None, "counters": {}, "partial": False}
+    lines.write_text("\n".join(map(json.dumps, (RUN, trace))) + "\n")
+    peer_result.main([str(lines), "--gpu", "NVIDIA H100 80GB HBM3", "--result-dir", str(tmp_path)])
+    fixed = json.loads((tmp_path / "h100" / "512x1024-vllm-0.26.0.json").read_text())
+    assert fixed["measured"] == "the first 90 s"
+    assert fixed["j_per_token"] == 690 / 16000
+    assert (fixed["workload"], fixed["schedule"]) == ("512x1024", "vllm-0.26.0")
+    chats = json.loads((tmp_path / "h100" / "chats-vllm-0.26.0.json").read_text())
+    assert (chats["j_per_token"], chats["measured"]) == (None, "all requests")
