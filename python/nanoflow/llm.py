@@ -13,6 +13,7 @@ from typing import Any
 
 from nanoflow.config import make_args
 from nanoflow.errors import EngineError, InvalidLogitsError
+from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
 from nanoflow.processor import Processor
 from nanoflow.progress import Progress
@@ -108,6 +109,11 @@ class LLM:
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._runtime.vocab_size
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's dimensions and traits."""
+        return self._runtime.model
 
     @property
     def device_description(self) -> str:

@@ -18,6 +18,7 @@ from nanoflow.config import (
     derive_limits,
 )
 from nanoflow.loading import Checkpoint, open_checkpoint
+from nanoflow.models.config import ModelConfig
 from nanoflow.schedule import find_schedule
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
@@ -37,6 +38,7 @@ class Runtime:
     limits: EngineLimits
     device: str  # what the backend says of itself
     vocab_size: int
+    model: ModelConfig
     config: Mapping[str, Any]  # as in config.json
     generation_config: Mapping[str, Any]  # as in generation_config.json
     tokenizer: Tokenizer | None
@@ -87,6 +89,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
         limits=limits,
         device=backend.description,
         vocab_size=checkpoint.model.vocab_size,
+        model=checkpoint.model,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
         tokenizer=tokenizer,
@@ -143,9 +146,7 @@ def _engine_config(limits: EngineLimits) -> _core.EngineConfig:
     )
 
 
-def _scheduler_state(
-    limits: EngineLimits, cuts: list[float], args: EngineArgs
-) -> SchedulerState:
+def _scheduler_state(limits: EngineLimits, cuts: list[float], args: EngineArgs) -> SchedulerState:
     return SchedulerState(
         Policy(Dealer(cuts, limits.max_num_seqs), limits.max_num_batched_tokens),
         Slots(limits.max_num_seqs, limits.max_model_len, limits.page_size),

@@ -11,8 +11,10 @@ import pytest
 from nanoflow.bench import gpu_profile, result, telemetry
 from nanoflow.bench.ceiling import gemm_ceiling_tflops
 from nanoflow.bench.gpu_profile import Kernel, ProfileError, Profiler, kernels_of, summarize
+from nanoflow.bench.steady import SteadyState
 from nanoflow.bench.telemetry import Power, Sample, Telemetry, power
 from nanoflow.config import EngineArgs
+from nanoflow.models.llama import parse_config
 
 
 def test_power_is_energy_by_time():
@@ -177,6 +179,23 @@ def test_result_files_are_named_by_what_was_run(tmp_path):
     name = "llama-2-7b-512x512-overlap-whole.json"
     assert result.result_path(tmp_path, found).name == name
     assert result.schedule_name(EngineArgs(model="m", schedule="a/best.json")) == "best"
+
+
+def test_counts_the_work_of_matrix_products():
+    model = parse_config(
+        {
+            "vocab_size": 100,
+            "hidden_size": 8,
+            "intermediate_size": 10,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+    )
+    state = SteadyState(2.0, 5, 1000, 500, mean_input=200, mean_output=100)
+    # weights: q 64, k and v 32 each, o 64, mlp 240; head 800
+    flop = 2 * (1495 * 3 * (64 + 2 * 32 + 64 + 240) + 500 * 800)
+    assert result.matrix_tflops(model, state) == pytest.approx(flop / 2 * 1e-12)
 
 
 def test_energy_says_why_it_is_missing():

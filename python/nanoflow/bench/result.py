@@ -9,8 +9,10 @@ from typing import Any
 
 from nanoflow.bench import environment
 from nanoflow.bench.gpu_profile import Profile
+from nanoflow.bench.steady import SteadyState
 from nanoflow.bench.telemetry import Power
 from nanoflow.config import EngineArgs, EngineLimits
+from nanoflow.models.config import ModelConfig
 
 USUAL_MODEL = "llama-3.1-8b"  # results of other models have the model in their files' names
 
@@ -67,6 +69,19 @@ def kernels(profile: Profile | None, reason: str | None) -> dict[str, Any]:
         "gpu_idle_pct": profile.gpu_idle_pct,
         "profile": profile.to_json(),
     }
+
+
+def matrix_tflops(model: ModelConfig, state: SteadyState) -> float:
+    """TFLOP/s of the matrix products with weights that the window's tokens took.
+
+    Every token but a request's last passes through all layers; what is sampled, through the head.
+    """
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    layer = (heads + 3 * model.intermediate_size) * model.hidden_size
+    head = model.vocab_size * model.hidden_size
+    output = state.output_tokens
+    rows = state.prompt_tokens + output * (1 - 1 / state.mean_output)
+    return 2 * (rows * model.num_layers * layer + output * head) / state.seconds * 1e-12
 
 
 def circumstances(

@@ -111,7 +111,8 @@ class _Runner:
             **self._how,
         )
         return _Outcome(
-            rates=_rates(run),
+            rates=_rates(run)
+            | {"matrix_tflops": result.matrix_tflops(self._llm.model_config, run.state)},
             kernels=result.kernels(run.profile, no_profile or run.profile_reason),
             text=[throughput.steady_line(run.state)],
             begin=run.begin,
