@@ -20,6 +20,7 @@ class Sequence:
 
     tokens: list[int]
     slot: int
+    temperature: float = 0.0
     pages: list[int] = field(default_factory=list)
     computed: int = 0
 
@@ -46,8 +47,9 @@ def load_engine(
     max_model_len: int = 128,
     jitter_us: int = 0,
     row_granularity: int = 0,
+    load_format: str = "auto",
 ) -> _core.Engine:
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, load_format)
     backend = _core.Backend(device, threads=threads if device == "cpu" else 0, isa=isa)
     weights = _core.Weights(_core.ModelSpec(**checkpoint.model.spec_arguments(dtype)), backend)
     checkpoint.load_weights(weights)
@@ -73,15 +75,21 @@ class EngineDriver:
         self._free_pages = [int(page) for page in pages]
         self._next_slot = 0
 
-    def add(self, tokens: list[int]) -> Sequence:
-        sequence = Sequence(list(tokens), self._next_slot)
+    def add(self, tokens: list[int], temperature: float = 0.0) -> Sequence:
+        """A sequence whose samples are drawn at this temperature, seeded by its slot."""
+        sequence = Sequence(list(tokens), self._next_slot, temperature)
         self._next_slot += 1
         return sequence
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives its pages back; no step may be in flight."""
+        self._free_pages += sequence.pages
+        sequence.pages = []
 
     def batch(self, segments: list[list[Chunk]], want_timings: bool = False) -> _core.Batch:
         tokens, positions, indptr, kv_len = [], [], [0], []
         page_indptr, page_indices, segment_requests = [0], [], [0]
-        sample_rows, slots, counters = [], [], []
+        sample_rows, slots, counters, temperatures = [], [], [], []
         spare_slots = iter(range(self.engine.config.max_num_seqs - 1, -1, -1))
         for segment in segments:
             for chunk in segment:
@@ -99,12 +107,15 @@ class EngineDriver:
                 if chunk.all_logits:
                     sample_rows += range(indptr[-2], indptr[-1])
                     slots += [next(spare_slots) for _ in range(chunk.rows)]
+                    counters += [0] * chunk.rows
+                    temperatures += [0.0] * chunk.rows
                 elif end == len(s.tokens):
                     sample_rows.append(indptr[-1] - 1)
                     slots.append(s.slot)
+                    counters.append(end)
+                    temperatures.append(s.temperature)
             segment_requests.append(len(kv_len))
         n = len(sample_rows)
-        counters = [0] * n
 
         def ints(values: list[int]) -> NDArray[np.int32]:
             return np.asarray(values, dtype=np.int32)
@@ -119,11 +130,11 @@ class EngineDriver:
             segment_requests=ints(segment_requests),
             sample_rows=ints(sample_rows),
             slots=ints(slots),
-            temperature=np.zeros(n, np.float32),
+            temperature=np.asarray(temperatures, np.float32),
             top_p=np.ones(n, np.float32),
             min_p=np.zeros(n, np.float32),
             top_k=ints([0] * n),
-            seed=np.zeros(n, np.uint64),
+            seed=np.asarray(slots, np.uint64),
             counter=ints(counters),
             banned_indptr=ints([0] * (n + 1)),
             banned=ints([]),
