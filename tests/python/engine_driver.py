@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nanoflow import _core
 from nanoflow.loading import open_checkpoint
+from random_models import fill
 
 PAGE_SIZE = 4
 
@@ -47,12 +48,16 @@ def load_engine(
     max_model_len: int = 128,
     jitter_us: int = 0,
     row_granularity: int = 0,
-    load_format: str = "auto",
+    random_weights: bool = False,
 ) -> _core.Engine:
-    checkpoint = open_checkpoint(model, load_format)
+    """Of a checkpoint, or of a config.json alone with weights of random_models.py."""
+    checkpoint = open_checkpoint(model, "dummy" if random_weights else "auto")
     backend = _core.Backend(device, threads=threads if device == "cpu" else 0, isa=isa)
     weights = _core.Weights(_core.ModelSpec(**checkpoint.model.spec_arguments(dtype)), backend)
-    checkpoint.load_weights(weights)
+    if random_weights:
+        fill(weights)
+    else:
+        checkpoint.load_weights(weights)
     config = _core.EngineConfig(
         max_num_batched_tokens=max_rows,
         max_num_seqs=max_seqs,

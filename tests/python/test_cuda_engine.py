@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from conftest import has_cuda
 from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import _core
-from tiny_models import write_tiny_llama
+from random_models import SHAPES, write_config
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
 
@@ -38,18 +38,12 @@ SCHEDULES = {
         PING_PONG,
     ),
 }
-HEADS = {
-    64: {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384},
-    128: {"hidden_size": 512, "num_heads": 4, "num_kv_heads": 1, "intermediate_size": 1024},
-}
+DTYPES = ("bfloat16", "float16")
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module", params=SHAPES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    head_dim: int = request.param
-    return write_tiny_llama(
-        tmp_path_factory.mktemp(f"llama{head_dim}"), num_layers=3, **HEADS[head_dim]
-    )
+    return write_config(tmp_path_factory.mktemp(request.param), **SHAPES[request.param])
 
 
 def prompts() -> list[list[int]]:
@@ -88,7 +82,13 @@ def make_engine(
     model: Path, schedule: _core.Schedule, dtype: str, device: str, jitter_us: int = 0
 ) -> _core.Engine:
     return load_engine(
-        model, schedule, dtype=dtype, device=device, max_seqs=sum(LENGTHS), jitter_us=jitter_us
+        model,
+        schedule,
+        dtype=dtype,
+        device=device,
+        max_seqs=sum(LENGTHS),
+        jitter_us=jitter_us,
+        random_weights=True,
     )
 
 
@@ -102,16 +102,36 @@ def exact(model: Path) -> list[Logits]:
     return on_cpu(model, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("chunk_rows", [1, 17, 100])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.fixture(scope="module")
+def cpu_error(model: Path, exact: list[Logits]) -> dict[str, float]:
+    return {dtype: error(on_cpu(model, dtype), exact) for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "chunk_rows"),
+    [
+        ("sequential", 1),
+        ("sequential", 100),
+        pytest.param("sequential", 17, marks=pytest.mark.sanitizer),
+        ("narrow", 17),
+        ("partitioned", 1),
+        ("partitioned", 100),
+        pytest.param("partitioned", 17, marks=pytest.mark.sanitizer),
+    ],
+)
 def test_logits_are_as_good_as_the_cpus(
-    model: Path, exact: list[Logits], dtype: str, chunk_rows: int, name: str
+    model: Path,
+    exact: list[Logits],
+    cpu_error: dict[str, float],
+    dtype: str,
+    name: str,
+    chunk_rows: int,
 ) -> None:
     """No farther from float32 than the CPU's in the same dtype, but for chance."""
     actual = logits_of(make_engine(model, SCHEDULES[name], dtype, "cuda"), chunk_rows)
     assert np.concatenate(exact).std() > 0.5
-    assert error(actual, exact) <= 1.3 * error(on_cpu(model, dtype), exact)
+    assert error(actual, exact) <= 1.3 * cpu_error[dtype]
 
 
 def test_delays_change_no_bit(model: Path) -> None:

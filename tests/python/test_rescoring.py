@@ -12,7 +12,7 @@ from conftest import DEVICES
 from engine_driver import Chunk, EngineDriver, Sequence, load_engine
 from nanoflow import _core
 from nanoflow.schedule import built_in_schedule
-from tiny_models import write_tiny_llama
+from random_models import SHAPES, write_config
 
 PROMPTS = (1, 3, 17, 40, 5, 64, 33, 2)  # tokens of each
 NEW_TOKENS = 126  # 1,000 in all
@@ -25,16 +25,9 @@ SWAPPED = (2, 6)  # sequences
 Logits = NDArray[np.float32]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(
-        tmp_path_factory.mktemp("llama"),
-        num_layers=3,
-        hidden_size=256,
-        intermediate_size=384,
-        initializer_range=0.08,
-        dtype="bfloat16",
-    )
+@pytest.fixture(scope="module", params=["llama3-d64", "llama3-d128"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp(request.param), **SHAPES[request.param])
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -48,6 +41,7 @@ def engine(request: pytest.FixtureRequest, model: Path) -> _core.Engine:
         device=device,
         threads=2,
         max_model_len=256,
+        random_weights=True,
     )
 
 
@@ -119,7 +113,9 @@ def test_decoding_and_prefilling_say_the_same(engine: _core.Engine) -> None:
 
 def test_on_a_cpu_they_say_it_bit_for_bit(model: Path) -> None:
     schedule = built_in_schedule("overlap", 2)
-    driver = EngineDriver(load_engine(model, schedule, dtype="bfloat16", max_model_len=256))
+    driver = EngineDriver(
+        load_engine(model, schedule, dtype="bfloat16", max_model_len=256, random_weights=True)
+    )
     sequences, decoded = decode(driver)
     np.testing.assert_array_equal(prefill(driver, sequences), decoded)
 

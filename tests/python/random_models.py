@@ -1,0 +1,72 @@
+"""Tiny models of random numbers, made without torch: a config.json, and weights drawn in NumPy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanoflow import _core
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-d64": {
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "llama2-d128": {
+        "hidden_size": 512,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "llama3-d64": {
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "llama3-d128": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+
+
+def write_config(directory: Path, **changes: Any) -> Path:
+    """Writes the config.json of a Llama of three layers; the directory."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 160,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        **changes,
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def fill(weights: _core.Weights, seed: int = 0) -> None:
+    """Draws all weights so that activations and logits stay around 1 and every op matters."""
+    rng = np.random.default_rng(seed)
+    for name, shape in weights.shapes().items():
+        values = rng.standard_normal(shape, np.float32)
+        is_vector = len(shape) == 1
+        weights.load(name, 1 + values / 10 if is_vector else 1.2 * values / shape[-1] ** 0.5)
