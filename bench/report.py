@@ -1,4 +1,4 @@
-"""Print the results table of README.md from the JSON files under bench/results/cpu.
+"""Print the results tables of README.md from the JSON files under bench/results.
 
 python bench/report.py            # print it
 python bench/report.py --update   # and put it into README.md
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path("bench/results/cpu")
+RESULTS = Path("bench/results")
+CPU = RESULTS / "cpu"
 BEGIN = "<!-- results: python bench/report.py -->\n"
 END = "<!-- end of results -->\n"
 
@@ -53,19 +54,84 @@ ROWS: Mapping[str, Callable[[Result], list[tuple[str, str]]]] = {
 }
 
 
-def table(root: Path = ROOT) -> str:
-    """The table in Markdown, with what it was measured on and the command behind every row."""
+def cpu_table(root: Path) -> str:
+    """With what it was measured on and the command behind every row."""
     lines = ["| what | result | JSON, command |", "| --- | --- | --- |"]
     devices = {}
     for name, rows_of in ROWS.items():
-        result = json.loads((root / RESULTS / name).read_text())
+        result = json.loads((root / CPU / name).read_text())
         devices[result["device"]] = None
-        source = f"[{name}]({RESULTS / name}), `{result['command']}`"
+        source = f"[{name}]({CPU / name}), `{result['command']}`"
         for what, value in rows_of(result):
             lines.append(f"| {what} | {value} | {source} |")
             source = "″"
-    head = f"SmolLM2-135M-Instruct on {'; '.join(devices)}.\n\n"
-    return head + "\n".join(lines) + "\n"
+    return f"SmolLM2-135M-Instruct on {'; '.join(devices)}.\n\n" + "\n".join(lines) + "\n"
+
+
+def gpu_results(root: Path) -> dict[str, Result]:
+    """Runs of whole models on GPUs by their paths; what times single kernels is left out."""
+    paths = sorted(path for path in (root / RESULTS).glob("*/*.json") if path.parent.name != "cpu")
+    found = {str(path.relative_to(root)): json.loads(path.read_text()) for path in paths}
+    return {path: result for path, result in found.items() if "workload" in result}
+
+
+def is_peer(result: Result) -> bool:
+    return "engine" in result
+
+
+def gpu_table(root: Path) -> str:
+    """A row for every steady state, with the whole run and the peers on the same GPU beside it."""
+    results = gpu_results(root)
+    peers = sorted({r["schedule"] for r in results.values() if is_peer(r)})
+    head = ["workload, schedule", "total tok/s", "whole run", *peers, "W", "MHz", "mJ/token"]
+    head += ["step ms", "kernels ms", "GPU idle %", "of GEMM peak %"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    gpus = {}
+    for path, result in results.items():
+        if is_peer(result) or result["measured"] == "whole run":
+            continue
+        gpus[result["gpu"]] = None
+        beside = {
+            "whole run" if other["measured"] == "whole run" else other["schedule"]: other
+            for other in results.values()
+            if all(other[key] == result[key] for key in ("gpu", "model", "workload"))
+            and (is_peer(other) or other["schedule"] == result["schedule"])
+        }
+        lines.append(gpu_row(path, result, beside, peers))
+    if not gpus:
+        return ""
+    return (
+        f"Random weights of the named shape on one {' or '.join(gpus)}: steady state, in tokens of "
+        "prompt and output, as [steady.py](python/nanoflow/bench/steady.py) defines it. Each JSON "
+        "has its command.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def gpu_row(path: str, result: Result, beside: Mapping[str, Result], peers: Sequence[str]) -> str:
+    def number(value: float | None, digits: int, scale: float = 1.0) -> str:
+        return "" if value is None else f"{value * scale:.{digits}f}"
+
+    ceiling = result["gemm_ceiling_tflops"]
+    peak = result["matrix_tflops"] / ceiling if ceiling else None
+    others = [("whole run", "total_tok_s"), *((peer, "steady_total_tok_s") for peer in peers)]
+    cells = [
+        f"[{result['model']} {result['workload']}, {result['schedule']}]({path})",
+        f"**{number(result['steady_total_tok_s'], 0)}**",
+        *(number(beside[name][key] if name in beside else None, 0) for name, key in others),
+        number(result["watts"], 0),
+        number(result["sm_mhz"], 0),
+        number(result["j_per_token"], 1, 1e3),
+        number(result["step_ms"], 2),
+        number(result["kernel_sum_ms"], 2),
+        number(result["gpu_idle_pct"], 1),
+        number(peak, 0, 100),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(root: Path = ROOT) -> str:
+    """Both tables in Markdown."""
+    return "\n".join(filter(None, (gpu_table(root), cpu_table(root))))
 
 
 def replace(readme: str, fresh: str) -> str:

@@ -1,6 +1,7 @@
 """README, CONTRIBUTING and CI say the same as the files they speak of."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -73,7 +74,48 @@ def test_readme_shows_the_results_of_the_json_files():
 
 def test_results_keep_the_command_that_made_them():
     report = load(ROOT / "bench" / "report.py")
-    assert set(report.ROWS) == {path.name for path in (ROOT / report.RESULTS).glob("*.json")}
+    assert set(report.ROWS) == {path.name for path in (ROOT / report.CPU).glob("*.json")}
+
+
+GPU_RESULT = {
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "model": "llama-3.1-8b",
+    "workload": "512x512",
+    "schedule": "sequential",
+    "measured": "steady state",
+    "total_tok_s": 24500.0,
+    "steady_total_tok_s": 24321.4,
+    "watts": 690.2,
+    "sm_mhz": 1701.0,
+    "j_per_token": 0.02838,
+    "step_ms": 42.1,
+    "kernel_sum_ms": 41.8,
+    "gpu_idle_pct": 0.44,
+    "matrix_tflops": 330.0,
+    "gemm_ceiling_tflops": 660.0,
+}
+
+
+def test_report_shows_gpus_beside_whole_runs_and_peers(tmp_path):
+    report = load(ROOT / "bench" / "report.py")
+    folder = tmp_path / report.RESULTS / "h100"
+    folder.mkdir(parents=True)
+    assert report.gpu_table(tmp_path) == ""
+    whole = GPU_RESULT | {"measured": "whole run", "total_tok_s": 23100.0}
+    peer = GPU_RESULT | {"schedule": "vllm-0.26.0", "steady_total_tok_s": 22900.0, "engine": "x"}
+    other = GPU_RESULT | {"workload": "chats", "watts": None, "gemm_ceiling_tflops": None}
+    for name, result in (("a", GPU_RESULT), ("b", whole), ("c", peer), ("d", other)):
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    (folder / "cuda-gemm.json").write_text("{}")
+    table = report.gpu_table(tmp_path)
+    assert "vllm-0.26.0 | W |" in table
+    first, second = [line for line in table.splitlines() if "json)" in line]
+    assert first.endswith(
+        "(bench/results/h100/a.json) | **24321** | 23100 | 22900 | 690 | 1701 | 28.4 | 42.10 "
+        "| 41.80 | 0.4 | 50 |"
+    )
+    assert "llama-3.1-8b chats, sequential" in second
+    assert "| **24321** |  |  |  | 1701 |" in second and second.endswith("| 0.4 |  |")
 
 
 def test_report_needs_its_marks():
