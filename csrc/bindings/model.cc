@@ -71,8 +71,13 @@ void register_model(py::module_& m) {
           },
           py::arg("name"), py::arg("array"), py::arg("row_begin") = 0,
           "Copies rows into a tensor, converting float32, float16 or bfloat16 (a uint16 array).")
-      .def("check_complete", &Weights::check_complete,
-           "Raises EngineError naming every tensor with rows that were never loaded.")
+      .def(
+          "fill_normal", &Weights::fill_normal, py::arg("name"), py::arg("seed"), py::arg("mean"),
+          py::arg("std"), py::call_guard<py::gil_scoped_release>(),
+          "Fills a tensor with normal random values, on the device; they depend on the seed alone.")
+      .def("finish", &Weights::finish, py::call_guard<py::gil_scoped_release>(),
+           "Waits for the copies. Raises EngineError naming every tensor with rows that were never "
+           "loaded.")
       .def("shapes",
            [](const Weights& weights) {
              py::dict shapes;

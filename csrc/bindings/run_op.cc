@@ -149,6 +149,13 @@ Op make_sample(Operands& a) {
                 .sampled = a.out("sampled")};
 }
 
+Op make_fill_normal(Operands& a) {
+  return FillNormal{.out = a.out("out"),
+                    .seed = a.scalar<uint64_t>("seed"),
+                    .mean = a.scalar<float>("mean"),
+                    .std = a.scalar<float>("std")};
+}
+
 constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Embed::kName, make_embed},
     {RmsNorm::kName, make_rms_norm},
@@ -159,6 +166,7 @@ constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {SiluMul::kName, make_silu_mul},
     {GatherRows::kName, make_gather_rows},
     {Sample::kName, make_sample},
+    {FillNormal::kName, make_fill_normal},
 };
 
 Op make_op(const std::string& name, const py::kwargs& values, Mirror* mirror) {

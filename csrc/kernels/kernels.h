@@ -26,6 +26,7 @@ class Kernels {
   virtual void run(const SiluMul& op, Lane& lane) = 0;
   virtual void run(const GatherRows& op, Lane& lane) = 0;
   virtual void run(const Sample& op, Lane& lane) = 0;
+  virtual void run(const FillNormal& op, Lane& lane) = 0;
 };
 
 }  // namespace nanoflow

@@ -53,6 +53,9 @@ Regions GatherRows::writes() const { return {memory(out)}; }
 Regions Sample::reads() const { return {memory(logits)}; }
 Regions Sample::writes() const { return {memory(logits), memory(token_pool), memory(sampled)}; }
 
+Regions FillNormal::reads() const { return {}; }
+Regions FillNormal::writes() const { return {memory(out)}; }
+
 std::string_view name_of(const Op& op) {
   return std::visit([](const auto& o) { return o.kName; }, op);
 }

@@ -190,8 +190,20 @@ struct Sample {
   Regions writes() const;
 };
 
+/// out[i] = mean + std * n(seed, i), where n is normal_sum of kernels/random.h over its deviation:
+/// a value depends on the seed and its index in out alone, and all backends agree to the last bit.
+struct FillNormal {
+  Tensor out;  // of any shape, contiguous
+  uint64_t seed;
+  float mean, std;
+
+  static constexpr std::string_view kName = "fill_normal";
+  Regions reads() const;
+  Regions writes() const;
+};
+
 using Op = std::variant<Embed, RmsNorm, AddRmsNorm, Gemm, RopeAppend, PlanAttention, Attention,
-                        SiluMul, GatherRows, Sample>;
+                        SiluMul, GatherRows, Sample, FillNormal>;
 
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);

@@ -1,5 +1,7 @@
 #include "kernels/shapes.h"
 
+#include <cmath>
+
 #include "core/error.h"
 #include "core/match.h"
 
@@ -83,6 +85,12 @@ void check_shapes(const Sample& op) {
   NF_CHECK(match["S + 1"] == match["S"] + 1, "sample: banned_indptr is ", tables.banned_indptr,
            " for ", match["S"], " rows");
   NF_CHECK(match["V"] > 0, "sample: logits is ", op.logits, ", without a vocabulary");
+}
+
+void check_shapes(const FillNormal& op) {
+  NF_CHECK(op.out.is_contiguous(), "fill_normal: out is ", op.out, ", not contiguous");
+  NF_CHECK(std::isfinite(op.mean) && std::isfinite(op.std) && op.std >= 0, "fill_normal: mean is ",
+           op.mean, " and std ", op.std, "; both must be finite, std at least 0");
 }
 
 }  // namespace nanoflow

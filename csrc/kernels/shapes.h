@@ -13,5 +13,6 @@ void check_shapes(const RopeAppend& op);
 void check_shapes(const SiluMul& op);
 void check_shapes(const GatherRows& op);
 void check_shapes(const Sample& op);
+void check_shapes(const FillNormal& op);
 
 }  // namespace nanoflow

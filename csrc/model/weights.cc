@@ -11,18 +11,6 @@ namespace {
 
 constexpr int kTensorsPerLayer = 6;
 
-void convert(const void* from, DType from_dtype, void* to, DType to_dtype, size_t count) {
-  dispatch_float(to_dtype, "weights", [&](auto tag) {
-    using To = typename decltype(tag)::type;
-    dispatch_float(from_dtype, "weights", [&](auto from_tag) {
-      using From = typename decltype(from_tag)::type;
-      const From* source = static_cast<const From*>(from);
-      To* target = static_cast<To*>(to);
-      for (size_t i = 0; i < count; ++i) target[i] = static_cast<To>(static_cast<float>(source[i]));
-    });
-  });
-}
-
 }  // namespace
 
 Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
@@ -46,7 +34,6 @@ Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
                  ? embed_
                  : arena_.add("lm_head", spec_.dtype, {spec_.vocab_size, hidden});
   arena_.bind(backend_->allocate(arena_.bytes()));
-  lane_ = backend_->make_lane(backend_->width());
   for (const Arena::Entry& entry : arena_.entries()) {
     loaded_.emplace_back(static_cast<size_t>(entry.shape[0]), false);
   }
@@ -70,6 +57,7 @@ void Weights::load(const std::string& name, int64_t row_begin, const void* data,
                    DType dtype) {
   const Place place = find(name);
   const Tensor tensor = arena_.tensor(place.entry);
+  dispatch_float(dtype, name, [](auto) {});  // throws
   const auto row_values = static_cast<size_t>(tensor.numel() / tensor.size(0));
   const size_t row_bytes = row_values * size_of(dtype);
   NF_CHECK(bytes % row_bytes == 0, "weight ", name, " is ", tensor, "; ", bytes,
@@ -77,23 +65,34 @@ void Weights::load(const std::string& name, int64_t row_begin, const void* data,
   const auto rows = static_cast<int64_t>(bytes / row_bytes);
   NF_CHECK(row_begin >= 0 && row_begin + rows <= place.rows, "weight ", name, " has ", place.rows,
            " rows, not rows [", row_begin, ", ", row_begin + rows, ")");
-  const void* source = data;
-  if (dtype != tensor.dtype()) {
-    const size_t values = static_cast<size_t>(rows) * row_values;
-    const size_t needed = values * size_of(tensor.dtype());
-    if (staging_.bytes() < needed) staging_ = backend_->allocate_host(needed);
-    convert(data, dtype, staging_.data(), tensor.dtype(), values);
-    source = staging_.data();
+  std::vector<RowRun> runs;
+  for (int64_t i = row_begin; i < row_begin + rows; ++i) {
+    const int64_t row = place.row(i);
+    if (runs.empty() || runs.back().row + runs.back().count != row) runs.push_back({row, 0});
+    ++runs.back().count;
+    loaded_[place.entry][row] = true;
   }
-  const Tensor target = tensor.slice_rows(place.row(row_begin), place.row(row_begin) + rows);
-  backend_->copy(target.bytes(), source, target.span_bytes(), *lane_);
-  const auto done = backend_->make_event();
-  lane_->record(*done);
-  done->synchronize();
-  std::fill_n(loaded_[place.entry].begin() + place.row(row_begin), rows, true);
+  uploader().write(tensor, runs, data, dtype);
 }
 
-void Weights::check_complete() const {
+void Weights::fill_normal(const std::string& name, uint64_t seed, float mean, float std) {
+  const Place place = find(name);
+  const Tensor tensor = arena_.tensor(place.entry);
+  NF_CHECK(place.rows == tensor.size(0), "weight ", name, " is only a part of ",
+           arena_.entries()[place.entry].name, "; fill that");
+  const FillNormal fill{.out = tensor, .seed = seed, .mean = mean, .std = std};
+  backend_->kernels().run(fill, uploader().lane());
+  std::fill(loaded_[place.entry].begin(), loaded_[place.entry].end(), true);
+}
+
+Uploader& Weights::uploader() {
+  if (uploader_ == nullptr) uploader_ = std::make_unique<Uploader>(*backend_);
+  return *uploader_;
+}
+
+void Weights::finish() {
+  if (uploader_ != nullptr) uploader_->finish();
+  uploader_.reset();
   std::ostringstream missing;
   for (size_t i = 0; i < loaded_.size(); ++i) {
     const auto rows = std::count(loaded_[i].begin(), loaded_[i].end(), false);

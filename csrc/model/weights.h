@@ -9,6 +9,7 @@
 #include "core/tensor.h"
 #include "kernels/backend.h"
 #include "model/spec.h"
+#include "model/upload.h"
 
 namespace nanoflow {
 
@@ -34,13 +35,17 @@ class Weights {
   Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
 
   /// Copies rows [row_begin, row_begin + rows) of a tensor from host memory, converting between
-  /// floating dtypes. `data` holds whole rows, contiguous. layers.N.gate and layers.N.up, [I, H]
-  /// each, are names too: their rows go to their places in gate_up. Throws Error on an unknown
-  /// name, rows outside the tensor, or a byte count that is not a multiple of a row.
+  /// floating dtypes. `data` holds whole rows, contiguous, and is free once this returns.
+  /// layers.N.gate and layers.N.up, [I, H] each, are names too: their rows go to their places in
+  /// gate_up. Throws Error on an unknown name, rows outside the tensor, or a byte count that is not
+  /// a multiple of a row.
   void load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
             DType dtype);
-  /// Throws one Error that names every tensor with rows that were never loaded.
-  void check_complete() const;
+  /// Fills a tensor with random values on the device: see FillNormal.
+  void fill_normal(const std::string& name, uint64_t seed, float mean, float std);
+  /// Waits until everything has reached the device, and frees what loading took. Throws what made a
+  /// copy fail, or one Error that names every tensor with rows that were never loaded.
+  void finish();
 
   const ModelSpec& spec() const { return spec_; }
   const std::shared_ptr<Backend>& backend() const { return backend_; }
@@ -62,14 +67,14 @@ class Weights {
   };
 
   Place find(const std::string& name) const;
+  Uploader& uploader();
 
   ModelSpec spec_;
   std::shared_ptr<Backend> backend_;
   Arena arena_;
   int embed_ = 0, norm_ = 0, lm_head_ = 0, first_layer_ = 0;  // arena indices
-  std::unique_ptr<Lane> lane_;                                // of the copies
-  Buffer staging_;                                            // converted rows
   std::vector<std::vector<bool>> loaded_;                     // per entry, per row
+  std::unique_ptr<Uploader> uploader_;                        // while weights are loaded
 };
 
 }  // namespace nanoflow

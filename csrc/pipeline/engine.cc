@@ -49,7 +49,7 @@ class Engine::Impl {
 Engine::Engine(const EngineConfig& config, std::shared_ptr<Weights> weights,
                const Schedule& schedule) {
   NF_CHECK(weights != nullptr, "the engine needs weights");
-  weights->check_complete();
+  weights->finish();
   check(config, weights->spec());
   impl_ = std::make_unique<Impl>(config, std::move(weights));
   set_schedule(schedule);

@@ -108,9 +108,19 @@ class Weights:
     The weights of one rank in the backend's memory, filled tensor by tensor.
     """
     def __init__(self, spec: ModelSpec, backend: Backend) -> None: ...
-    def check_complete(self) -> None:
+    def fill_normal(
+        self,
+        name: str,
+        seed: typing.SupportsInt | typing.SupportsIndex,
+        mean: typing.SupportsFloat | typing.SupportsIndex,
+        std: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None:
         """
-        Raises EngineError naming every tensor with rows that were never loaded.
+        Fills a tensor with normal random values, on the device; they depend on the seed alone.
+        """
+    def finish(self) -> None:
+        """
+        Waits for the copies. Raises EngineError naming every tensor with rows that were never loaded.
         """
     def load(
         self,

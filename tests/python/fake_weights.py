@@ -11,20 +11,30 @@ from nanoflow.loading.tensors import CHUNK_BYTES, CheckpointTensor
 
 
 class FakeWeights:
-    """Keeps what a `_core.Weights` would: every tensor as float32, and which rows were filled."""
+    """Keeps what a `_core.Weights` would: every tensor as float32, and which rows were filled.
 
-    def __init__(self) -> None:
+    `shapes`: the tensors there are, for those who ask."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
+        self._shapes = shapes or {}
+        self.filled: dict[str, tuple[int, float, float]] = {}  # seed, mean, std
         self.parts: dict[str, list[tuple[int, NDArray[np.float32]]]] = {}
         self.largest = 0  # bytes of the largest array it was given
-        self.is_checked = False
+        self.is_finished = False
 
     def load(self, name: str, array: NDArray[Any], row_begin: int = 0) -> None:
         assert array.flags.c_contiguous and array.flags.aligned
         self.largest = max(self.largest, array.nbytes)
         self.parts.setdefault(name, []).append((row_begin, as_float32(array).copy()))
 
-    def check_complete(self) -> None:
-        self.is_checked = True
+    def fill_normal(self, name: str, seed: int, mean: float, std: float) -> None:
+        self.filled[name] = (seed, mean, std)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def finish(self) -> None:
+        self.is_finished = True
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """All rows in order; fails when some are missing or were given twice."""

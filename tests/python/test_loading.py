@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import tracemalloc
-from math import prod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from fake_weights import FakeWeights, read
 from nanoflow.loading import open_checkpoint
-from nanoflow.loading.dummy import RandomTensor
 from nanoflow.loading.loader import load_weights
-from nanoflow.loading.tensors import CHUNK_BYTES
 from nanoflow.models import CheckpointWeight, WeightTarget
 from tiny_models import tiny_llama, write_tiny_llama
-
-MIB = 1 << 20
-
 
 # ---- filling weights ----
 
@@ -62,7 +57,7 @@ def test_weights_are_fused_by_rows(tmp_path: Path, dtype: str, tied: bool) -> No
     assert ("lm_head.weight" in state) != tied
     weights = FakeWeights()
     open_checkpoint(tmp_path).load_weights(weights)
-    assert weights.is_checked
+    assert weights.is_finished
     expected = expected_weights(state, num_layers=2)
     assert weights.parts.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -99,8 +94,22 @@ def test_a_head_beside_tied_embeddings_is_not_read(tmp_path: Path) -> None:
     assert "lm_head" not in weights.parts
 
 
+@dataclass(frozen=True)
+class CountedTensor:
+    """A tensor whose rows say where they are, handed out a few at a time."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str = "F32"
+
+    def chunks(self, max_bytes: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        rows = np.arange(self.shape[0] * self.shape[1], dtype=np.float32).reshape(self.shape)
+        for begin in range(0, self.shape[0], 4):
+            yield begin, rows[begin : begin + 4]
+
+
 def test_rows_of_one_tensor_may_fill_several_targets() -> None:
-    fused = RandomTensor("fused", (10, 1 << 20), seed=0)  # a chunk holds 16 rows of 4 MiB
+    fused = CountedTensor("fused", (10, 3))
     targets = (WeightTarget("a", 5, 3), WeightTarget("b", 0, 7))
     weights = FakeWeights()
     load_weights(
@@ -125,33 +134,22 @@ def test_dummy_weights_need_a_config_only_and_depend_on_the_seed(tmp_path: Path)
     config["architectures"] = ["LlamaForCausalLM"]
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    def load(seed: int) -> dict[str, NDArray[np.float32]]:
-        weights = FakeWeights()
+    def fill(seed: int) -> dict[str, tuple[int, float, float]]:
+        weights = FakeWeights({"norm": (64,), "layers.0.o": (64, 64), "layers.1.o": (64, 64)})
         open_checkpoint(tmp_path, "dummy", seed=seed).load_weights(weights)
-        return {name: weights.tensor(name) for name in weights.parts}
+        assert weights.is_finished
+        return weights.filled
 
-    first, again, other = load(0), load(0), load(1)
-    for name, tensor in first.items():
-        np.testing.assert_array_equal(tensor, again[name])
-        assert not np.array_equal(tensor, other[name])
-    assert first["norm"].mean() == pytest.approx(1, abs=0.1)
-    assert first["layers.0.qkv"].std() == pytest.approx(0.02, rel=0.1)
-    assert not np.array_equal(first["layers.0.o"], first["layers.1.o"])
-
-
-def test_dummy_tensors_do_not_depend_on_chunks() -> None:
-    tensor = RandomTensor("a", (101, 33), seed=3)
-    np.testing.assert_array_equal(read(tensor, 1000), read(tensor))
-
-
-def test_dummy_tensors_are_drawn_in_chunks() -> None:
-    tensor = RandomTensor("a", (512 * 1024, 128), seed=0)  # 256 MiB
-    tracemalloc.start()
-    total = sum(len(rows) for _, rows in tensor.chunks())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert total * 512 == prod(tensor.shape) * 4
-    assert peak < 2 * CHUNK_BYTES + 16 * MIB
+    first, again, other = fill(0), fill(0), fill(1)
+    assert first == again
+    assert {name: fill[1:] for name, fill in first.items()} == {
+        "norm": (1.0, 0.1),
+        "layers.0.o": (0.0, 0.02),
+        "layers.1.o": (0.0, 0.02),
+    }
+    seeds = [fill[0] for fill in (*first.values(), *other.values())]
+    assert len(set(seeds)) == 6
+    assert all(0 <= seed < 1 << 64 for seed in (*seeds, fill(-1)["norm"][0]))
 
 
 # ---- opening a checkpoint ----

@@ -158,7 +158,12 @@ class CountingWeights:
         self.largest = max(self.largest, array.nbytes)
         self.resident = max(self.resident, resident_file_bytes())
 
-    def check_complete(self) -> None: ...
+    def fill_normal(self, name: str, seed: int, mean: float, std: float) -> None: ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def finish(self) -> None: ...
 
 
 def resident_file_bytes() -> int:

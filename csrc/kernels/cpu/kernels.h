@@ -28,6 +28,7 @@ class CpuKernels : public Kernels {
   void run(const SiluMul& op, Lane& lane) override;
   void run(const GatherRows& op, Lane& lane) override;
   void run(const Sample& op, Lane& lane) override;
+  void run(const FillNormal& op, Lane& lane) override;
 
  private:
   Isa isa_;

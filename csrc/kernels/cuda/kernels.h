@@ -23,6 +23,7 @@ class CudaKernels : public Kernels {
   void run(const SiluMul& op, Lane& lane) override;
   void run(const GatherRows& op, Lane& lane) override;
   void run(const Sample& op, Lane& lane) override;
+  void run(const FillNormal& op, Lane& lane) override;
 
  private:
   DeviceInfo device_;

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nanoflow.loading.dummy import random_tensors
+from nanoflow.loading.dummy import fill_dummy_weights
 from nanoflow.loading.gguf import GgufFile
 from nanoflow.loading.gguf_config import token_ids
 from nanoflow.loading.loader import WeightStore, load_weights
@@ -41,9 +41,7 @@ class Checkpoint:
     gguf: GgufFile | None
 
     def tensors(self) -> Mapping[str, CheckpointTensor]:
-        """All tensors by their Hugging Face names, in the order they lie on disk."""
-        if self.load_format == "dummy":
-            return random_tensors(self.adapter.checkpoint_weights(self.model), self.seed)
+        """All stored tensors by their Hugging Face names, in the order they lie on disk."""
         if self.gguf is not None:
             return self.gguf.tensors()
         return open_safetensors_dir(self.path)
@@ -71,6 +69,9 @@ class Checkpoint:
 
     def load_weights(self, store: WeightStore) -> None:
         """Fills `store` (a `_core.Weights` of this model); errors as loader.load_weights."""
+        if self.load_format == "dummy":
+            fill_dummy_weights(store, self.seed)
+            return
         load_weights(
             store,
             self.tensors(),

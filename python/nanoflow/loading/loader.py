@@ -16,7 +16,11 @@ class WeightStore(Protocol):
 
     def load(self, name: str, array: NDArray[Any], row_begin: int = 0) -> None: ...
 
-    def check_complete(self) -> None: ...
+    def fill_normal(self, name: str, seed: int, mean: float, std: float) -> None: ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def finish(self) -> None: ...
 
 
 def load_weights(
@@ -39,7 +43,7 @@ def load_weights(
             continue
         for begin, rows in tensor.chunks():
             _load_rows(store, weight, begin, rows)
-    store.check_complete()
+    store.finish()
 
 
 def check_tensors(

@@ -1,0 +1,106 @@
+#include "model/weights.h"
+
+#include <doctest/doctest.h>
+
+#include <cstring>
+
+#include "away_backend.h"
+#include "core/error.h"
+#include "kernels/random.h"
+#include "tiny_model.h"
+
+using namespace nanoflow;
+using namespace nanoflow::testing;
+
+namespace {
+
+/// Values that differ from row to row and fit a bfloat16.
+std::vector<float> counted_rows(int64_t rows, int64_t columns) {
+  std::vector<float> values;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      values.push_back(static_cast<float>((7 * row + column) % 251));
+    }
+  }
+  return values;
+}
+
+std::vector<float> values_of(const Tensor& tensor) {
+  std::vector<float> values;
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    values.push_back(static_cast<float>(tensor.data<BFloat16>()[i]));
+  }
+  return values;
+}
+
+size_t bytes_of(const std::vector<float>& values) { return values.size() * sizeof(float); }
+
+}  // namespace
+
+TEST_CASE("weights reach host memory and, through pinned buffers, a device") {
+  const ModelSpec spec = tiny_spec(1, DType::kBF16);
+  for (const std::shared_ptr<Backend>& backend :
+       {make_backend({.device = {}, .threads = 2, .isa = "auto"}),
+        std::shared_ptr<Backend>(std::make_shared<AwayBackend>())}) {
+    Weights weights(spec, backend);
+    const std::vector<float> rows = counted_rows(spec.vocab_size, spec.hidden_size);
+    const int64_t split = 20, columns = spec.hidden_size;
+    const std::vector<float> last(rows.begin() + split * columns, rows.end());
+    weights.load("embed", split, last.data(), bytes_of(last), DType::kF32);
+    std::vector<BFloat16> first;
+    for (int64_t i = 0; i < split * columns; ++i) first.emplace_back(rows[i]);
+    weights.load("embed", 0, first.data(), first.size() * sizeof(BFloat16), DType::kBF16);
+    for (const Arena::Entry& entry : weights.entries()) {
+      if (entry.name != "embed") weights.fill_normal(entry.name, 3, 0.0f, 1.0f);
+    }
+    weights.finish();
+    CHECK(values_of(weights.embed()) == rows);
+    const BFloat16 second(static_cast<float>(normal_sum(3, 1)) / kNormalSumStd);
+    CHECK(values_of(weights.norm())[1] == static_cast<float>(second));
+  }
+}
+
+TEST_CASE("weights larger than the pinned buffers pass through them in turn") {
+  ModelSpec spec = tiny_spec(1, DType::kBF16);
+  spec.vocab_size = 20000;
+  spec.hidden_size = 2048;  // an embedding table of 78 MiB, three fillings of a buffer
+  const auto backend = std::make_shared<AwayBackend>();
+  Weights weights(spec, backend);
+  std::vector<float> rows = counted_rows(spec.vocab_size, spec.hidden_size);
+  weights.load("embed", 0, rows.data(), bytes_of(rows), DType::kF32);
+  const std::vector<float> expected = rows;
+  std::fill(rows.begin(), rows.end(), -1.0f);  // the source is free after load()
+  CHECK_THROWS_AS(weights.finish(), Error);    // the other tensors are missing
+  CHECK(values_of(weights.embed()) == expected);
+}
+
+TEST_CASE("runs of rows are filled in the order of the source") {
+  const auto backend = std::make_shared<AwayBackend>();
+  const Buffer memory = backend->allocate(12 * sizeof(float));
+  const Tensor target(memory.data(), DType::kF32, memory.device(), {6, 2});
+  std::memset(memory.data(), 0, memory.bytes());
+  Uploader uploader(*backend);
+  const std::vector<float> rows = {1, 2, 3, 4, 5, 6, 7, 8};
+  uploader.write(target, {{.row = 4, .count = 1}, {.row = 0, .count = 3}}, rows.data(),
+                 DType::kF32);
+  uploader.finish();
+  const auto* values = target.data<float>();
+  CHECK(std::vector<float>(values, values + 12) ==
+        std::vector<float>{3, 4, 5, 6, 7, 8, 0, 0, 1, 2, 0, 0});
+}
+
+TEST_CASE("what does not fit a weight is refused") {
+  Weights weights(tiny_spec(1), make_backend({.device = {}, .threads = 1, .isa = "auto"}));
+  const std::vector<float> row(32, 1.0f);
+  CHECK_THROWS_WITH_AS(weights.load("layers.0.wq", 0, row.data(), 4, DType::kF32),
+                       "the model has no weight named layers.0.wq", Error);
+  CHECK_THROWS_WITH_AS(weights.load("embed", 61, row.data(), bytes_of(row), DType::kF32),
+                       "weight embed has 61 rows, not rows [61, 62)", Error);
+  CHECK_THROWS_WITH_AS(weights.load("embed", 0, row.data(), 12, DType::kF32),
+                       "weight embed is float32[61, 32]; 12 bytes are not whole rows of 128",
+                       Error);
+  CHECK_THROWS_AS(weights.load("embed", 0, row.data(), bytes_of(row), DType::kI32), Error);
+  CHECK_THROWS_AS(weights.fill_normal("head", 0, 0.0f, 1.0f), Error);
+  CHECK_THROWS_WITH_AS(weights.fill_normal("layers.0.up", 0, 0.0f, 1.0f),
+                       "weight layers.0.up is only a part of layers.0.gate_up; fill that", Error);
+}
