@@ -69,7 +69,7 @@ def throughput(options: argparse.Namespace) -> list[Step]:
     command = [sys.executable, "-m", "nanoflow.bench", "throughput", "--model", str(model)]
     command += ["--load-format", "dummy", "--skip-tokenizer-init", "--disable-detokenize"]
     command += ["--temperature", "0", "--device", options.device, "--max-num-seqs", "512"]
-    command += ["--max-num-batched-tokens", "2048", "--steady-start"]
+    command += ["--max-num-batched-tokens", "2048", "--no-enable-prefix-caching", "--steady-start"]
     command += ["--result-dir", str(options.output_dir)]
     command += ["--commit", options.commit] if options.commit else []
     workloads = [

@@ -14,6 +14,7 @@ from nanoflow.bench.first_run import first_run
 from nanoflow.bench.result import result_path
 from nanoflow.bench.throughput_run import measure_workload
 from nanoflow.bench.workload import add_workload_arguments, make_workload
+from nanoflow.errors import EngineError
 
 STEADY_SECONDS = 20.0
 
@@ -64,7 +65,10 @@ def run_throughput(options: argparse.Namespace) -> None:
     arguments |= engine_arguments(options)
     found, text = measure_workload(options, workload, arguments)
     if options.profile and found["gpu"] is not None:
-        found["gemm_ceiling_tflops"] = gemm_ceiling_tflops(str(arguments["device"]))
+        try:
+            found["gemm_ceiling_tflops"] = gemm_ceiling_tflops(str(arguments["device"]))
+        except EngineError as error:  # not enough memory, say: what was measured still counts
+            found["gemm_ceiling_reason"] = str(error)
     print("\n".join(text))
     print(f"Warm-up: {found['warm_up']}")
     phases = found["phase_seconds"].items()
