@@ -5,6 +5,10 @@ then all decode. Here the first requests stand for ones that began earlier: of t
 generated already the prompt is lengthened, the output shortened. They are as many as run at once
 in the long run, their lengths are drawn in proportion to how long a request of such lengths runs,
 and their progress is spread evenly over their lives.
+
+That is the state that requests bring about which arrive independently of each other. A run that is
+given many requests of equal lengths at once may never come to it: they stay in phase, prefill
+together, and together need most of the KV cache. Its rate as a whole is another figure.
 """
 
 from __future__ import annotations
