@@ -78,7 +78,8 @@ def throughput(options: argparse.Namespace) -> list[Step]:
     ]
     if options.trace is not None:
         trace = ["--dataset-name", "trace", "--dataset-path", str(options.trace)]
-        workloads.append([*trace, "--max-model-len", "4096", "--num-prompts", "6000"])
+        trace += ["--max-model-len", "4096", "--num-prompts", "6000", "--steady-seconds", "40"]
+        workloads.append(trace)
     names = [f"{i}x{o}" for i, o in WORKLOADS] + ([options.trace.stem] if options.trace else [])
     return [
         Step([*command, *workload, "--schedule", schedule], f"*/{name}-{Path(schedule).stem}.json")
