@@ -41,6 +41,12 @@ class FakeNvml:
     def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
         return name
 
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.1"
+
+    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
+        return 700_000
+
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         self.calls += 1
         if self.calls > self.calls_before_failure:
@@ -58,6 +64,7 @@ def test_samples_while_it_is_entered(monkeypatch):
         while len(readings.samples) < 5:
             pass
     assert readings.reason is None
+    assert readings.board == {"driver": "580.1", "power_limit_watts": 700}
     assert [sample.joules for sample in readings.samples[:3]] == [1, 2, 3]
     found = readings.power(readings.samples[0].time, readings.samples[-1].time)
     assert found is not None and found.sm_mhz == 1500

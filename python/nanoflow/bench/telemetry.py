@@ -47,6 +47,7 @@ class Telemetry:
     def __init__(self, device: str) -> None:
         """`device`: as in EngineArgs."""
         self.samples: list[Sample] = []
+        self.board: dict[str, Any] = {}  # what does not change
         self.reason: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
@@ -59,6 +60,10 @@ class Telemetry:
 
             pynvml.nvmlInit()
             self._nvml, self._handle = pynvml, _handle(pynvml, device)
+            self.board = {
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "power_limit_watts": pynvml.nvmlDeviceGetPowerManagementLimit(self._handle) * 1e-3,
+            }
             self._sample()
         except ImportError:
             self.reason = "nvidia-ml-py is not installed: pip install 'nanoflow[bench]'"

@@ -60,6 +60,7 @@ def measure_workload(
             "detokenize": not options.disable_detokenize,
             "warm_up": _warm_up(options),
             **done.rates,
+            **telemetry.board,
             **result.energy(power, telemetry.reason, done.tokens_per_second),
             "gemm_ceiling_tflops": None,
             **done.kernels,
