@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <filesystem>
+#include <utility>
 
 #include "core/error.h"
 
@@ -33,6 +34,17 @@ std::shared_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
   return backend;
 }
 
+/// The graph of backends that have none of their own.
+class Recall : public Graph {
+ public:
+  explicit Recall(std::function<void()> enqueue) : enqueue_(std::move(enqueue)) {}
+  void launch(Lane&) override { enqueue_(); }
+  size_t bytes() const override { return 0; }
+
+ private:
+  std::function<void()> enqueue_;
+};
+
 }  // namespace
 
 size_t Backend::attention_work_bytes(int, int, int, int) const { return 0; }
@@ -41,6 +53,10 @@ std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& w
   std::vector<std::unique_ptr<Lane>> lanes;
   for (int width : widths) lanes.push_back(make_lane(width));
   return lanes;
+}
+
+std::unique_ptr<Graph> Backend::capture(Lane&, std::function<void()> enqueue) {
+  return std::make_unique<Recall>(std::move(enqueue));
 }
 
 std::shared_ptr<Backend> make_backend(const BackendOptions& options) {

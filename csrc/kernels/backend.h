@@ -45,6 +45,17 @@ class Lane {
   virtual void clear_error() = 0;
 };
 
+/// Work recorded once, to be launched again and again. It reads and writes the same addresses each
+/// time, and must not be destroyed before its last launch has run.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  /// Enqueues the whole, between what the lane has been given and what it will be given next.
+  virtual void launch(Lane& lane) = 0;
+  /// Device memory that it takes, as far as that can be told.
+  virtual size_t bytes() const = 0;
+};
+
 struct BackendOptions {
   Device device;
   int threads = 0;           // CPU: total lane width, 0 = the cores this process may use
@@ -73,6 +84,10 @@ class Backend {
   /// Enqueues a copy between any two of host and device memory.
   virtual void copy(void* to, const void* from, size_t bytes, Lane& lane) = 0;
   virtual Kernels& kernels() = 0;
+  /// Records what `enqueue` gives to `origin`, and to lanes that it forks from origin and joins
+  /// into it again; nothing runs. The same work must have run before, so that all it needs exists.
+  /// Here a graph is `enqueue` itself, called again at every launch.
+  virtual std::unique_ptr<Graph> capture(Lane& origin, std::function<void()> enqueue);
   /// Bytes of PlanAttention::work for batches of up to these sizes; 0 where attention needs no
   /// plan.
   virtual size_t attention_work_bytes(int requests, int rows, int num_heads,

@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/graph.h"
 #include "kernels/cuda/green.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/lane.h"
@@ -72,6 +73,10 @@ class CudaBackend : public Backend {
   }
 
   Kernels& kernels() override { return kernels_; }
+
+  std::unique_ptr<Graph> capture(Lane& origin, std::function<void()> enqueue) override {
+    return capture_graph(origin, enqueue);
+  }
 
   size_t attention_work_bytes(int requests, int rows, int num_heads,
                               int num_kv_heads) const override {
