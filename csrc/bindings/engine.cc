@@ -63,26 +63,37 @@ void register_config(py::module_& m) {
   const EngineConfig defaults;
   py::class_<EngineConfig>(m, "EngineConfig", "Capacities of an engine.")
       .def(py::init([](int max_num_batched_tokens, int max_num_seqs, int max_model_len,
-                       int page_size, int num_pages, int row_granularity, int jitter_us) {
+                       int page_size, int num_pages, int row_granularity, int jitter_us,
+                       bool enforce_eager) {
              return EngineConfig{.max_num_batched_tokens = max_num_batched_tokens,
                                  .max_num_seqs = max_num_seqs,
                                  .max_model_len = max_model_len,
                                  .page_size = page_size,
                                  .num_pages = num_pages,
                                  .row_granularity = row_granularity,
-                                 .jitter_us = jitter_us};
+                                 .jitter_us = jitter_us,
+                                 .enforce_eager = enforce_eager};
            }),
            py::kw_only(), py::arg("max_num_batched_tokens") = defaults.max_num_batched_tokens,
            py::arg("max_num_seqs") = defaults.max_num_seqs,
            py::arg("max_model_len") = defaults.max_model_len,
            py::arg("page_size") = defaults.page_size, py::arg("num_pages"),
            py::arg("row_granularity") = defaults.row_granularity,
-           py::arg("jitter_us") = defaults.jitter_us)
+           py::arg("jitter_us") = defaults.jitter_us,
+           py::arg("enforce_eager") = defaults.enforce_eager)
       .def_readonly("max_num_batched_tokens", &EngineConfig::max_num_batched_tokens)
       .def_readonly("max_num_seqs", &EngineConfig::max_num_seqs)
       .def_readonly("max_model_len", &EngineConfig::max_model_len)
       .def_readonly("page_size", &EngineConfig::page_size)
-      .def_readonly("num_pages", &EngineConfig::num_pages);
+      .def_readonly("num_pages", &EngineConfig::num_pages)
+      .def_readonly("enforce_eager", &EngineConfig::enforce_eager);
+}
+
+void register_graph_stats(py::module_& m) {
+  py::class_<GraphStats>(m, "GraphStats", "Graphs that replay steps.")
+      .def_readonly("count", &GraphStats::count, "Alive.")
+      .def_readonly("bytes", &GraphStats::bytes, "Device memory they take.")
+      .def_readonly("seconds", &GraphStats::seconds, "Spent capturing since the engine was made.");
 }
 
 void register_step(py::module_& m) {
@@ -129,6 +140,7 @@ void register_step(py::module_& m) {
 
 void register_engine(py::module_& m) {
   register_config(m);
+  register_graph_stats(m);
   register_step(m);
   py::class_<Engine>(m, "Engine", "The model on one device: steps in, sampled tokens out.")
       .def(py::init<const EngineConfig&, std::shared_ptr<Weights>, const Schedule&>(),
@@ -143,13 +155,18 @@ void register_engine(py::module_& m) {
       .def_property_readonly("schedule", &Engine::schedule)
       .def_property_readonly("config", &Engine::config)
       .def(
-          "plan",
+          "plans",
           [](const Engine& engine, const std::vector<int>& segment_rows, int samples) {
-            return std::const_pointer_cast<Plan>(
-                engine.plan(engine.schedule(), segment_rows, samples));
+            std::vector<std::shared_ptr<Plan>> plans;
+            for (const auto& plan : engine.plans(engine.schedule(), segment_rows, samples)) {
+              plans.push_back(std::const_pointer_cast<Plan>(plan));
+            }
+            return plans;
           },
           py::arg("segment_rows"), py::arg("samples"),
-          "The plan of a step whose segments hold these rows.");
+          "The plans of a step whose segments hold these rows, in the order they run: layers, "
+          "head.")
+      .def("graph_stats", &Engine::graph_stats);
 }
 
 }  // namespace nanoflow

@@ -76,19 +76,23 @@ uint64_t Engine::completed_steps() const { return impl_->worker.completed_steps(
 
 void Engine::set_schedule(const Schedule& schedule) {
   schedule.check();
-  // A small plan with rows in every segment shows what is wrong with the schedule before a step
+  // Small plans with rows in every segment show what is wrong with the schedule before a step
   // needs it.
-  plan(schedule, std::vector<int>(schedule.cuts().size() + 1, 1), 1);
+  plans(schedule, std::vector<int>(schedule.cuts().size() + 1, 1), 1);
   impl_->schedule = std::make_shared<Schedule>(schedule);
 }
 
 const Schedule& Engine::schedule() const { return *impl_->schedule; }
 
-std::shared_ptr<const Plan> Engine::plan(const Schedule& schedule,
-                                         const std::vector<int>& segment_rows, int samples) const {
+std::vector<std::shared_ptr<const Plan>> Engine::plans(const Schedule& schedule,
+                                                       const std::vector<int>& segment_rows,
+                                                       int samples) const {
   const Worker& worker = impl_->worker;
-  return worker.build(schedule, worker.workspace().padded(segment_rows, samples));
+  const PlanKey key = worker.workspace().padded(segment_rows, samples, schedule.cuts());
+  return {worker.build(schedule, key.layers()), worker.build(schedule, key.head())};
 }
+
+GraphStats Engine::graph_stats() const { return impl_->worker.graph_stats(); }
 
 const EngineConfig& Engine::config() const { return impl_->config; }
 

@@ -20,8 +20,16 @@ struct EngineConfig {
   int max_model_len = 2048;           // positions of a request
   int page_size = 64;                 // tokens of a KV page
   int num_pages = 0;                  // pages of the KV cache
-  int row_granularity = 0;  // rows of a segment are padded to a multiple; 0 = the backend's
-  int jitter_us = 0;        // idle up to this long around every event, to expose races
+  int row_granularity = 0;     // rows of a segment are padded to a multiple; 0 = the backend's
+  int jitter_us = 0;           // idle up to this long around every event, to expose races
+  bool enforce_eager = false;  // never capture graphs
+};
+
+/// Graphs that replay steps. They are captured when a plan runs for the second time.
+struct GraphStats {
+  int count = 0;       // alive
+  size_t bytes = 0;    // device memory they take
+  double seconds = 0;  // spent capturing since the engine was made
 };
 
 /// When one op of a step ran, in microseconds from the step's start.
@@ -72,10 +80,13 @@ class Engine {
   /// From the next step on. Throws Error when the schedule does not fit the backend's width.
   void set_schedule(const Schedule& schedule);
   const Schedule& schedule() const;
-  /// The plan a schedule gives a step whose segments hold `segment_rows` rows, `samples` of them
-  /// sampled.
-  std::shared_ptr<const Plan> plan(const Schedule& schedule, const std::vector<int>& segment_rows,
-                                   int samples) const;
+  /// The plans that a schedule gives a step whose segments hold `segment_rows` rows, `samples` of
+  /// them sampled, in the order they run: layers, then head.
+  std::vector<std::shared_ptr<const Plan>> plans(const Schedule& schedule,
+                                                 const std::vector<int>& segment_rows,
+                                                 int samples) const;
+  /// Any thread may ask, at any time.
+  GraphStats graph_stats() const;
   const EngineConfig& config() const;
 
  private:

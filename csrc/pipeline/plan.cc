@@ -37,10 +37,14 @@ std::string label_of(const NanoOp& op) {
 }
 
 std::ostream& operator<<(std::ostream& out, const Plan& plan) {
-  out << "plan of schedule '" << plan.schedule_id << "': " << plan.ops.size()
-      << " ops, segments of";
-  for (int rows : plan.segment_rows) out << " " << rows;
-  out << " rows, " << plan.samples << " sampled\nlanes:";
+  out << "plan of schedule '" << plan.schedule_id << "': " << plan.ops.size() << " ops";
+  if (!plan.key.segment_rows.empty()) {
+    out << ", segments of";
+    for (int rows : plan.key.segment_rows) out << " " << rows;
+    out << " rows";
+  }
+  if (plan.key.samples > 0) out << ", " << plan.key.samples << " rows sampled";
+  out << "\nlanes:";
   for (const LaneSpec& lane : plan.lanes) out << " " << lane.name << "=" << lane.width;
   out << "\n";
   for (const NanoOp& op : plan.ops) {

@@ -31,22 +31,24 @@ struct NanoOp {
   bool is_awaited = false;  // some op's deps name it
 };
 
-/// The ops of a step in order of issue, bound to one rank's buffers; immutable. Valid for any batch
-/// with these padded segment rows and sample rows.
-struct Plan {
-  std::string schedule_id;
-  std::vector<LaneSpec> lanes;
-  std::vector<NanoOp> ops;
-  std::vector<int> segment_rows;  // padded
-  int samples = 0;                // padded
-};
-
-/// What a plan is valid for, apart from its schedule.
+/// What a plan is valid for, apart from its schedule. A step runs two plans, so that their keys do
+/// not multiply: that of its layers and that of its head.
 struct PlanKey {
-  std::vector<int> segment_rows;  // padded
-  int samples = 0;                // padded
+  std::vector<int> segment_rows;  // padded; none for a plan without layers
+  int samples = 0;                // padded; 0 for a plan without head
 
   auto operator<=>(const PlanKey&) const = default;
+
+  PlanKey layers() const { return {.segment_rows = segment_rows, .samples = 0}; }
+  PlanKey head() const { return {.segment_rows = {}, .samples = samples}; }
+};
+
+/// Ops in order of issue, bound to one rank's buffers; immutable. Valid for any batch of its key.
+struct Plan {
+  std::string schedule_id;
+  PlanKey key;
+  std::vector<LaneSpec> lanes;
+  std::vector<NanoOp> ops;
 };
 
 /// As in "layers.3.mlp.1 gemm".

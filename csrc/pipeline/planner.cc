@@ -157,7 +157,7 @@ Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue
   std::vector<std::vector<OpId>> seen(num_lanes, std::vector<OpId>(num_lanes, -1));
   std::vector<std::vector<OpId>> seen_after(
       program.size());  // by id: its lane's row once it has run
-  Plan plan{.schedule_id = {}, .lanes = lanes, .ops = {}, .segment_rows = {}, .samples = 0};
+  Plan plan{.schedule_id = {}, .key = {}, .lanes = lanes, .ops = {}};
   plan.ops.reserve(program.size());
   for (size_t i = 0; i < issue.size(); ++i) {
     const EmittedOp& emitted = program.at(static_cast<size_t>(issue[i]));
@@ -196,13 +196,14 @@ Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue
 std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& schedule,
                                     const PlanKey& key) {
   const std::vector<double> cuts = schedule.cuts();
-  NF_CHECK(key.segment_rows.size() == cuts.size() + 1, "schedule '", schedule.id, "' has ",
-           cuts.size() + 1, " segments, not ", key.segment_rows.size());
+  const bool has_layers = !key.segment_rows.empty();
+  NF_CHECK(!has_layers || key.segment_rows.size() == cuts.size() + 1, "schedule '", schedule.id,
+           "' has ", cuts.size() + 1, " segments, not ", key.segment_rows.size());
   std::vector<EmittedOp> program;
   const auto append = [&](std::vector<Op> ops, OpLabel label, int lane) {
     for (Op& op : ops) program.push_back({std::move(op), label, lane});
   };
-  for (int layer = 0; layer < decoder.spec().num_layers; ++layer) {
+  for (int layer = 0; has_layers && layer < decoder.spec().num_layers; ++layer) {
     for (Stage stage : {Stage::kQkv, Stage::kAttention, Stage::kO, Stage::kMlp}) {
       const StageSpec spec = schedule.stage(std::string(to_string(stage)));
       const std::vector<RowRange> parts = parts_of(spec, cuts, key.segment_rows);
@@ -226,12 +227,16 @@ Plan build_plan(const Decoder& decoder, const Schedule& schedule, const PlanKey&
     const OpLabel& label = program[i].label;
     ids[{static_cast<int>(label.stage), label.layer, label.part}].push_back(static_cast<OpId>(i));
   }
-  std::map<Stage, std::vector<RowRange>> parts;
-  const std::vector<double> cuts = schedule.cuts();
-  for (Stage stage : {Stage::kQkv, Stage::kAttention, Stage::kO, Stage::kMlp}) {
-    parts[stage] = parts_of(schedule.stage(std::string(to_string(stage))), cuts, key.segment_rows);
+  std::vector<PartKey> order;
+  if (!key.segment_rows.empty()) {
+    std::map<Stage, std::vector<RowRange>> parts;
+    const std::vector<double> cuts = schedule.cuts();
+    for (Stage stage : {Stage::kQkv, Stage::kAttention, Stage::kO, Stage::kMlp}) {
+      parts[stage] =
+          parts_of(schedule.stage(std::string(to_string(stage))), cuts, key.segment_rows);
+    }
+    order = issue_order(schedule, decoder.spec().num_layers, parts);
   }
-  std::vector<PartKey> order = issue_order(schedule, decoder.spec().num_layers, parts);
   order.emplace_back(static_cast<int>(Stage::kHead), 0, 0);
   std::vector<OpId> issue;
   for (const PartKey& part : order) {
@@ -241,8 +246,7 @@ Plan build_plan(const Decoder& decoder, const Schedule& schedule, const PlanKey&
   }
   Plan plan = place(program, issue, schedule.lanes);
   plan.schedule_id = schedule.id;
-  plan.segment_rows = key.segment_rows;
-  plan.samples = key.samples;
+  plan.key = key;
   return plan;
 }
 

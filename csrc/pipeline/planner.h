@@ -24,8 +24,8 @@ std::vector<std::vector<OpId>> find_hazards(const std::vector<EmittedOp>& progra
 Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue,
            const std::vector<LaneSpec>& lanes);
 
-/// The sequential program of a step with these padded segment rows and samples, each stage cut as
-/// the schedule says. Parts without rows are left out.
+/// The sequential program of the layers and the head that the key names, each stage cut as the
+/// schedule says. Parts without rows are left out.
 std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& schedule,
                                     const PlanKey& key);
 

@@ -1,6 +1,7 @@
 #include "pipeline/worker.h"
 
 #include <algorithm>
+#include <chrono>
 #include <sstream>
 #include <utility>
 
@@ -11,15 +12,26 @@
 namespace nanoflow {
 namespace {
 
-void set_timings(const Plan& plan, const int64_t* stamps, StepResult& result) {
-  const int64_t start = *std::min_element(stamps, stamps + 2 * plan.ops.size());
+using Plans = std::vector<std::shared_ptr<const Plan>>;
+
+size_t num_stamps(const Plans& plans) {
+  size_t count = 0;
+  for (const auto& plan : plans) count += 2 * plan->ops.size();
+  return count;
+}
+
+void set_timings(const Plans& plans, const int64_t* stamps, StepResult& result) {
+  const int64_t start = *std::min_element(stamps, stamps + num_stamps(plans));
   const auto microseconds = [&](int64_t stamp) { return static_cast<double>(stamp - start) / 1e3; };
   result.begin_us = static_cast<double>(start) / 1e3;
-  for (const NanoOp& op : plan.ops) {
-    result.timings.push_back({.name = label_of(op),
-                              .lane = plan.lanes[op.lane].name,
-                              .begin_us = microseconds(stamps[2 * op.id]),
-                              .end_us = microseconds(stamps[2 * op.id + 1])});
+  for (const auto& plan : plans) {
+    for (const NanoOp& op : plan->ops) {
+      result.timings.push_back({.name = label_of(op),
+                                .lane = plan->lanes[op.lane].name,
+                                .begin_us = microseconds(stamps[2 * op.id]),
+                                .end_us = microseconds(stamps[2 * op.id + 1])});
+    }
+    stamps += 2 * plan->ops.size();
   }
 }
 
@@ -51,7 +63,10 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights)
       workspace_(config, weights_->spec(), backend_, cache_),
       decoder_(weights_, workspace_.buffers()),
       executor_(backend_, config.jitter_us),
-      origin_(backend_.make_lane(backend_.width())) {
+      origin_(backend_.make_lane(backend_.width())),
+      plans_(kCachedPlans, [this](const Schedule& schedule, const PlanKey& key) {
+        return build(schedule, key);
+      }) {
   for (Buffer& buffer : sampled_host_) {
     buffer = backend_.allocate_host(workspace_.buffers().sampled.span_bytes());
   }
@@ -106,14 +121,11 @@ void Worker::loop() {
 
 void Worker::issue(const std::shared_ptr<StepState>& state) {
   const int ring = static_cast<int>(state->step % Engine::kMaxStepsInFlight);
-  const PlanKey key = workspace_.key_of(state->batch);
-  state->plan = cached_plan(state->schedule, key);
+  const PlanKey key = workspace_.key_of(state->batch, state->schedule->cuts());
   workspace_.stage(state->batch, key, ring);
   workspace_.upload(ring, *origin_);
-  if (state->batch.want_timings) {  // memory that the device writes
-    state->stamps = backend_.allocate_host(2 * state->plan->ops.size() * sizeof(int64_t));
-  }
-  executor_.run(*state->plan, *origin_, reinterpret_cast<int64_t*>(state->stamps.data()));
+  if (plans_.release(completed_steps())) count_graphs(0);
+  run_plans(*state, key);
 
   const DecoderBuffers& buffers = workspace_.buffers();
   const auto samples = static_cast<size_t>(state->batch.samples());
@@ -127,12 +139,51 @@ void Worker::issue(const std::shared_ptr<StepState>& state) {
   origin_->notify([this, state, ring](std::exception_ptr error) { complete(*state, ring, error); });
 }
 
+void Worker::run_plans(StepState& state, const PlanKey& key) {
+  std::vector<CachedPlan*> plans{&plans_.get(state.schedule, key.layers(), state.step)};
+  if (key.samples > 0) plans.push_back(&plans_.get(state.schedule, key.head(), state.step));
+  if (state.batch.want_timings) {
+    for (const CachedPlan* cached : plans) state.plans.push_back(cached->plan);
+    // Memory that the device writes.
+    state.stamps = backend_.allocate_host(num_stamps(state.plans) * sizeof(int64_t));
+  }
+  auto* stamps = reinterpret_cast<int64_t*>(state.stamps.data());
+  for (CachedPlan* cached : plans) {
+    run(*cached, stamps);
+    if (stamps != nullptr) stamps += 2 * cached->plan->ops.size();
+  }
+}
+
+void Worker::run(CachedPlan& cached, int64_t* stamps) {
+  if (config_.enforce_eager || stamps != nullptr || !cached.has_run) {
+    executor_.run(*cached.plan, *origin_, stamps);
+    cached.has_run = true;
+    return;
+  }
+  if (cached.graph == nullptr) capture(cached);
+  cached.graph->launch(*origin_);
+}
+
+void Worker::capture(CachedPlan& cached) {
+  const auto begin = std::chrono::steady_clock::now();
+  cached.graph =
+      backend_.capture(*origin_, [this, plan = cached.plan] { executor_.run(*plan, *origin_); });
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+  count_graphs(time.count());
+}
+
+void Worker::count_graphs(double seconds) {
+  const GraphStats alive = plans_.graph_stats();
+  const std::lock_guard lock(mutex_);
+  graph_stats_ = {alive.count, alive.bytes, graph_stats_.seconds + seconds};
+}
+
 void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
   if (error == nullptr) {
     const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
     state.result.tokens.assign(sampled, sampled + state.batch.samples());
     if (state.batch.want_timings) {
-      set_timings(*state.plan, reinterpret_cast<const int64_t*>(state.stamps.data()), state.result);
+      set_timings(state.plans, reinterpret_cast<const int64_t*>(state.stamps.data()), state.result);
     }
   } else {
     const std::lock_guard lock(mutex_);
@@ -151,24 +202,9 @@ std::shared_ptr<const Plan> Worker::build(const Schedule& schedule, const PlanKe
   return plan;
 }
 
-std::shared_ptr<const Plan> Worker::cached_plan(const std::shared_ptr<const Schedule>& schedule,
-                                                const PlanKey& key) {
-  if (cached_schedule_ != schedule) {
-    plans_.clear();
-    plan_index_.clear();
-    cached_schedule_ = schedule;
-  }
-  if (const auto entry = plan_index_.find(key); entry != plan_index_.end()) {
-    plans_.splice(plans_.begin(), plans_, entry->second);
-    return plans_.front().second;
-  }
-  plans_.emplace_front(key, build(*schedule, key));
-  plan_index_[key] = plans_.begin();
-  if (plans_.size() > kCachedPlans) {
-    plan_index_.erase(plans_.back().first);
-    plans_.pop_back();
-  }
-  return plans_.front().second;
+GraphStats Worker::graph_stats() const {
+  const std::lock_guard lock(mutex_);
+  return graph_stats_;
 }
 
 }  // namespace nanoflow

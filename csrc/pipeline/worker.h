@@ -5,18 +5,16 @@
 #include <condition_variable>
 #include <deque>
 #include <exception>
-#include <list>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "model/decoder.h"
 #include "pipeline/engine.h"
 #include "pipeline/executor.h"
 #include "pipeline/kv_cache.h"
+#include "pipeline/plan_cache.h"
 #include "pipeline/workspace.h"
 
 namespace nanoflow {
@@ -27,8 +25,8 @@ class StepState {
   uint64_t step = 0;
   Batch batch;
   std::shared_ptr<const Schedule> schedule;
-  std::shared_ptr<const Plan> plan;
-  Buffer stamps;  // two int64 a NanoOp, nanoseconds, where the batch asks for timings
+  std::vector<std::shared_ptr<const Plan>> plans;  // where the batch asks for timings
+  Buffer stamps;  // two int64 a NanoOp of the plans, nanoseconds, likewise
   StepResult result;
 
   void finish(std::exception_ptr error);
@@ -58,14 +56,18 @@ class Worker {
   const Workspace& workspace() const { return workspace_; }
   /// Builds and validates; throws Error naming every finding. Any thread.
   std::shared_ptr<const Plan> build(const Schedule& schedule, const PlanKey& key) const;
+  GraphStats graph_stats() const;
 
  private:
   static constexpr size_t kCachedPlans = 128;
 
   void loop();
   void issue(const std::shared_ptr<StepState>& state);
-  std::shared_ptr<const Plan> cached_plan(const std::shared_ptr<const Schedule>& schedule,
-                                          const PlanKey& key);
+  void run_plans(StepState& state, const PlanKey& key);
+  /// Runs a plan eagerly at first and when it is timed, else its graph.
+  void run(CachedPlan& cached, int64_t* stamps);
+  void capture(CachedPlan& cached);
+  void count_graphs(double seconds);
   void complete(StepState& state, int ring, std::exception_ptr error);
 
   EngineConfig config_;
@@ -78,16 +80,14 @@ class Worker {
   std::unique_ptr<Lane> origin_;  // orders steps: copies in, fork and join, copies out
   std::array<Buffer, Engine::kMaxStepsInFlight> sampled_host_;
 
-  using CachedPlan = std::pair<PlanKey, std::shared_ptr<const Plan>>;
-  std::shared_ptr<const Schedule> cached_schedule_;  // of all cached plans
-  std::list<CachedPlan> plans_;                      // most recently used first
-  std::map<PlanKey, std::list<CachedPlan>::iterator> plan_index_;
+  PlanCache plans_;
 
   std::atomic<uint64_t> completed_{0};
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   std::deque<std::shared_ptr<StepState>> queue_;
   std::exception_ptr error_;
+  GraphStats graph_stats_;
   bool stopping_ = false;
   std::thread thread_;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "pipeline/buckets.h"
 
 namespace nanoflow {
 namespace {
@@ -144,21 +145,22 @@ BatchLimits Workspace::limits(int segments) const {
           .segments = segments};
 }
 
-PlanKey Workspace::padded(const std::vector<int>& segment_rows, int samples) const {
+PlanKey Workspace::padded(const std::vector<int>& segment_rows, int samples,
+                          const std::vector<double>& cuts) const {
   NF_CHECK(segment_rows.size() <= kMaxSegments, "a step has at most ", kMaxSegments,
            " segments, not ", segment_rows.size());
-  PlanKey key{.segment_rows = segment_rows, .samples = round_up(samples, granularity_)};
-  for (int& rows : key.segment_rows) rows = round_up(rows, granularity_);
-  return key;
+  return {.segment_rows =
+              bucket_segments(segment_rows, cuts, granularity_, config_.max_num_batched_tokens),
+          .samples = bucket_of(samples, granularity_, config_.max_num_seqs)};
 }
 
-PlanKey Workspace::key_of(const Batch& batch) const {
+PlanKey Workspace::key_of(const Batch& batch, const std::vector<double>& cuts) const {
   std::vector<int> rows;
   for (size_t s = 0; s + 1 < batch.segment_requests.size(); ++s) {
     rows.push_back(batch.segment_row(static_cast<int>(s) + 1) -
                    batch.segment_row(static_cast<int>(s)));
   }
-  return padded(rows, batch.samples());
+  return padded(rows, batch.samples(), cuts);
 }
 
 template <typename T>

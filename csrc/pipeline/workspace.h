@@ -25,9 +25,10 @@ class Workspace {
 
   const DecoderBuffers& buffers() const { return buffers_; }
   BatchLimits limits(int segments) const;
-  /// Rows of each segment and samples, padded.
-  PlanKey key_of(const Batch& batch) const;
-  PlanKey padded(const std::vector<int>& segment_rows, int samples) const;
+  /// Rows of each segment and samples, padded. `cuts` are the schedule's.
+  PlanKey key_of(const Batch& batch, const std::vector<double>& cuts) const;
+  PlanKey padded(const std::vector<int>& segment_rows, int samples,
+                 const std::vector<double>& cuts) const;
   /// Fills staging copy `ring` from a valid batch. No step may be using the copy.
   void stage(const Batch& batch, const PlanKey& key, int ring);
   /// Enqueues staging copy `ring` → tables.

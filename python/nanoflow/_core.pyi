@@ -17,6 +17,7 @@ __all__: list[str] = [
     "Engine",
     "EngineConfig",
     "EngineError",
+    "GraphStats",
     "LaneSpec",
     "ModelSpec",
     "OpTiming",
@@ -227,7 +228,10 @@ class EngineConfig:
         num_pages: typing.SupportsInt | typing.SupportsIndex,
         row_granularity: typing.SupportsInt | typing.SupportsIndex = 0,
         jitter_us: typing.SupportsInt | typing.SupportsIndex = 0,
+        enforce_eager: bool = False,
     ) -> None: ...
+    @property
+    def enforce_eager(self) -> bool: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -238,6 +242,26 @@ class EngineConfig:
     def num_pages(self) -> int: ...
     @property
     def page_size(self) -> int: ...
+
+class GraphStats:
+    """
+    Graphs that replay steps.
+    """
+    @property
+    def bytes(self) -> int:
+        """
+        Device memory they take.
+        """
+    @property
+    def count(self) -> int:
+        """
+        Alive.
+        """
+    @property
+    def seconds(self) -> float:
+        """
+        Spent capturing since the engine was made.
+        """
 
 class Batch:
     """
@@ -319,13 +343,14 @@ class Engine:
     The model on one device: steps in, sampled tokens out.
     """
     def __init__(self, config: EngineConfig, weights: Weights, schedule: Schedule) -> None: ...
-    def plan(
+    def graph_stats(self) -> GraphStats: ...
+    def plans(
         self,
         segment_rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         samples: typing.SupportsInt | typing.SupportsIndex,
-    ) -> Plan:
+    ) -> list[Plan]:
         """
-        The plan of a step whose segments hold these rows.
+        The plans of a step whose segments hold these rows, in the order they run: layers, head.
         """
     def set_schedule(self, schedule: Schedule) -> None:
         """

@@ -62,9 +62,10 @@ def run_plan(options: argparse.Namespace) -> None:
     weights = _core.Weights(spec, backend)
     checkpoint.load_weights(weights)
     engine = _core.Engine(step.engine_config(), weights, schedule)
-    plan = engine.plan(step.segment_rows, len(step.rows))
-    print(plan_view.plan_of_layer(plan, layer))
-    for finding in plan.validate(backend.width):
+    layers, head = engine.plans(step.segment_rows, len(step.rows))
+    print(plan_view.plan_of_layer(layers, layer))
+    print(head)
+    for finding in layers.validate(backend.width) + head.validate(backend.width):
         print(f"finding: {finding}")
     if options.png is None and options.trace is None:
         return

@@ -69,7 +69,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     opened = perf_counter()
     checkpoint.load_weights(weights)
     loaded = perf_counter()
-    engine = _core.Engine(_engine_config(limits), weights, schedule)
+    engine = _core.Engine(_engine_config(limits, args.enforce_eager), weights, schedule)
     state = _scheduler_state(limits, schedule.cuts(), args)
     steps_in_flight = 2 if args.async_scheduling else 1
     loop = SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)
@@ -136,13 +136,14 @@ def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     return Tokenizer.from_dir(path)
 
 
-def _engine_config(limits: EngineLimits) -> _core.EngineConfig:
+def _engine_config(limits: EngineLimits, enforce_eager: bool) -> _core.EngineConfig:
     return _core.EngineConfig(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         page_size=limits.page_size,
         num_pages=limits.num_pages,
+        enforce_eager=enforce_eager,
     )
 
 

@@ -102,6 +102,26 @@ TEST_CASE("parts without rows and steps without samples are left out") {
   }
 }
 
+TEST_CASE("a step's layers and its head are two plans that make up the whole") {
+  Fixture f;
+  const PlanKey key{.segment_rows = {8, 8}, .samples = 4};
+  const Plan whole = build_plan(f.decoder, pingpong(4, 2), key);
+  const Plan layers = build_plan(f.decoder, pingpong(4, 2), key.layers());
+  const Plan head = build_plan(f.decoder, pingpong(4, 2), key.head());
+  CHECK(layers.key == PlanKey{.segment_rows = {8, 8}, .samples = 0});
+  CHECK(head.key == PlanKey{.segment_rows = {}, .samples = 4});
+  CHECK(validate(layers, 8).empty());
+  CHECK(validate(head, 8).empty());
+  CHECK(layers.ops.size() + head.ops.size() == whole.ops.size());
+  for (const NanoOp& op : whole.ops) {
+    const bool is_head = op.label.stage == Stage::kHead;
+    const NanoOp& own = is_head ? head.ops[op.id - layers.ops.size()] : layers.ops[op.id];
+    CHECK(label_of(own) == label_of(op));
+    CHECK(own.lane == op.lane);
+  }
+  for (const NanoOp& op : head.ops) CHECK(op.deps.empty());
+}
+
 TEST_CASE("an order that runs an op before its input is refused") {
   Fixture f;
   Schedule schedule = pingpong(4, 2);

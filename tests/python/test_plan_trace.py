@@ -77,7 +77,9 @@ def test_a_trace_holds_every_op_once_and_lanes_take_turns(
     printed = capsys.readouterr().out.splitlines()
     labels = [match for line in printed if (match := re.search(r" layers\.1\.(\S+ \w+) ", line))]
     shown = Counter(label[1] for label in labels)
-    total = int(printed[0].split(": ")[1].split(" ops")[0])
+    plans = [line for line in printed if line.startswith("plan of schedule")]
+    assert len(plans) == 2  # of the layers and of the head
+    total = sum(int(line.split(": ")[1].split(" ops")[0]) for line in plans)
     for step in range(STEPS):
         ran = {name: n for (s, layer, name), n in ops.items() if (s, layer) == (step, 1)}
         assert shown and ran == shown
