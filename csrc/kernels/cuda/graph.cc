@@ -53,7 +53,7 @@ Recording record(cudaStream_t stream, const std::function<void()>& enqueue) {
     cudaGetLastError();  // of a capture cut short; the cause is in `error`
     std::rethrow_exception(error);
   }
-  NF_CUDA_CHECK(status);
+  if (status != cudaSuccess) fail_runtime(status, "cudaStreamEndCapture");
   return recording;
 }
 

@@ -48,12 +48,16 @@ __global__ void expect_and_add(int* value, int expected) {
   if (*value == expected) *value += 1;
 }
 
+__global__ void add(int* value, int term) { *value += term; }
+__global__ void twice(int* value) { *value *= 2; }
+
 __global__ void write_nowhere() { *reinterpret_cast<volatile int*>(8) = 1; }
 
 struct Marks {
   Buffer buffer;
 
-  explicit Marks(Backend& backend) : buffer(backend.allocate(kMaxSms * sizeof(int))) {
+  explicit Marks(Backend& backend) : buffer(backend.allocate(kMaxSms * sizeof(int))) { clear(); }
+  void clear() const {
     NF_CUDA_CHECK(cudaMemset(buffer.data(), 0, buffer.bytes()));
     NF_CUDA_CHECK(cudaDeviceSynchronize());
   }
@@ -144,23 +148,98 @@ TEST_CASE("a captured graph keeps the partition") {
     ends.push_back(backend->make_event());
   }
   const auto forked = backend->make_event();
-  NF_CUDA_CHECK(cudaStreamBeginCapture(stream_of(*origin), cudaStreamCaptureModeThreadLocal));
-  origin->record(*forked);
-  for (size_t i = 0; i < lanes.size(); ++i) {
-    lanes[i]->wait(*forked);
-    marks[i].enqueue(stream_of(*lanes[i]));
-    lanes[i]->record(*ends[i]);
-    origin->wait(*ends[i]);
-  }
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  NF_CUDA_CHECK(cudaStreamEndCapture(stream_of(*origin), &graph));
-  NF_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  NF_CUDA_CHECK(cudaGraphLaunch(executable, stream_of(*origin)));
+  const auto run = [&] {
+    origin->record(*forked);
+    for (size_t i = 0; i < lanes.size(); ++i) {
+      lanes[i]->wait(*forked);
+      marks[i].enqueue(stream_of(*lanes[i]));
+      lanes[i]->record(*ends[i]);
+      origin->wait(*ends[i]);
+    }
+  };
+  run();
+  const auto graph = backend->capture(*origin, run);
+  drain(*backend, *origin);
+  for (const Marks& mark : marks) mark.clear();
+  for (int replay = 0; replay < 3; ++replay) graph->launch(*origin);
   drain(*backend, *origin);
   check_disjoint(lanes, marks);
-  NF_CUDA_CHECK(cudaGraphExecDestroy(executable));
-  NF_CUDA_CHECK(cudaGraphDestroy(graph));
+}
+
+TEST_CASE("a graph reads what is in memory when it is launched, in the order of its lane") {
+  const auto backend = gpu();
+  if (!backend) return;
+  const auto origin = backend->make_lane(backend->width());
+  const auto lanes = backend->make_lanes({108, 24});
+  const auto forked = backend->make_event(), handed = backend->make_event();
+  const auto joined = backend->make_event();
+  const Buffer value = backend->allocate(sizeof(int)), host = backend->allocate_host(sizeof(int));
+  auto* number = reinterpret_cast<int*>(host.data());
+  const auto run = [&] {
+    origin->record(*forked);
+    lanes[0]->wait(*forked);
+    lanes[0]->delay(std::chrono::microseconds(30));
+    add<<<1, 1, 0, stream_of(*lanes[0])>>>(reinterpret_cast<int*>(value.data()), 1);
+    lanes[0]->record(*handed);
+    lanes[1]->wait(*handed);
+    twice<<<1, 1, 0, stream_of(*lanes[1])>>>(reinterpret_cast<int*>(value.data()));
+    lanes[1]->record(*joined);
+    origin->wait(*joined);
+  };
+  const auto set = [&](int to) {
+    *number = to;
+    backend->copy(value.data(), number, sizeof(int), *origin);
+    drain(*backend, *origin);
+  };
+  const auto result = [&] {
+    backend->copy(number, value.data(), sizeof(int), *origin);
+    drain(*backend, *origin);
+    return *number;
+  };
+  set(1);
+  run();
+  CHECK(result() == 4);
+  const auto graph = backend->capture(*origin, run);
+  CHECK(result() == 4);  // capturing runs nothing
+  for (int start : {0, 5, -3}) {
+    set(start);
+    graph->launch(*origin);
+    run();  // eager work and graphs share lanes and events
+    graph->launch(*origin);
+    CHECK(result() == 8 * start + 14);
+  }
+}
+
+TEST_CASE("a capture that fails says why and leaves the lanes as they were") {
+  const auto backend = gpu();
+  if (!backend) return;
+  const auto origin = backend->make_lane(backend->width());
+  const auto lanes = backend->make_lanes({108, 24});
+  const auto forked = backend->make_event(), joined = backend->make_event();
+  const auto fork = [&] {
+    origin->record(*forked);
+    lanes[0]->wait(*forked);
+  };
+  CHECK_THROWS_WITH_AS(backend->capture(*origin,
+                                        [&] {
+                                          fork();
+                                          fail("op 7 is broken");
+                                        }),
+                       doctest::Contains("op 7 is broken; enforce_eager=True"), Error);
+  CHECK_THROWS_WITH_AS(backend->capture(*origin, fork),
+                       doctest::Contains("cudaErrorStreamCaptureUnjoined"), Error);
+  CHECK_THROWS_AS(backend->capture(*origin, [&] { drain(*backend, *origin); }), Error);
+  const Buffer value = backend->allocate(sizeof(int));
+  const auto run = [&] {
+    fork();
+    add<<<1, 1, 0, stream_of(*lanes[0])>>>(reinterpret_cast<int*>(value.data()), 1);
+    lanes[0]->record(*joined);
+    origin->wait(*joined);
+  };
+  run();
+  const auto graph = backend->capture(*origin, run);
+  graph->launch(*origin);
+  drain(*backend, *origin);
 }
 
 TEST_CASE("lanes wider than the device together share it") {
