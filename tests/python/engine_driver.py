@@ -48,6 +48,7 @@ def load_engine(
     max_model_len: int = 128,
     jitter_us: int = 0,
     row_granularity: int = 0,
+    enforce_eager: bool = False,
     random_weights: bool = False,
 ) -> _core.Engine:
     """Of a checkpoint, or of a config.json alone with weights of random_models.py."""
@@ -66,6 +67,7 @@ def load_engine(
         num_pages=16 * max_model_len // PAGE_SIZE,
         jitter_us=jitter_us,
         row_granularity=row_granularity,
+        enforce_eager=enforce_eager,
     )
     return _core.Engine(config, weights, schedule)
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import nanoflow
 from conftest import has_cuda
 from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import _core
+from nanoflow.schedule import built_in_schedule
 from random_models import SHAPES, write_config
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
@@ -79,7 +81,12 @@ def error(a: list[Logits], b: list[Logits]) -> float:
 
 
 def make_engine(
-    model: Path, schedule: _core.Schedule, dtype: str, device: str, jitter_us: int = 0
+    model: Path,
+    schedule: _core.Schedule,
+    dtype: str,
+    device: str,
+    jitter_us: int = 0,
+    enforce_eager: bool = False,
 ) -> _core.Engine:
     return load_engine(
         model,
@@ -88,6 +95,7 @@ def make_engine(
         device=device,
         max_seqs=sum(LENGTHS),
         jitter_us=jitter_us,
+        enforce_eager=enforce_eager,
         random_weights=True,
     )
 
@@ -142,6 +150,53 @@ def test_delays_change_no_bit(model: Path) -> None:
     )
     for got, expected in zip(delayed, plain, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("jitter_us", [0, 50])
+@pytest.mark.parametrize("chunk_rows", [1, 17])
+@pytest.mark.parametrize("name", ["sequential", "nano", "partitioned"])
+def test_replayed_graphs_change_no_bit(
+    model: Path, name: str, chunk_rows: int, jitter_us: int
+) -> None:
+    """Few graphs serve steps of ever other requests, lengths and pages; delays are replayed too."""
+    schedule = SCHEDULES.get(name) or built_in_schedule(name, 132)
+    eager, replayed = (
+        make_engine(model, schedule, "bfloat16", "cuda", jitter_us, enforce_eager)
+        for enforce_eager in (True, False)
+    )
+    expected = logits_of(eager, chunk_rows)
+    for got, logits in zip(logits_of(replayed, chunk_rows), expected, strict=True):
+        np.testing.assert_array_equal(got, logits)
+    assert eager.graph_stats().count == 0
+    assert 2 <= replayed.graph_stats().count <= 12
+    assert replayed.graph_stats().seconds > 0
+
+
+@pytest.mark.parametrize("name", ["sequential", "nano", "overlap"])
+def test_steps_in_flight_replay_one_graph(model: Path, name: str) -> None:
+    """Two steps at a time, requests that come and go, and pages that run out."""
+    rng = np.random.default_rng(5)
+    token_ids = [rng.integers(0, 160, length).tolist() for length in rng.integers(1, 90, 40)]
+    parameters = nanoflow.SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
+    tokens: list[list[list[int]]] = []
+    for enforce_eager in (True, False):
+        with nanoflow.LLM(
+            model,
+            load_format="dummy",
+            device="cuda",
+            skip_tokenizer_init=True,
+            schedule=name,
+            enforce_eager=enforce_eager,
+            max_num_seqs=16,
+            max_num_batched_tokens=128,
+            max_model_len=128,
+            block_size=16,
+            num_gpu_blocks_override=40,
+        ) as llm:
+            outputs = llm.generate(token_ids, parameters, use_tqdm=False)
+            tokens.append([list(output.outputs[0].token_ids) for output in outputs])
+    assert tokens[0] == tokens[1]
+    assert len({token for request in tokens[0] for token in request}) > 20
 
 
 def test_a_step_is_timed_by_the_device(model: Path) -> None:
