@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, m) {
   nanoflow::register_backend(m);
   nanoflow::register_model(m);
   nanoflow::register_schedule(m);
+  nanoflow::register_step(m);
   nanoflow::register_engine(m);
   nanoflow::register_run_op(m);
 }

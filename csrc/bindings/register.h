@@ -8,6 +8,7 @@ namespace nanoflow {
 void register_backend(pybind11::module_& m);
 void register_model(pybind11::module_& m);
 void register_schedule(pybind11::module_& m);
+void register_step(pybind11::module_& m);
 void register_engine(pybind11::module_& m);
 void register_run_op(pybind11::module_& m);
 

@@ -156,6 +156,33 @@ Op make_fill_normal(Operands& a) {
                     .std = a.scalar<float>("std")};
 }
 
+Op make_penalize(Operands& a) {
+  return Penalize{.logits = a.out("logits"),
+                  .history = a.in("history"),
+                  .tables = {.slots = a.in("slots"),
+                             .length = a.in("length"),
+                             .generated = a.in("generated"),
+                             .presence = a.in("presence"),
+                             .frequency = a.in("frequency"),
+                             .repetition = a.in("repetition")}};
+}
+
+Op make_record_samples(Operands& a) {
+  return RecordSamples{.sampled = a.in("sampled"),
+                       .slots = a.in("slots"),
+                       .length = a.in("length"),
+                       .history = a.out("history")};
+}
+
+Op make_logprobs(Operands& a) {
+  return Logprobs{.logits = a.in("logits"),
+                  .sampled = a.in("sampled"),
+                  .counts = a.in("counts"),
+                  .top = a.out("top"),
+                  .logprobs = a.out("logprobs"),
+                  .ranks = a.out("ranks")};
+}
+
 constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Embed::kName, make_embed},
     {RmsNorm::kName, make_rms_norm},
@@ -167,6 +194,9 @@ constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {GatherRows::kName, make_gather_rows},
     {Sample::kName, make_sample},
     {FillNormal::kName, make_fill_normal},
+    {Penalize::kName, make_penalize},
+    {RecordSamples::kName, make_record_samples},
+    {Logprobs::kName, make_logprobs},
 };
 
 Op make_op(const std::string& name, const py::kwargs& values, Mirror* mirror) {

@@ -56,6 +56,15 @@ Regions Sample::writes() const { return {memory(logits), memory(token_pool), mem
 Regions FillNormal::reads() const { return {}; }
 Regions FillNormal::writes() const { return {memory(out)}; }
 
+Regions Penalize::reads() const { return {memory(logits), memory(history)}; }
+Regions Penalize::writes() const { return {memory(logits)}; }
+
+Regions RecordSamples::reads() const { return {memory(sampled)}; }
+Regions RecordSamples::writes() const { return {memory(history)}; }
+
+Regions Logprobs::reads() const { return {memory(logits), memory(sampled)}; }
+Regions Logprobs::writes() const { return {memory(top), memory(logprobs), memory(ranks)}; }
+
 std::string_view name_of(const Op& op) {
   return std::visit([](const auto& o) { return o.kName; }, op);
 }

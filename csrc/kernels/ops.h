@@ -202,8 +202,58 @@ struct FillNormal {
   Regions writes() const;
 };
 
+/// The history of each sampled row and what its tokens cost: device data of a step.
+struct PenaltyTables {
+  Tensor slots;       // [S] int32: row of history
+  Tensor length;      // [S] int32: tokens of its history; 0 for a row without penalties
+  Tensor generated;   // [S] int32: how many of them, the last ones, have been sampled
+  Tensor presence;    // [S] float32: off the logit of a token that was generated
+  Tensor frequency;   // [S] float32: off the logit, for each time that it was
+  Tensor repetition;  // [S] float32: divides the positive, multiplies the negative logit of a token
+                      // that the history holds; before the other two
+};
+
+/// Applies penalties in place, once for each distinct token of a row's history.
+struct Penalize {
+  Tensor logits;   // [S, V] float32
+  Tensor history;  // [slots, positions] int32
+  PenaltyTables tables;
+
+  static constexpr std::string_view kName = "penalize";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// Appends what rows with penalties have sampled: history[slots[i]][length[i]] = sampled[i], if
+/// there is room. The tokens before come from the batch, when a history begins.
+struct RecordSamples {
+  Tensor sampled;        // [S] int32
+  Tensor slots, length;  // [S] int32, as in PenaltyTables
+  Tensor history;        // [slots, positions] int32
+
+  static constexpr std::string_view kName = "record_samples";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// log-softmax of the logits, for the sampled token and for the likeliest of each row that asks.
+struct Logprobs {
+  static constexpr int kMaxTop = 20;
+
+  Tensor logits;    // [S, V] float32: as the model gave them
+  Tensor sampled;   // [S] int32
+  Tensor counts;    // [S] int32: tokens wanted beside the sampled one; -1: nothing is written
+  Tensor top;       // [S, kMaxTop] int32: the likeliest, the lower token first where they tie
+  Tensor logprobs;  // [S, 1 + kMaxTop] float32: of the sampled token, then of `top`
+  Tensor ranks;     // [S] int32: tokens as likely as the sampled one or more, itself included
+
+  static constexpr std::string_view kName = "logprobs";
+  Regions reads() const;
+  Regions writes() const;
+};
+
 using Op = std::variant<Embed, RmsNorm, AddRmsNorm, Gemm, RopeAppend, PlanAttention, Attention,
-                        SiluMul, GatherRows, Sample, FillNormal>;
+                        SiluMul, GatherRows, Sample, FillNormal, Penalize, RecordSamples, Logprobs>;
 
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);

@@ -93,4 +93,38 @@ void check_shapes(const FillNormal& op) {
            op.mean, " and std ", op.std, "; both must be finite, std at least 0");
 }
 
+void check_shapes(const Penalize& op) {
+  ShapeMatcher match(Penalize::kName);
+  const PenaltyTables& tables = op.tables;
+  match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
+  match("history", op.history, {"slots", "positions"}).dtype(DType::kI32).contiguous_rows();
+  match("slots", tables.slots, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("length", tables.length, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("generated", tables.generated, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("presence", tables.presence, {"S"}).dtype(DType::kF32).contiguous_rows();
+  match("frequency", tables.frequency, {"S"}).dtype(DType::kF32).contiguous_rows();
+  match("repetition", tables.repetition, {"S"}).dtype(DType::kF32).contiguous_rows();
+}
+
+void check_shapes(const RecordSamples& op) {
+  ShapeMatcher match(RecordSamples::kName);
+  match("sampled", op.sampled, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("slots", op.slots, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("length", op.length, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("history", op.history, {"slots", "positions"}).dtype(DType::kI32).contiguous_rows();
+}
+
+void check_shapes(const Logprobs& op) {
+  ShapeMatcher match(Logprobs::kName);
+  match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
+  match("sampled", op.sampled, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("counts", op.counts, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("top", op.top, {"S", "top"}).dtype(DType::kI32).contiguous_rows();
+  match("logprobs", op.logprobs, {"S", "1 + top"}).dtype(DType::kF32).contiguous_rows();
+  match("ranks", op.ranks, {"S"}).dtype(DType::kI32).contiguous_rows();
+  NF_CHECK(match["top"] == Logprobs::kMaxTop && match["1 + top"] == 1 + Logprobs::kMaxTop,
+           "logprobs: top is ", op.top, " and logprobs ", op.logprobs, ", for the ",
+           Logprobs::kMaxTop, " likeliest tokens");
+}
+
 }  // namespace nanoflow

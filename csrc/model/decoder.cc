@@ -120,30 +120,62 @@ std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
           Gemm{.x = rows(b.activated, range), .weight = w.down, .out = rows(b.branch, range)}};
 }
 
-std::vector<Op> Decoder::emit_head(int samples) const {
+std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) const {
   if (samples == 0) return {};
   const DecoderBuffers& b = buffers_;
   const auto first = [samples](const Tensor& tensor) { return tensor.slice_rows(0, samples); };
-  return {GatherRows{.x = b.branch, .index = first(b.sample_rows), .out = first(b.head_branch)},
-          GatherRows{.x = b.residual, .index = first(b.sample_rows), .out = first(b.head_residual)},
-          AddRmsNorm{.x = first(b.head_branch),
-                     .residual = first(b.head_residual),
-                     .out = first(b.head_normed),
-                     .weight = weights_->norm(),
-                     .eps = spec().rms_norm_eps},
-          Gemm{.x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)},
-          Sample{.logits = first(b.logits),
-                 .tables = {.slots = first(b.sampling.slots),
-                            .temperature = first(b.sampling.temperature),
-                            .top_p = first(b.sampling.top_p),
-                            .min_p = first(b.sampling.min_p),
-                            .top_k = first(b.sampling.top_k),
-                            .seed = first(b.sampling.seed),
-                            .counter = first(b.sampling.counter),
-                            .banned_indptr = b.sampling.banned_indptr.slice_rows(0, samples + 1),
-                            .banned = b.sampling.banned},
-                 .token_pool = b.token_pool,
-                 .sampled = first(b.sampled)}};
+  std::vector<Op> ops;
+  ops.push_back(
+      GatherRows{.x = b.branch, .index = first(b.sample_rows), .out = first(b.head_branch)});
+  ops.push_back(
+      GatherRows{.x = b.residual, .index = first(b.sample_rows), .out = first(b.head_residual)});
+  ops.push_back(AddRmsNorm{.x = first(b.head_branch),
+                           .residual = first(b.head_residual),
+                           .out = first(b.head_normed),
+                           .weight = weights_->norm(),
+                           .eps = spec().rms_norm_eps});
+  const Gemm lm_head{
+      .x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)};
+  ops.push_back(lm_head);
+  if (options.penalties) {
+    ops.push_back(Penalize{.logits = first(b.logits),
+                           .history = b.history,
+                           .tables = {.slots = first(b.sampling.slots),
+                                      .length = first(b.penalties.length),
+                                      .generated = first(b.sampling.counter),
+                                      .presence = first(b.penalties.presence),
+                                      .frequency = first(b.penalties.frequency),
+                                      .repetition = first(b.penalties.repetition)}});
+  }
+  ops.push_back(
+      Sample{.logits = first(b.logits),
+             .tables = {.slots = first(b.sampling.slots),
+                        .temperature = first(b.sampling.temperature),
+                        .top_p = first(b.sampling.top_p),
+                        .min_p = first(b.sampling.min_p),
+                        .top_k = first(b.sampling.top_k),
+                        .seed = first(b.sampling.seed),
+                        .counter = first(b.sampling.counter),
+                        .banned_indptr = b.sampling.banned_indptr.slice_rows(0, samples + 1),
+                        .banned = b.sampling.banned},
+             .token_pool = b.token_pool,
+             .sampled = first(b.sampled)});
+  if (options.penalties) {
+    ops.push_back(RecordSamples{.sampled = first(b.sampled),
+                                .slots = first(b.sampling.slots),
+                                .length = first(b.penalties.length),
+                                .history = b.history});
+  }
+  if (options.logprobs && options.logits_again) ops.push_back(lm_head);
+  if (options.logprobs) {
+    ops.push_back(Logprobs{.logits = first(b.logits),
+                           .sampled = first(b.sampled),
+                           .counts = first(b.logprob_counts),
+                           .top = first(b.top),
+                           .logprobs = first(b.logprobs),
+                           .ranks = first(b.ranks)});
+  }
+  return ops;
 }
 
 std::vector<float> rope_table(const ModelSpec& spec, int positions) {

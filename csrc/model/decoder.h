@@ -41,6 +41,8 @@ struct DecoderBuffers {
   Tensor logits;                                   // [S, V] float32
   Tensor token_pool;                               // [slots] int32
   Tensor sampled;                                  // [S] int32
+  Tensor history;                                  // [slots, positions] int32
+  Tensor top, logprobs, ranks;                     // of Logprobs
   Tensor cos_sin;                                  // [positions, D] float32
   std::vector<Tensor> k_cache, v_cache;            // per layer: [P, Hkv, page_size, D]
 
@@ -49,6 +51,17 @@ struct DecoderBuffers {
   AttentionTables attention;
   Tensor attention_work;  // [segments, words] int32, by a part's first segment; or none
   SamplingTables sampling;
+  PenaltyTables penalties;
+  Tensor logprob_counts;  // [S] int32
+};
+
+/// What the head of a step does beside sampling, for those of its requests that ask for it.
+struct HeadOptions {
+  bool penalties = false;
+  bool logprobs = false;
+  bool logits_again = false;  // for logprobs: penalties and bans have changed the logits
+
+  auto operator<=>(const HeadOptions&) const = default;
 };
 
 /// Emits the ops of one stage for one row range: the Llama family, by the traits of its spec.
@@ -60,7 +73,7 @@ class Decoder {
   const DecoderBuffers& buffers() const { return buffers_; }
   /// Ops in order of execution. The head samples the first `samples` rows of its tables.
   std::vector<Op> emit(Stage stage, int layer, const RowRange& range) const;
-  std::vector<Op> emit_head(int samples) const;
+  std::vector<Op> emit_head(int samples, const HeadOptions& options = {}) const;
 
  private:
   std::vector<Op> emit_qkv(int layer, const RowRange& range) const;

@@ -1,8 +1,10 @@
 #include "pipeline/batch.h"
 
+#include <limits>
 #include <string_view>
 
 #include "core/error.h"
+#include "kernels/ops.h"
 
 namespace nanoflow {
 namespace {
@@ -76,7 +78,35 @@ void check_samples(const Batch& batch, const BatchLimits& limits) {
   }
 }
 
+void check_penalties(const Batch& batch, const BatchLimits& limits) {
+  if (!batch.has_penalties()) return;
+  const auto samples = static_cast<size_t>(batch.samples());
+  const float least = std::numeric_limits<float>::min(), most = std::numeric_limits<float>::max();
+  check_size("presence_penalty", batch.presence_penalty, samples);
+  check_range("presence_penalty", batch.presence_penalty, -most, most);
+  check_size("frequency_penalty", batch.frequency_penalty, samples);
+  check_range("frequency_penalty", batch.frequency_penalty, -most, most);
+  check_size("repetition_penalty", batch.repetition_penalty, samples);
+  check_range("repetition_penalty", batch.repetition_penalty, least, most);
+  check_indptr("history_indptr", batch.history_indptr, samples,
+               static_cast<int64_t>(batch.history_tokens.size()));
+  check_range("history_tokens", batch.history_tokens, 0, limits.vocab_size - 1);
+  for (int i = 0; i < batch.samples(); ++i) {
+    const int32_t length = batch.positions[batch.sample_rows[i]] + 1;
+    const int32_t given = batch.history_indptr[i + 1] - batch.history_indptr[i];
+    NF_CHECK(given == 0 || given == length, "batch: the history of sample ", i, " begins with ",
+             given, " tokens, not with all ", length);
+    NF_CHECK(!batch.has_penalties(i) || (batch.counter[i] >= 0 && batch.counter[i] <= length),
+             "batch: counter[", i, "] is ", batch.counter[i], " of ", length, " tokens");
+  }
+}
+
 }  // namespace
+
+bool Batch::has_penalties(int sample) const {
+  return has_penalties() && (presence_penalty[sample] != 0 || frequency_penalty[sample] != 0 ||
+                             repetition_penalty[sample] != 1);
+}
 
 void validate(const Batch& batch, const BatchLimits& limits) {
   const int rows = batch.rows(), requests = batch.requests();
@@ -97,6 +127,11 @@ void validate(const Batch& batch, const BatchLimits& limits) {
                requests);
   for (int r = 0; r < requests; ++r) check_request(batch, limits, r);
   check_samples(batch, limits);
+  check_penalties(batch, limits);
+  if (batch.wants_logprobs()) {
+    check_size("logprobs", batch.logprobs, batch.sample_rows.size());
+    check_range("logprobs", batch.logprobs, -1, Logprobs::kMaxTop);
+  }
 }
 
 }  // namespace nanoflow

@@ -36,12 +36,26 @@ struct Batch {
   std::vector<int32_t> banned_indptr;  // [S + 1]
   std::vector<int32_t> banned;         // tokens that must not be sampled
 
+  // All empty, or some row has penalties: see PenaltyTables. Rows that have them keep a history in
+  // their slot, which begins with the first sample that the request takes there.
+  std::vector<float> presence_penalty;    // [S]
+  std::vector<float> frequency_penalty;   // [S]
+  std::vector<float> repetition_penalty;  // [S] above 0; 1 without penalties, as 0 is of the others
+  std::vector<int32_t> history_indptr;    // [S + 1]
+  std::vector<int32_t> history_tokens;    // of rows whose history begins: all up to the row's own
+
+  // Empty, or some row wants logprobs.
+  std::vector<int32_t> logprobs;  // [S] of how many tokens beside the sampled one, or -1
+
   bool want_logits = false;   // return the logits of the sampled rows
   bool want_timings = false;  // return when each op ran
 
   int rows() const { return static_cast<int>(tokens.size()); }
   int requests() const { return static_cast<int>(kv_len.size()); }
   int samples() const { return static_cast<int>(sample_rows.size()); }
+  bool has_penalties() const { return !repetition_penalty.empty(); }
+  bool has_penalties(int sample) const;
+  bool wants_logprobs() const { return !logprobs.empty(); }
   /// First row of a segment (segments() gives T).
   int segment_row(int segment) const { return request_indptr[segment_requests[segment]]; }
 };

@@ -39,12 +39,20 @@ struct OpTiming {
   double begin_us, end_us;
 };
 
+/// See the op; K is Logprobs::kMaxTop, rows that did not ask hold anything.
+struct StepLogprobs {
+  std::vector<int32_t> top;     // [S, K]
+  std::vector<float> logprobs;  // [S, 1 + K]
+  std::vector<int32_t> ranks;   // [S]
+};
+
 struct StepResult {
   std::vector<int32_t>
       tokens;  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite
   std::vector<float> logits;      // [S, V] when asked for
   std::vector<OpTiming> timings;  // when asked for
   double begin_us = 0;            // of the step's first op by the backend's clock; with timings
+  StepLogprobs logprobs;          // when asked for
 };
 
 class StepState;

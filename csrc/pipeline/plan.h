@@ -36,11 +36,12 @@ struct NanoOp {
 struct PlanKey {
   std::vector<int> segment_rows;  // padded; none for a plan without layers
   int samples = 0;                // padded; 0 for a plan without head
+  HeadOptions options = {};       // of the head
 
   auto operator<=>(const PlanKey&) const = default;
 
   PlanKey layers() const { return {.segment_rows = segment_rows, .samples = 0}; }
-  PlanKey head() const { return {.segment_rows = {}, .samples = samples}; }
+  PlanKey head() const { return {.segment_rows = {}, .samples = samples, .options = options}; }
 };
 
 /// Ops in order of issue, bound to one rank's buffers; immutable. Valid for any batch of its key.

@@ -214,7 +214,8 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
       }
     }
   }
-  append(decoder.emit_head(key.samples), {.stage = Stage::kHead, .layer = 0, .part = 0},
+  append(decoder.emit_head(key.samples, key.options),
+         {.stage = Stage::kHead, .layer = 0, .part = 0},
          schedule.lane_index(schedule.stage("head").lane));
   return program;
 }

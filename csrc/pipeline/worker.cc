@@ -35,6 +35,12 @@ void set_timings(const Plans& plans, const int64_t* stamps, StepResult& result) 
   }
 }
 
+template <typename T>
+std::vector<T> entries(const Buffer& buffer, size_t count) {
+  const T* begin = reinterpret_cast<const T*>(buffer.data());
+  return std::vector<T>(begin, begin + count);
+}
+
 }  // namespace
 
 void StepState::finish(std::exception_ptr error) {
@@ -69,6 +75,11 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights)
       }) {
   for (Buffer& buffer : sampled_host_) {
     buffer = backend_.allocate_host(workspace_.buffers().sampled.span_bytes());
+  }
+  for (LogprobsHost& host : logprobs_host_) {
+    host.top = backend_.allocate_host(workspace_.buffers().top.span_bytes());
+    host.logprobs = backend_.allocate_host(workspace_.buffers().logprobs.span_bytes());
+    host.ranks = backend_.allocate_host(workspace_.buffers().ranks.span_bytes());
   }
   thread_ = std::thread([this] { loop(); });
 }
@@ -123,19 +134,11 @@ void Worker::issue(const std::shared_ptr<StepState>& state) {
   const int ring = static_cast<int>(state->step % Engine::kMaxStepsInFlight);
   const PlanKey key = workspace_.key_of(state->batch, state->schedule->cuts());
   workspace_.stage(state->batch, key, ring);
-  workspace_.upload(ring, *origin_);
+  workspace_.upload(state->batch, ring, *origin_);
   if (plans_.release(completed_steps())) count_graphs(0);
   run_plans(*state, key);
 
-  const DecoderBuffers& buffers = workspace_.buffers();
-  const auto samples = static_cast<size_t>(state->batch.samples());
-  backend_.copy(sampled_host_[ring].data(), buffers.sampled.bytes(), samples * sizeof(int32_t),
-                *origin_);
-  if (state->batch.want_logits) {
-    state->result.logits.resize(samples * static_cast<size_t>(buffers.logits.size(1)));
-    backend_.copy(state->result.logits.data(), buffers.logits.bytes(),
-                  state->result.logits.size() * sizeof(float), *origin_);
-  }
+  copy_back(*state, ring);
   origin_->notify([this, state, ring](std::exception_ptr error) { complete(*state, ring, error); });
 }
 
@@ -178,10 +181,37 @@ void Worker::count_graphs(double seconds) {
   graph_stats_ = {alive.count, alive.bytes, graph_stats_.seconds + seconds};
 }
 
+void Worker::copy_back(StepState& state, int ring) {
+  const DecoderBuffers& buffers = workspace_.buffers();
+  const int64_t samples = state.batch.samples();
+  const auto copy = [&](Buffer& to, const Tensor& from) {
+    backend_.copy(to.data(), from.bytes(), from.slice_rows(0, samples).span_bytes(), *origin_);
+  };
+  copy(sampled_host_[ring], buffers.sampled);
+  if (state.batch.wants_logprobs()) {
+    LogprobsHost& host = logprobs_host_[ring];
+    copy(host.top, buffers.top);
+    copy(host.logprobs, buffers.logprobs);
+    copy(host.ranks, buffers.ranks);
+  }
+  if (state.batch.want_logits) {
+    state.result.logits.resize(static_cast<size_t>(samples * buffers.logits.size(1)));
+    backend_.copy(state.result.logits.data(), buffers.logits.bytes(),
+                  state.result.logits.size() * sizeof(float), *origin_);
+  }
+}
+
 void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
   if (error == nullptr) {
     const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
     state.result.tokens.assign(sampled, sampled + state.batch.samples());
+    if (state.batch.wants_logprobs()) {
+      const LogprobsHost& host = logprobs_host_[ring];
+      const size_t samples = state.result.tokens.size(), top = Logprobs::kMaxTop;
+      state.result.logprobs = {.top = entries<int32_t>(host.top, samples * top),
+                               .logprobs = entries<float>(host.logprobs, samples * (1 + top)),
+                               .ranks = entries<int32_t>(host.ranks, samples)};
+    }
     if (state.batch.want_timings) {
       set_timings(state.plans, reinterpret_cast<const int64_t*>(state.stamps.data()), state.result);
     }

@@ -68,6 +68,7 @@ class Worker {
   void run(CachedPlan& cached, int64_t* stamps);
   void capture(CachedPlan& cached);
   void count_graphs(double seconds);
+  void copy_back(StepState& state, int ring);
   void complete(StepState& state, int ring, std::exception_ptr error);
 
   EngineConfig config_;
@@ -79,6 +80,10 @@ class Worker {
   Executor executor_;
   std::unique_ptr<Lane> origin_;  // orders steps: copies in, fork and join, copies out
   std::array<Buffer, Engine::kMaxStepsInFlight> sampled_host_;
+  struct LogprobsHost {
+    Buffer top, logprobs, ranks;
+  };
+  std::array<LogprobsHost, Engine::kMaxStepsInFlight> logprobs_host_;
 
   PlanCache plans_;
 

@@ -15,6 +15,20 @@ int max_page_entries(const EngineConfig& config) {
   return config.max_num_seqs * pages;
 }
 
+/// Penalties and bans change logits in place, logprobs are told of what the model gave.
+bool is_changed(const Batch& batch, int sample) {
+  return batch.banned_indptr[sample] < batch.banned_indptr[sample + 1] ||
+         batch.has_penalties(sample);
+}
+
+HeadOptions head_options(const Batch& batch) {
+  HeadOptions head{.penalties = batch.has_penalties(), .logprobs = batch.wants_logprobs()};
+  for (int i = 0; head.logprobs && i < batch.samples(); ++i) {
+    head.logits_again = head.logits_again || (batch.logprobs[i] >= 0 && is_changed(batch, i));
+  }
+  return head;
+}
+
 }  // namespace
 
 Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
@@ -54,6 +68,10 @@ void Workspace::allocate_activations() {
   a.add("logits", DType::kF32, {samples, spec_.vocab_size});
   a.add("token_pool", DType::kI32, {config_.max_num_seqs});
   a.add("sampled", DType::kI32, {samples});
+  a.add("history", DType::kI32, {config_.max_num_seqs, config_.max_model_len});
+  a.add("top", DType::kI32, {samples, Logprobs::kMaxTop});
+  a.add("logprobs", DType::kF32, {samples, 1 + Logprobs::kMaxTop});
+  a.add("ranks", DType::kI32, {samples});
   a.add("cos_sin", DType::kF32, {config_.max_model_len, spec_.head_dim});
   if (attention_bytes > 0) {
     const auto words = static_cast<int64_t>(attention_bytes / sizeof(int32_t));
@@ -74,6 +92,10 @@ void Workspace::allocate_activations() {
   buffers_.logits = a.tensor("logits");
   buffers_.token_pool = a.tensor("token_pool");
   buffers_.sampled = a.tensor("sampled");
+  buffers_.history = a.tensor("history");
+  buffers_.top = a.tensor("top");
+  buffers_.logprobs = a.tensor("logprobs");
+  buffers_.ranks = a.tensor("ranks");
   buffers_.cos_sin = a.tensor("cos_sin");
 }
 
@@ -100,6 +122,11 @@ void Workspace::allocate_tables() {
   t.add("counter", DType::kI32, {samples});
   t.add("banned_indptr", DType::kI32, {samples + 1});
   t.add("banned", DType::kI32, {requests * kBannedPerRequest});
+  t.add("history_length", DType::kI32, {samples});
+  t.add("presence", DType::kF32, {samples});
+  t.add("frequency", DType::kF32, {samples});
+  t.add("repetition", DType::kF32, {samples});
+  t.add("logprob_counts", DType::kI32, {samples});
   t.bind(backend_.allocate(t.bytes()));
   for (Buffer& buffer : staging_) buffer = backend_.allocate_host(t.bytes());
   buffers_.tokens = t.tensor("tokens");
@@ -121,6 +148,13 @@ void Workspace::allocate_tables() {
                        .counter = t.tensor("counter"),
                        .banned_indptr = t.tensor("banned_indptr"),
                        .banned = t.tensor("banned")};
+  buffers_.penalties = {.slots = t.tensor("slots"),
+                        .length = t.tensor("history_length"),
+                        .generated = t.tensor("counter"),
+                        .presence = t.tensor("presence"),
+                        .frequency = t.tensor("frequency"),
+                        .repetition = t.tensor("repetition")};
+  buffers_.logprob_counts = t.tensor("logprob_counts");
 }
 
 void Workspace::upload_rope_table() {
@@ -160,7 +194,9 @@ PlanKey Workspace::key_of(const Batch& batch, const std::vector<double>& cuts) c
     rows.push_back(batch.segment_row(static_cast<int>(s) + 1) -
                    batch.segment_row(static_cast<int>(s)));
   }
-  return padded(rows, batch.samples(), cuts);
+  PlanKey key = padded(rows, batch.samples(), cuts);
+  key.options = head_options(batch);
+  return key;
 }
 
 template <typename T>
@@ -171,6 +207,7 @@ T* Workspace::staged(const Tensor& table, int ring) const {
 void Workspace::stage(const Batch& batch, const PlanKey& key, int ring) {
   stage_rows(batch, key, ring);
   stage_samples(batch, key, ring);
+  stage_penalties(batch, key, ring);
 }
 
 void Workspace::stage_rows(const Batch& batch, const PlanKey& key, int ring) {
@@ -211,16 +248,21 @@ void Workspace::stage_rows(const Batch& batch, const PlanKey& key, int ring) {
   std::ranges::copy(batch.page_indices, staged<int32_t>(a.page_indices, ring));
 }
 
+template <typename T>
+void Workspace::stage_padded(const Tensor& table, const std::vector<T>& values, int size, T padding,
+                             int ring) {
+  T* out = staged<T>(table, ring);
+  std::fill(std::ranges::copy(values, out).out, out + size, padding);
+}
+
 void Workspace::stage_samples(const Batch& batch, const PlanKey& key, int ring) {
   const DecoderBuffers& b = buffers_;
   const SamplingTables& s = b.sampling;
   const int samples = batch.samples();
   int32_t* rows = staged<int32_t>(b.sample_rows, ring);
   for (int i = 0; i < samples; ++i) rows[i] = padded_row_[batch.sample_rows[i]];
-  const auto fill = [&]<typename T>(const Tensor& table, const std::vector<T>& values, T padding) {
-    T* out = staged<T>(table, ring);
-    std::ranges::copy(values, out);
-    std::fill(out + samples, out + key.samples, padding);
+  const auto fill = [&](const Tensor& table, const auto& values, auto padding) {
+    stage_padded(table, values, key.samples, padding, ring);
   };
   std::fill(rows + samples, rows + key.samples, -1);
   fill(s.slots, batch.slots, -1);
@@ -236,8 +278,37 @@ void Workspace::stage_samples(const Batch& batch, const PlanKey& key, int ring) 
   std::ranges::copy(batch.banned, staged<int32_t>(s.banned, ring));
 }
 
-void Workspace::upload(int ring, Lane& lane) {
+void Workspace::stage_penalties(const Batch& batch, const PlanKey& key, int ring) {
+  const int samples = batch.samples();
+  const auto fill = [&](const Tensor& table, const auto& values, auto padding) {
+    stage_padded(table, values, key.samples, padding, ring);
+  };
+  if (key.options.logprobs) fill(buffers_.logprob_counts, batch.logprobs, -1);
+  if (!key.options.penalties) return;
+  const PenaltyTables& p = buffers_.penalties;
+  fill(p.presence, batch.presence_penalty, 0.0f);
+  fill(p.frequency, batch.frequency_penalty, 0.0f);
+  fill(p.repetition, batch.repetition_penalty, 1.0f);
+  int32_t* length = staged<int32_t>(p.length, ring);
+  std::fill(length, length + key.samples, 0);
+  for (int i = 0; i < samples; ++i) {
+    if (batch.has_penalties(i)) length[i] = batch.positions[batch.sample_rows[i]] + 1;
+  }
+  const size_t bytes = batch.history_tokens.size() * sizeof(int32_t);
+  if (histories_[ring].bytes() < bytes) histories_[ring] = backend_.allocate_host(bytes);
+  std::ranges::copy(batch.history_tokens, reinterpret_cast<int32_t*>(histories_[ring].data()));
+}
+
+void Workspace::upload(const Batch& batch, int ring, Lane& lane) {
   backend_.copy(tables_.data(), staging_[ring].data(), tables_.bytes(), lane);
+  if (!batch.has_penalties()) return;
+  const auto* histories = reinterpret_cast<const int32_t*>(histories_[ring].data());
+  for (int i = 0; i < batch.samples(); ++i) {
+    const int32_t begin = batch.history_indptr[i], end = batch.history_indptr[i + 1];
+    if (begin == end) continue;
+    backend_.copy(buffers_.history.select(0, batch.slots[i]).bytes(), histories + begin,
+                  static_cast<size_t>(end - begin) * sizeof(int32_t), lane);
+  }
 }
 
 }  // namespace nanoflow

@@ -31,8 +31,8 @@ class Workspace {
                  const std::vector<double>& cuts) const;
   /// Fills staging copy `ring` from a valid batch. No step may be using the copy.
   void stage(const Batch& batch, const PlanKey& key, int ring);
-  /// Enqueues staging copy `ring` → tables.
-  void upload(int ring, Lane& lane);
+  /// Enqueues staging copy `ring` → tables, and the histories that begin in its batch.
+  void upload(const Batch& batch, int ring, Lane& lane);
   size_t bytes() const { return activations_.bytes() + tables_.bytes(); }
 
  private:
@@ -42,8 +42,13 @@ class Workspace {
   /// Where a table lives in a staging copy.
   template <typename T>
   T* staged(const Tensor& table, int ring) const;
+  /// Fills a table with `values`, then with `padding` up to `size` entries.
+  template <typename T>
+  void stage_padded(const Tensor& table, const std::vector<T>& values, int size, T padding,
+                    int ring);
   void stage_rows(const Batch& batch, const PlanKey& key, int ring);
   void stage_samples(const Batch& batch, const PlanKey& key, int ring);
+  void stage_penalties(const Batch& batch, const PlanKey& key, int ring);
 
   EngineConfig config_;
   ModelSpec spec_;
@@ -51,6 +56,7 @@ class Workspace {
   int granularity_;
   Arena activations_, tables_;
   std::array<Buffer, Engine::kMaxStepsInFlight> staging_;
+  std::array<Buffer, Engine::kMaxStepsInFlight> histories_;  // on the host; grow as needed
   DecoderBuffers buffers_;
   std::vector<int> padded_row_;  // of each row of the batch being staged
 };

@@ -26,6 +26,11 @@ constexpr BatchLimits kLimits{.vocab_size = 61,
 
 std::string error_of(const std::function<void(Batch&)>& spoil) {
   Batch batch = prompt_batch({5, 9, 1}, 2, 4, 61);
+  batch.presence_penalty = batch.frequency_penalty = {0.0f, 2.0f, 0.0f};
+  batch.repetition_penalty = {1.0f, 1.5f, 1.0f};
+  batch.history_indptr = {0, 0, 9, 9};
+  batch.history_tokens.assign(9, 3);
+  batch.logprobs = {-1, 0, 20};
   spoil(batch);
   try {
     validate(batch, kLimits);
@@ -68,6 +73,18 @@ TEST_CASE("a bad batch says which entry is wrong") {
         "batch: temperature[0] is nan, outside [0, 1e+30]");
   CHECK(error_of([](Batch& b) { b.banned = {3}; }) ==
         "batch: banned_indptr runs from 0 to 0, not from 0 to 1");
+  CHECK(error_of([](Batch& b) { b.history_tokens[8] = 61; }) ==
+        "batch: history_tokens[8] is 61, outside [0, 60]");
+  CHECK(error_of([](Batch& b) { b.history_indptr[1] = 2; }) ==
+        "batch: the history of sample 0 begins with 2 tokens, not with all 5");
+  CHECK(error_of([](Batch& b) { b.counter[1] = 10; }) == "batch: counter[1] is 10 of 9 tokens");
+  CHECK(error_of([](Batch& b) { b.frequency_penalty.pop_back(); }) ==
+        "batch: frequency_penalty has 2 entries, not 3");
+  CHECK(error_of([](Batch& b) {
+          b.repetition_penalty[1] = 0.0f;
+        }).starts_with("batch: repetition_penalty[1] is 0, outside ["));
+  CHECK(error_of([](Batch& b) { b.logprobs[2] = 21; }) ==
+        "batch: logprobs[2] is 21, outside [-1, 20]");
   CHECK(error_of([](Batch& b) { b = Batch{}; }) ==
         "batch: 0 rows; a step takes 1 to 64 (max_num_batched_tokens)");
 }

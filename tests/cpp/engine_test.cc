@@ -80,7 +80,7 @@ TEST_CASE("random valid orders on random lanes with random delays give the same 
     const auto origin = backend->make_lane(1);
     const auto done = backend->make_event();
     workspace.stage(batch, key, 0);
-    workspace.upload(0, *origin);
+    workspace.upload(batch, 0, *origin);
     executor.run(plan, *origin);
     origin->record(*done);
     done->synchronize();

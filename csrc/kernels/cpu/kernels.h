@@ -29,6 +29,9 @@ class CpuKernels : public Kernels {
   void run(const GatherRows& op, Lane& lane) override;
   void run(const Sample& op, Lane& lane) override;
   void run(const FillNormal& op, Lane& lane) override;
+  void run(const Penalize& op, Lane& lane) override;
+  void run(const RecordSamples& op, Lane& lane) override;
+  void run(const Logprobs& op, Lane& lane) override;
 
  private:
   Isa isa_;
