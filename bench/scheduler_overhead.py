@@ -40,6 +40,7 @@ TARGET_MS = {256: 1.0, 1024: 3.0}
 @dataclass(frozen=True)
 class Result:
     tokens: NDArray[np.int32]
+    logprobs: None = None
 
 
 class InstantEngine:

@@ -25,6 +25,7 @@ __all__: list[str] = [
     "Schedule",
     "StageSpec",
     "StepHandle",
+    "StepLogprobs",
     "StepResult",
     "Weights",
     "cpu_isas",
@@ -214,6 +215,112 @@ class Plan:
     @property
     def lanes(self) -> list[LaneSpec]: ...
 
+class Batch:
+    """
+    One ragged step; the arrays are copied. See pipeline/batch.h.
+    """
+    def __init__(
+        self,
+        *,
+        tokens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        positions: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        request_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        kv_len: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        page_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        page_indices: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        segment_requests: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        sample_rows: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        slots: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        temperature: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        top_p: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        min_p: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        top_k: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        seed: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        counter: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        banned_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        banned: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        presence_penalty: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] = ...,
+        frequency_penalty: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] = ...,
+        repetition_penalty: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] = ...,
+        history_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        history_tokens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        logprobs: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        want_logits: bool = False,
+        want_timings: bool = False,
+    ) -> None: ...
+
+class OpTiming:
+    """
+    When one op of a step ran, from the step's start.
+    """
+    @property
+    def begin_us(self) -> float: ...
+    @property
+    def end_us(self) -> float: ...
+    @property
+    def lane(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+class StepLogprobs:
+    """
+    Log-probabilities of a step; see Logprobs in kernels/ops.h. Rows that did not ask hold anything.
+    """
+    @property
+    def logprobs(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        [S, 21] float32: of the sampled token, then of `top`.
+        """
+    @property
+    def ranks(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        [S] int32: of the sampled token, from 1.
+        """
+    @property
+    def top(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        [S, 20] int32: the likeliest tokens.
+        """
+
+class StepResult:
+    @property
+    def begin_us(self) -> float:
+        """
+        When the step's first op began, by a clock that all steps share; where the batch asked for timings.
+        """
+    @property
+    def logits(self) -> numpy.typing.NDArray[numpy.float32] | None:
+        """
+        [S, V] float32 when the batch asked for them.
+        """
+    @property
+    def logprobs(self) -> StepLogprobs | None:
+        """
+        When the batch asked for them.
+        """
+    @property
+    def timings(self) -> list[OpTiming]:
+        """
+        When the batch asked for them.
+        """
+    @property
+    def tokens(self) -> numpy.typing.NDArray[numpy.int32]: ...
+
+class StepHandle:
+    """
+    A step on its way.
+    """
+    def is_done(self) -> bool: ...
+    def wait(self) -> StepResult:
+        """
+        Blocks until the step has left the device; raises what made it fail.
+        """
+    @property
+    def step(self) -> int:
+        """
+        Its number, from 1.
+        """
+
 class EngineConfig:
     """
     Capacities of an engine.
@@ -261,81 +368,6 @@ class GraphStats:
     def seconds(self) -> float:
         """
         Spent capturing since the engine was made.
-        """
-
-class Batch:
-    """
-    One ragged step; the arrays are copied. See pipeline/batch.h.
-    """
-    def __init__(
-        self,
-        *,
-        tokens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        positions: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        request_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        kv_len: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        page_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        page_indices: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        segment_requests: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        sample_rows: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        slots: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        temperature: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
-        top_p: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
-        min_p: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
-        top_k: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        seed: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
-        counter: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        banned_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        banned: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-        want_logits: bool = False,
-        want_timings: bool = False,
-    ) -> None: ...
-
-class OpTiming:
-    """
-    When one op of a step ran, from the step's start.
-    """
-    @property
-    def begin_us(self) -> float: ...
-    @property
-    def end_us(self) -> float: ...
-    @property
-    def lane(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-
-class StepResult:
-    @property
-    def begin_us(self) -> float:
-        """
-        When the step's first op began, by a clock that all steps share; where the batch asked for timings.
-        """
-    @property
-    def logits(self) -> numpy.typing.NDArray[numpy.float32] | None:
-        """
-        [S, V] float32 when the batch asked for them.
-        """
-    @property
-    def timings(self) -> list[OpTiming]:
-        """
-        When the batch asked for them.
-        """
-    @property
-    def tokens(self) -> numpy.typing.NDArray[numpy.int32]: ...
-
-class StepHandle:
-    """
-    A step on its way.
-    """
-    def is_done(self) -> bool: ...
-    def wait(self) -> StepResult:
-        """
-        Blocks until the step has left the device; raises what made it fail.
-        """
-    @property
-    def step(self) -> int:
-        """
-        Its number, from 1.
         """
 
 class Engine:

@@ -9,6 +9,15 @@ from nanoflow.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely the model found a token, before penalties and temperature."""
+
+    logprob: float
+    rank: int | None = None  # among all tokens, from 1
+    decoded_token: str | None = None  # None without detokenize
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """A generation."""
 
@@ -17,8 +26,10 @@ class CompletionOutput:
     token_ids: list[int]  # all that were generated, the one that ended it included
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None  # the stop string or stop token; None at end of sequence
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Any]] | None = None
+    cumulative_logprob: float | None = None  # of all token_ids together
+    # Of each of token_ids, by token: that token first, then as many of the likeliest as were asked
+    # for, which it may be one of.
+    logprobs: list[dict[int, Logprob]] | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None

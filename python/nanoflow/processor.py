@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow.detokenizer import IncrementalDetokenizer
-from nanoflow.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoflow.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoflow.prompts import Prompt, check_token_ids
 from nanoflow.request import Request
 from nanoflow.runtime import Runtime
@@ -25,6 +25,7 @@ _DEFAULTS = {
     "top_p": "top_p",
     "top_k": "top_k",
     "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
 _CONTEXT_TOKENS = 16  # of the prompt, for the detokenizer
@@ -105,12 +106,17 @@ class Processor:
 
     def output(self, request: Request, prompt: Prompt, params: SamplingParams) -> RequestOutput:
         """Of a finished request."""
+        wants_logprobs = request.sampling.logprobs >= 0
+        logprobs = self._logprobs(request, params) if wants_logprobs else None
+        cumulative = sum(one.logprob for one in request.logprobs) if wants_logprobs else None
         completion = CompletionOutput(
             index=0,
             text=self._text(request, params),
             token_ids=request.output_token_ids,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            cumulative_logprob=cumulative,
+            logprobs=logprobs,
         )
         return RequestOutput(
             request_id=request.id,
@@ -138,6 +144,26 @@ class Processor:
             finished=True,
             error=str(error),
         )
+
+    def _logprobs(self, request: Request, params: SamplingParams) -> list[dict[int, Logprob]]:
+        texts: dict[int, str | None] = {}
+
+        def text_of(token: int) -> str | None:
+            if self._tokenizer is None or not params.detokenize:
+                return None
+            if token not in texts:
+                texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+            return texts[token]
+
+        outputs = []
+        for token, found in zip(request.output_token_ids, request.logprobs, strict=True):
+            entries = {token: Logprob(found.logprob, found.rank, text_of(token))}
+            top = zip(found.top.tolist(), found.top_logprobs.tolist(), strict=True)
+            for rank, (other, logprob) in enumerate(top, start=1):
+                if other >= 0:  # there may be fewer tokens than were asked for
+                    entries[other] = Logprob(logprob, rank, text_of(other))
+            outputs.append(entries)
+        return outputs
 
     def _text(self, request: Request, params: SamplingParams) -> str:
         if self._tokenizer is None or not params.detokenize:
@@ -190,13 +216,6 @@ def _default_params(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if defaults:
         logger.info("sampling defaults from the model's generation config: %s", defaults)
-    penalty = generation_config.get("repetition_penalty")
-    if penalty not in (None, 1, 1.0):
-        logger.warning(
-            "the model's generation config asks for repetition_penalty=%s, which is not supported "
-            "yet: generating without it",
-            penalty,
-        )
     return defaults
 
 

@@ -29,6 +29,24 @@ class Sampling:
     stop_token_ids: tuple[int, ...]  # end the request and are its stop_reason
     eos_token_ids: tuple[int, ...]  # end the request unless ignore_eos
     ignore_eos: bool
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int = -1  # how many tokens' beside that of the sampled one; -1: none at all
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a generated token was, before penalties and temperature, and others beside it."""
+
+    logprob: float
+    rank: int  # among all tokens, from 1
+    top: NDArray[np.int32]  # the likeliest tokens
+    top_logprobs: NDArray[np.float32]
 
 
 class StopWatcher(Protocol):
@@ -54,6 +72,7 @@ class Request:
     stop_watcher: StopWatcher | None = None
 
     output_token_ids: list[int] = field(default_factory=list)  # complete once finished
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each, where they are wanted
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token
     error: BaseException | None = None

@@ -12,6 +12,8 @@ from typing import Any
 from nanoflow.request import Sampling
 
 MAX_BANNED_TOKENS = 64  # end-of-sequence and stop tokens of a request with min_tokens
+MAX_LOGPROBS = 20  # of a generated token, beside it
+_LEAST_REPETITION, _MOST_REPETITION = 1e-30, 1e30  # what float32 has room for
 _GREEDY_TEMPERATURE = 1e-5  # and below: the logits would overflow
 
 
@@ -24,10 +26,6 @@ class RequestOutputKind(Enum):
 # Fields that are there for compatibility, with the values that change nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logprobs": (None,),
     "prompt_logprobs": (None,),
     "spaces_between_special_tokens": (True,),
     "output_kind": (RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY),
@@ -47,9 +45,11 @@ class SamplingParams:
     """
 
     n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # off the logits of tokens that have been generated
+    frequency_penalty: float = 0.0  # the same for each time
+    repetition_penalty: float = (
+        1.0  # divides logits of tokens of the prompt, too; if negative, times
+    )
     temperature: float = 1.0  # 0 is greedy: top_p, top_k and min_p then have no effect
     top_p: float = 1.0
     top_k: int = 0  # 0 and -1 keep all
@@ -60,7 +60,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: as far as max_model_len goes
     min_tokens: int = 0
-    logprobs: int | None = None
+    logprobs: int | None = None  # of so many of the likeliest tokens, and of the one generated
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -89,6 +89,17 @@ class SamplingParams:
                 raise ValueError(
                     f"{name}={value!r} is not supported yet; leave it at {neutral[0]!r}"
                 )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be from -2 to 2")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be a number above 0"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(
+                f"logprobs={self.logprobs} must be from 0 to {MAX_LOGPROBS}, or None for none"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be a number of at least 0")
         if not 0 < self.top_p <= 1:
@@ -113,11 +124,13 @@ class SamplingParams:
             raise ValueError("stop strings are looked for in the text: they need detokenize=True")
 
     def _check_types(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        numbers = ("temperature", "top_p", "min_p")
+        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        for name in numbers + penalties:
             _check_type(name, getattr(self, name), "a number", (Real,))
         for name in ("top_k", "min_tokens"):
             _check_type(name, getattr(self, name), "an integer", (Integral,))
-        for name in ("seed", "max_tokens"):
+        for name in ("seed", "max_tokens", "logprobs"):
             _check_type(name, getattr(self, name), "an integer or None", (Integral, type(None)))
         for flag in (
             "ignore_eos",
@@ -161,6 +174,12 @@ class SamplingParams:
             stop_token_ids=stop_token_ids,
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
             ignore_eos=self.ignore_eos,
+            presence_penalty=float(self.presence_penalty),
+            frequency_penalty=float(self.frequency_penalty),
+            repetition_penalty=min(
+                max(float(self.repetition_penalty), _LEAST_REPETITION), _MOST_REPETITION
+            ),
+            logprobs=-1 if self.logprobs is None else self.logprobs,
         )
 
 

@@ -27,6 +27,11 @@ DTYPES = {
     **dict.fromkeys(("temperature", "top_p", "min_p"), np.float32),
     "seed": np.uint64,
 }
+PENALTIES = {
+    **dict.fromkeys(("history_indptr", "history_tokens"), np.int32),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), np.float32),
+}
+OPTIONAL_DTYPES = {**PENALTIES, "logprobs": np.int32}
 
 
 @dataclass
@@ -40,9 +45,12 @@ class FakeBatch:
 
 
 def make_batch(**arrays: NDArray[Any]) -> FakeBatch:
-    assert arrays.keys() == DTYPES.keys()
+    optional = arrays.keys() & OPTIONAL_DTYPES.keys()
+    assert arrays.keys() - optional == DTYPES.keys()
+    assert not optional & PENALTIES.keys() or optional >= PENALTIES.keys()
     for name, array in arrays.items():
-        assert array.dtype == DTYPES[name], f"{name} is {array.dtype}"
+        dtype = (DTYPES | OPTIONAL_DTYPES)[name]
+        assert array.dtype == dtype, f"{name} is {array.dtype}"
         assert array.ndim == 1
     return FakeBatch({name: array.copy() for name, array in arrays.items()})
 
@@ -64,6 +72,7 @@ def salt_of(temperature: float, seed: int, counter: int) -> int:
 @dataclass
 class FakeResult:
     tokens: NDArray[np.int32]
+    logprobs: None = None
 
 
 @dataclass

@@ -183,6 +183,31 @@ def allowed_probabilities(
     return p
 
 
+def penalize(
+    logits: NDArray[np.float32],
+    history: Sequence[int],
+    generated: int,
+    *,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    repetition: float = 1.0,
+) -> Floats:
+    """Logits after the penalties for a prompt and the `generated` tokens at the end of it."""
+    x = logits.astype(np.float64)
+    seen = np.unique(np.asarray(history, np.int64))
+    x[seen] = np.where(x[seen] > 0, x[seen] / repetition, x[seen] * repetition)
+    tokens, counts = np.unique(history[len(history) - generated :], return_counts=True)
+    x[tokens.astype(np.int64)] -= frequency * counts + presence
+    return x
+
+
+def log_softmax(logits: NDArray[Any]) -> Floats:
+    x = logits.astype(np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    logprobs: Floats = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return logprobs
+
+
 def philox4x32(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     """Philox4x32-10 in Python's integers."""
     c, k, mask = list(counter), list(key), 0xFFFFFFFF

@@ -86,6 +86,26 @@ def test_ends_are_banned_until_min_tokens() -> None:
     assert arrays["banned"] == []
 
 
+def test_penalties_and_logprobs_are_given_when_somebody_asks() -> None:
+    setup = Setup(max_rows=8)
+    second = request(1, 9, 30, ignore_eos=True, repetition_penalty=1.5, presence_penalty=-1.0)
+    setup.add(
+        request(0, 3, 30, ignore_eos=True), second, request(2, 2, 30, ignore_eos=True, logprobs=0)
+    )
+    arrays = arrays_of_next_step(setup)
+    assert not arrays.keys() & {"repetition_penalty", "logprobs"}  # request 1 is not sampled yet
+    arrays = arrays_of_next_step(setup)
+    assert arrays["presence_penalty"] == [0.0, -1.0, 0.0]
+    assert arrays["frequency_penalty"] == [0.0, 0.0, 0.0]
+    assert arrays["repetition_penalty"] == [1.0, 1.5, 1.0]
+    assert arrays["history_indptr"] == [0, 0, 9, 9]
+    assert arrays["history_tokens"] == second.prompt_token_ids.tolist()
+    assert arrays["logprobs"] == [-1, -1, 0]
+    arrays = arrays_of_next_step(setup)
+    assert arrays["repetition_penalty"] == [1.0, 1.5, 1.0]
+    assert arrays["history_indptr"] == [0, 0, 0, 0] and arrays["history_tokens"] == []
+
+
 def test_many_stop_tokens_widen_the_table() -> None:
     setup = Setup()
     stops = tuple(range(10, 29))

@@ -90,7 +90,7 @@ class Setup:
             self.in_flight.append((step, handle))
         if self.in_flight and (step.plan.is_empty or len(self.in_flight) >= self.steps_in_flight):
             oldest, handle = self.in_flight.popleft()
-            state.complete_step(oldest, handle.wait().tokens, 0.0)
+            state.complete_step(oldest, handle.wait(), 0.0)
             state.check_integrity()
         return step.plan
 

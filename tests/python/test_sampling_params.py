@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanoflow import RequestOutputKind, SamplingParams
@@ -43,11 +44,14 @@ def test_defaults_are_those_of_vllm() -> None:
         ("stop", ["a", ""], "empty string"),
         ("stop_token_ids", [3, -1], r"stop_token_ids=\[3, -1\] holds a negative id"),
         ("n", 2, "n=2 is not supported yet; leave it at 1"),
-        ("presence_penalty", 0.5, r"presence_penalty=0\.5 is not supported yet"),
-        ("frequency_penalty", 0.5, "frequency_penalty"),
-        ("repetition_penalty", 1.1, r"repetition_penalty=1\.1 is not supported yet; leave it at 1"),
-        ("repetition_penalty", float("nan"), "repetition_penalty=nan"),
-        ("logprobs", 1, "logprobs=1 is not supported yet; leave it at None"),
+        ("presence_penalty", 2.5, r"presence_penalty=2\.5 must be from -2 to 2"),
+        ("presence_penalty", float("nan"), "presence_penalty=nan must be from -2 to 2"),
+        ("frequency_penalty", -2.1, r"frequency_penalty=-2\.1 must be from -2 to 2"),
+        ("repetition_penalty", 0, "repetition_penalty=0 must be a number above 0"),
+        ("repetition_penalty", -1.5, r"repetition_penalty=-1\.5"),
+        ("repetition_penalty", float("inf"), "repetition_penalty=inf"),
+        ("logprobs", 21, "logprobs=21 must be from 0 to 20, or None for none"),
+        ("logprobs", -1, "logprobs=-1 must be from 0 to 20"),
         ("prompt_logprobs", 0, "prompt_logprobs"),
         ("logit_bias", {3: 1.0}, "logit_bias"),
         ("allowed_token_ids", [3], "allowed_token_ids"),
@@ -78,6 +82,9 @@ def test_a_wrong_value_is_named(field: str, value: Any, message: str) -> None:
         ("stop", [1]),
         ("stop_token_ids", "12"),
         ("stop_token_ids", [1.5]),
+        ("presence_penalty", "high"),
+        ("logprobs", True),
+        ("logprobs", 1.0),
         ("ignore_eos", 1),
         ("detokenize", None),
     ],
@@ -100,6 +107,24 @@ def test_stop_strings_need_the_text() -> None:
 def test_temperature_zero_neutralises_the_filters() -> None:
     greedy = SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.2).resolve([], 100, 0)
     assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.min_p) == (0, 1, 0, 0)
+
+
+def test_penalties_and_logprobs_reach_the_scheduler() -> None:
+    neutral = SamplingParams(temperature=0).resolve([], 100, 0)
+    assert not neutral.has_penalties and neutral.logprobs == -1
+    params = SamplingParams(
+        temperature=0,
+        presence_penalty=2,
+        frequency_penalty=-2,
+        repetition_penalty=1e-100,
+        logprobs=0,
+    )
+    sampling = params.resolve([], 100, 0)
+    assert sampling.has_penalties and sampling.logprobs == 0
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (2.0, -2.0)
+    assert np.float32(sampling.repetition_penalty) > 0
+    for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+        assert SamplingParams(**{name: 0.5}).resolve([], 100, 0).has_penalties
 
 
 def test_resolving_for_a_model() -> None:

@@ -14,7 +14,13 @@ from nanoflow.scheduler.state import Step
 
 def build_batch(slots: Slots, step: Step) -> Mapping[str, NDArray[Any]]:
     """The arrays of csrc/pipeline/batch.h for a step that has just been started, by their names."""
-    return _rows(slots, step) | _pages(slots, step.plan.slots) | _samples(slots, step)
+    batch = _rows(slots, step) | _pages(slots, step.plan.slots) | _samples(slots, step)
+    sampled = step.plan.slots[step.samples]
+    if slots.has_penalties[sampled].any():
+        batch |= _penalties(slots, sampled)
+    if (slots.logprobs[sampled] >= 0).any():
+        batch["logprobs"] = slots.logprobs[sampled]
+    return batch
 
 
 def _rows(slots: Slots, step: Step) -> dict[str, NDArray[Any]]:
@@ -56,6 +62,20 @@ def _samples(slots: Slots, step: Step) -> dict[str, NDArray[Any]]:
         "counter": counter.astype(np.int32),
         "banned_indptr": banned_indptr,
         "banned": banned,
+    }
+
+
+def _penalties(slots: Slots, takers: Ints) -> dict[str, NDArray[Any]]:
+    """A history begins with the first sample since the request was admitted."""
+    begins = slots.has_penalties[takers] & (slots.computed[takers] == slots.prefill_len[takers])
+    lengths = np.where(begins, slots.prefill_len[takers], 0)
+    indptr, tokens = _ragged(slots.tokens, takers, lengths)
+    return {
+        "presence_penalty": slots.presence_penalty[takers],
+        "frequency_penalty": slots.frequency_penalty[takers],
+        "repetition_penalty": slots.repetition_penalty[takers],
+        "history_indptr": indptr,
+        "history_tokens": tokens,
     }
 
 

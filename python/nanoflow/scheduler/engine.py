@@ -9,10 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class StepLogprobs(Protocol):
+    """Arrays of the op Logprobs in csrc/kernels/ops.h. Rows that did not ask hold anything."""
+
+    @property
+    def top(self) -> NDArray[np.int32]:
+        """[S, 20] the likeliest tokens."""
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """[S, 21] of the sampled token, then of `top`."""
+
+    @property
+    def ranks(self) -> NDArray[np.int32]:
+        """[S] of the sampled token, from 1."""
+
+
 class StepResult(Protocol):
     @property
     def tokens(self) -> NDArray[np.int32]:
         """[S] sampled tokens; negative where a row's logits were not finite."""
+
+    @property
+    def logprobs(self) -> StepLogprobs | None:
+        """When some row of the batch wanted them."""
 
 
 class StepHandle(Protocol):

@@ -212,10 +212,10 @@ class _Worker:
             self._complete(self._in_flight.popleft())
 
     def _complete(self, oldest: _StepInFlight) -> None:
-        tokens = oldest.handle.wait().tokens
+        result = oldest.handle.wait()
         time_done = perf_counter()
         self._arrived = oldest.step.number
-        self._state.complete_step(oldest.step, tokens, time_done)
+        self._state.complete_step(oldest.step, result, time_done)
         listener = self._inbox.step_listener
         if listener is None:
             return
@@ -226,7 +226,7 @@ class _Worker:
                 time_done=time_done,
                 prefill_tokens=plan.prefill_rows,
                 decode_tokens=plan.decodes,
-                output_tokens=len(tokens),
+                output_tokens=len(result.tokens),
                 running=self._state.num_running,
                 waiting=self._state.num_waiting,
                 free_pages=self._state.pages.num_free,

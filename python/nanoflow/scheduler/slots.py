@@ -8,7 +8,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.request import Request
+from nanoflow.request import Request, TokenLogprobs
+from nanoflow.scheduler.engine import StepLogprobs
 
 Ints = NDArray[np.int64]
 NO_TOKEN = -1
@@ -56,6 +57,11 @@ class Slots:
         self.min_p = np.zeros(num_slots, np.float32)
         self.top_k = np.zeros(num_slots, np.int32)
         self.seed = np.zeros(num_slots, np.uint64)
+        self.has_penalties = np.zeros(num_slots, np.bool_)
+        self.presence_penalty = np.zeros(num_slots, np.float32)
+        self.frequency_penalty = np.zeros(num_slots, np.float32)
+        self.repetition_penalty = np.ones(num_slots, np.float32)
+        self.logprobs = np.full(num_slots, -1, np.int32)  # -1: none
         self.min_tokens: Ints = np.zeros(num_slots, np.int64)
         self.has_stop_strings = np.zeros(num_slots, np.bool_)
         self.is_length_certain = np.zeros(num_slots, np.bool_)
@@ -95,6 +101,11 @@ class Slots:
         self.min_p[slot] = sampling.min_p
         self.top_k[slot] = sampling.top_k
         self.seed[slot] = sampling.seed
+        self.has_penalties[slot] = sampling.has_penalties
+        self.presence_penalty[slot] = sampling.presence_penalty
+        self.frequency_penalty[slot] = sampling.frequency_penalty
+        self.repetition_penalty[slot] = sampling.repetition_penalty
+        self.logprobs[slot] = sampling.logprobs
         self.min_tokens[slot] = sampling.min_tokens
         self.has_stop_strings[slot] = request.stop_watcher is not None
         self.is_length_certain[slot] = request.is_length_certain
@@ -130,6 +141,23 @@ class Slots:
         """The tokens that have been generated and have arrived."""
         tokens: list[int] = self.tokens[slot, self.prompt_len[slot] : self.known[slot]].tolist()
         return tokens
+
+    def take_logprobs(self, sampled: Ints, rows: Ints, logprobs: StepLogprobs) -> None:
+        """Gives requests that want them those of the tokens they take, rows of a step's."""
+        wants = self.logprobs[sampled] >= 0
+        if not wants.any():
+            return
+        top, values, ranks = logprobs.top, logprobs.logprobs, logprobs.ranks
+        for slot, row in zip(sampled[wants].tolist(), rows[wants].tolist(), strict=True):
+            count = int(self.logprobs[slot])
+            self.request(slot).logprobs.append(
+                TokenLogprobs(
+                    logprob=float(values[row, 0]),
+                    rank=int(ranks[row]),
+                    top=top[row, :count].copy(),
+                    top_logprobs=values[row, 1 : 1 + count].copy(),
+                )
+            )
 
     def pages_of(self, slot: int) -> NDArray[np.int32]:
         return self.pages[slot, : self.num_pages[slot]]

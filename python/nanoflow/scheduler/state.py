@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nanoflow.errors import InvalidLogitsError
 from nanoflow.request import FinishReason, Request
 from nanoflow.scheduler.ends import find_ends
+from nanoflow.scheduler.engine import StepResult
 from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy, StepPlan
@@ -155,23 +156,26 @@ class SchedulerState:
             self._register_full_pages()
         return Step(self._last_step, plan, stored >= slots.prefill_len[plan.slots])
 
-    def complete_step(self, step: Step, tokens: NDArray[np.int32], time: float) -> None:
+    def complete_step(self, step: Step, result: StepResult, time: float) -> None:
         """Takes the sampled tokens of a step, in order, and finishes requests that they end."""
         self._arrived_step = step.number
-        slots = self.slots
+        slots, tokens, logprobs = self.slots, result.tokens, result.logprobs
         sampled = step.plan.slots[step.samples]
         state = slots.state[sampled]
         takes = (state == SlotState.RUNNING) | (state == SlotState.PREEMPTED)
+        rows = np.flatnonzero(takes)
         sampled, tokens = sampled[takes], tokens[takes]
         valid = tokens >= 0
         for slot in sampled[~valid].tolist():
             error = InvalidLogitsError(slots.request(slot).id, len(slots.generated(slot)))
             self.end(slots.request(slot).id, "error", time, error=error)
-        sampled, tokens = sampled[valid], tokens[valid]
+        sampled, tokens, rows = sampled[valid], tokens[valid], rows[valid]
         known = slots.known[sampled]
         slots.tokens[sampled, known] = tokens
         slots.known[sampled] = known + 1
         slots.first_token_time[sampled[known == slots.prompt_len[sampled]]] = time
+        if logprobs is not None:
+            slots.take_logprobs(sampled, rows, logprobs)
         for end in find_ends(slots, sampled, tokens):
             self.end(slots.request(end.slot).id, end.reason, time, stop_reason=end.stop_reason)
 
