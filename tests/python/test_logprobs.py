@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import reference
-from conftest import has_cuda
 from nanoflow import LLM, SamplingParams, _core
 from nanoflow.outputs import CompletionOutput
 from tiny_models import write_tiny_llama
@@ -127,19 +126,6 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     with pytest.raises(_core.EngineError, match="row 0 wants 21 tokens, above 20"):
         zero = np.zeros(1)
         logprobs(_core.Backend("cpu", threads=1), np.zeros((1, 9), np.float32), zero, zero + 21)
-
-
-@pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
-@pytest.mark.parametrize("vocabulary", [128_256, 151_937, 262_145])
-def test_a_gpu_says_what_the_cpu_says(rng: Rng, vocabulary: int) -> None:
-    logits = (4 * rng.standard_normal((300, vocabulary))).astype(np.float32)
-    sampled, counts = rng.integers(0, vocabulary, 300), rng.integers(0, 21, 300)
-    gpu, cpu = (
-        logprobs(_core.Backend(device), logits, sampled, counts) for device in ("cuda", "cpu")
-    )
-    np.testing.assert_array_equal(gpu.top, cpu.top)
-    np.testing.assert_array_equal(gpu.ranks, cpu.ranks)
-    np.testing.assert_allclose(gpu.logprobs, cpu.logprobs, rtol=1e-6, atol=1e-5)
 
 
 SIZES: dict[str, Any] = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}

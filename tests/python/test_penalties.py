@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import reference
-from conftest import has_cuda
 from nanoflow import LLM, SamplingParams, _core
 from tiny_models import write_tiny_llama
 
@@ -148,15 +147,6 @@ def test_a_history_that_cannot_be_is_refused(
             frequency=one,
             repetition=one,
         )
-
-
-@pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
-@pytest.mark.parametrize("vocabulary", [130, 128_256, 151_937])
-def test_a_gpu_gives_the_bits_of_the_cpu(rng: Rng, vocabulary: int) -> None:
-    rows = 70
-    case = random_case(rng, rows, vocabulary, rng.integers(0, 3000, rows).tolist())
-    on_gpu, on_cpu = (penalize(_core.Backend(device), **case) for device in ("cuda", "cpu"))
-    np.testing.assert_array_equal(on_gpu, on_cpu)
 
 
 SIZES: dict[str, Any] = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
