@@ -295,7 +295,9 @@ void Workspace::stage_penalties(const Batch& batch, const PlanKey& key, int ring
     if (batch.has_penalties(i)) length[i] = batch.positions[batch.sample_rows[i]] + 1;
   }
   const size_t bytes = batch.history_tokens.size() * sizeof(int32_t);
-  if (histories_[ring].bytes() < bytes) histories_[ring] = backend_.allocate_host(bytes);
+  if (const size_t room = histories_[ring].bytes(); room < bytes) {
+    histories_[ring] = backend_.allocate_host(std::max(bytes, 2 * room));
+  }
   std::ranges::copy(batch.history_tokens, reinterpret_cast<int32_t*>(histories_[ring].data()));
 }
 

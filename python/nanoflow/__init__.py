@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from nanoflow.errors import EngineError
 from nanoflow.llm import LLM
-from nanoflow.outputs import CompletionOutput, RequestOutput
+from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
 
 try:
@@ -16,6 +16,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "EngineError",
+    "Logprob",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

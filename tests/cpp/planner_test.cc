@@ -102,6 +102,24 @@ TEST_CASE("parts without rows and steps without samples are left out") {
   }
 }
 
+TEST_CASE("the head does what its options say, before or after it samples") {
+  Fixture f;
+  const auto head_of = [&](const HeadOptions& options) {
+    const PlanKey key{.segment_rows = {}, .samples = 4, .options = options};
+    const Plan plan = build_plan(f.decoder, sequential(4), key);
+    CHECK(validate(plan, 8).empty());
+    std::string names;
+    for (const NanoOp& op : plan.ops) names += std::string(name_of(op.op)) + " ";
+    return names;
+  };
+  const std::string logits = "gather_rows gather_rows add_rms_norm gemm ";
+  CHECK(head_of({}) == logits + "sample ");
+  CHECK(head_of({.penalties = true}) == logits + "penalize sample record_samples ");
+  CHECK(head_of({.logprobs = true}) == logits + "sample logprobs ");
+  CHECK(head_of({.penalties = true, .logprobs = true, .logits_again = true}) ==
+        logits + "penalize sample record_samples gemm logprobs ");
+}
+
 TEST_CASE("a step's layers and its head are two plans that make up the whole") {
   Fixture f;
   const PlanKey key{.segment_rows = {8, 8}, .samples = 4};
