@@ -114,6 +114,9 @@ class Requests:
                 request = self.done.get(timeout=0 if taken else timeout)
                 if request.finish_reason not in ("stop", "length", "abort"):
                     raise SoakError(f"request {request.id} failed") from request.error
+                wanted = len(request.output_token_ids) if request.sampling.logprobs >= 0 else 0
+                if len(request.logprobs) != wanted:
+                    raise SoakError(f"{len(request.logprobs)} logprobs of {wanted} tokens")
                 del self.open[request.id]
                 self.ends[request.finish_reason] = self.ends.get(request.finish_reason, 0) + 1
                 self.preemptions += request.num_preemptions
@@ -149,6 +152,9 @@ class Requests:
             ignore_eos=bool(rng.random() < 0.3),
             max_tokens=max_tokens,
             min_tokens=int(rng.integers(max_tokens + 1)) if rng.random() < 0.2 else 0,
+            presence_penalty=float(rng.choice([0.0, 0.0, 1.5])),
+            repetition_penalty=float(rng.choice([1.0, 1.0, 1.2])),
+            logprobs=int(rng.integers(21)) if rng.random() < 0.1 else None,
             detokenize=False,
         )
 

@@ -47,9 +47,8 @@ class SamplingParams:
     n: int = 1
     presence_penalty: float = 0.0  # off the logits of tokens that have been generated
     frequency_penalty: float = 0.0  # the same for each time
-    repetition_penalty: float = (
-        1.0  # divides logits of tokens of the prompt, too; if negative, times
-    )
+    # Divides positive and multiplies negative logits of tokens that were seen, the prompt's too.
+    repetition_penalty: float = 1.0
     temperature: float = 1.0  # 0 is greedy: top_p, top_k and min_p then have no effect
     top_p: float = 1.0
     top_k: int = 0  # 0 and -1 keep all
