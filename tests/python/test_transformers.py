@@ -1,8 +1,12 @@
-"""Tiny random Llamas against `transformers`: logits of every position, greedy tokens."""
+"""Tiny random Llamas against `transformers`: logits of every position, greedy tokens.
+
+The CPU computes in float32; a GPU in bfloat16, beside transformers on that GPU if torch has it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,37 +14,82 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from conftest import DEVICES
 from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import _core
+from nanoflow.schedule import built_in_schedule
 from tiny_models import write_tiny_llama
 
-VARIANTS = {
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {"num_heads": 4, "num_kv_heads": 2},
     "mha": {"num_heads": 4, "num_kv_heads": 4},
     "mqa-tied": {"num_heads": 4, "num_kv_heads": 1, "tie_word_embeddings": True},
     "head-dim": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64},
-    "llama3-rope": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
+    "llama3-rope": {"rope_scaling": LLAMA3_ROPE},
+    "llama2-d64": {
+        "hidden_size": 256,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "initializer_range": 0.08,
+    },
+    "llama3-d128": {
+        "hidden_size": 512,
+        "num_heads": 4,
+        "num_kv_heads": 1,
+        "initializer_range": 0.06,
+        "rope_scaling": LLAMA3_ROPE,
     },
 }
-SEQUENTIAL = _core.Schedule("sequential", [_core.LaneSpec("all", 2)])
-NANO = _core.Schedule(
-    "nano",
-    [_core.LaneSpec("all", 2)],
-    {stage: _core.StageSpec([0.5], "all") for stage in ("qkv", "attn", "o", "mlp")},
-)
+ON_GPU = {"head-dim", "llama2-d64", "llama3-d128"}  # of head_dim 64 and 128
 TOLERANCE = 2e-4  # largest difference of float32 logits, in standard deviations of them
+TORCH = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module", params=sorted(VARIANTS))
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
+@dataclass(frozen=True)
+class Subject:
+    """What is compared with transformers."""
+
+    model: Path
+    device: str
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    def engine(self, schedule: str, dtype: str | None = None) -> _core.Engine:
+        width = _core.Backend(self.device, threads=2 if self.device == "cpu" else 0).width
+        return load_engine(
+            self.model,
+            built_in_schedule(schedule, width),
+            dtype=dtype or self.dtype,
+            device=self.device,
+            threads=2,
+        )
+
+    def limit(self, tokens: list[int], exact: NDArray[np.float32]) -> float:
+        """How far a logit may be from the exact one: in bfloat16, about as far as theirs are."""
+        if self.dtype == "float32":
+            return TOLERANCE * float(exact.std())
+        theirs = oracle(self.model, tokens, weights=self.dtype, compute=self.dtype)
+        return 1.5 * float(np.abs(theirs - exact).max())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(v, d) for v in VARIANTS for d in DEVICES if d == "cpu" or v in ON_GPU],
+    ids="-".join,
+)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    variant, device = request.param
+    model = write_tiny_llama(tmp_path_factory.mktemp(variant), **VARIANTS[variant])
+    return Subject(model, device)
 
 
 def oracle(
@@ -48,10 +97,10 @@ def oracle(
 ) -> NDArray[np.float32]:
     """Logits [T, V] of the reference with weights rounded to one dtype, computed in another."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, weights))
-    reference = reference.to(getattr(torch, compute))
+    reference = reference.to(TORCH, getattr(torch, compute))
     with torch.no_grad():
-        logits = reference(torch.tensor([tokens])).logits[0].float().numpy()
-    return np.asarray(logits)
+        logits = reference(torch.tensor([tokens], device=TORCH)).logits[0]
+    return np.asarray(logits.float().cpu().numpy())
 
 
 def random_prompts(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -59,36 +108,38 @@ def random_prompts(lengths: tuple[int, ...]) -> list[list[int]]:
     return [rng.integers(0, 100, length).tolist() for length in lengths]
 
 
-def all_logits(model: Path, tokens: list[int], dtype: str) -> NDArray[np.float32]:
-    driver = EngineDriver(load_engine(model, SEQUENTIAL, dtype=dtype))
+def all_logits(engine: _core.Engine, tokens: list[int]) -> NDArray[np.float32]:
+    driver = EngineDriver(engine)
     result = driver.step([[Chunk(driver.add(tokens), len(tokens), all_logits=True)]])
     assert result.logits is not None
     return result.logits
 
 
-def test_float32_logits_of_every_position(model: Path) -> None:
+def test_float32_logits_of_every_position(subject: Subject) -> None:
+    if subject.device != "cpu":
+        pytest.skip("a GPU has no float32 model")
     [tokens] = random_prompts((100,))
-    expected = oracle(model, tokens)
+    expected = oracle(subject.model, tokens)
     assert expected.std() > 0.3  # the model says something
-    difference = np.abs(all_logits(model, tokens, "float32") - expected).max()
+    difference = np.abs(all_logits(subject.engine("sequential"), tokens) - expected).max()
     assert difference < TOLERANCE * expected.std()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_errs_no_more_than_transformers(model: Path, dtype: str) -> None:
+def test_half_precision_errs_no_more_than_transformers(subject: Subject, dtype: str) -> None:
     [tokens] = random_prompts((100,))
-    exact = oracle(model, tokens, weights=dtype)
+    exact = oracle(subject.model, tokens, weights=dtype)
 
     def error(logits: NDArray[np.float32]) -> float:
         return float(np.sqrt(np.mean((logits - exact) ** 2)))
 
-    theirs = error(oracle(model, tokens, weights=dtype, compute=dtype))
-    assert error(all_logits(model, tokens, dtype)) < 1.2 * theirs
+    theirs = error(oracle(subject.model, tokens, weights=dtype, compute=dtype))
+    assert error(all_logits(subject.engine("sequential", dtype), tokens)) < 1.2 * theirs
 
 
-def test_odd_chunks_and_mixed_lengths_in_one_batch(model: Path) -> None:
+def test_odd_chunks_and_mixed_lengths_in_one_batch(subject: Subject) -> None:
     """Prefill chunks of 7 rows of one request beside decodes and whole prompts of others."""
-    driver = EngineDriver(load_engine(model, NANO))
+    driver = EngineDriver(subject.engine("nano"))
     long, short, middle = (driver.add(t) for t in random_prompts((61, 3, 20)))
     driver.step([[Chunk(short, 3)], [Chunk(long, 7)]])
     seen: list[NDArray[np.float32]] = []
@@ -101,27 +152,29 @@ def test_odd_chunks_and_mixed_lengths_in_one_batch(model: Path) -> None:
         result = driver.step([first, second] if len(seen) % 2 else [second, first])
         assert result.logits is not None
         seen.append(result.logits[:rows] if len(seen) % 2 else result.logits[-rows:])
-    expected = oracle(model, long.tokens)
+    expected = oracle(subject.model, long.tokens, weights=subject.dtype)
     got = np.concatenate(seen)
-    assert np.abs(got - expected[7:]).max() < TOLERANCE * expected.std()
+    assert np.abs(got - expected[7:]).max() < subject.limit(long.tokens, expected)
     # What the short request sampled along the way is greedy under the reference.
-    check_greedy(short.tokens, 3, oracle(model, short.tokens))
+    check_greedy(subject, short.tokens, 3)
 
 
-def check_greedy(tokens: list[int], prompt: int, logits: NDArray[np.float32]) -> None:
+def check_greedy(subject: Subject, tokens: list[int], prompt: int) -> None:
     """Each generated token is the reference's, or within rounding of it at the first difference."""
+    logits = oracle(subject.model, tokens, weights=subject.dtype)
     for position in range(prompt, len(tokens)):
         scores = logits[position - 1]
         best = int(scores.argmax())
         if tokens[position] != best:
             top5 = set(np.argsort(scores)[-5:].tolist())
             assert tokens[position] in top5
-            assert scores[best] - scores[tokens[position]] < 1e-3
+            gap = float(scores[best] - scores[tokens[position]])
+            assert gap < max(1e-3, 2 * subject.limit(tokens, logits))
             return
 
 
-def test_greedy_tokens(model: Path) -> None:
-    driver = EngineDriver(load_engine(model, NANO))
+def test_greedy_tokens(subject: Subject) -> None:
+    driver = EngineDriver(subject.engine("nano"))
     sequences = [driver.add(tokens) for tokens in random_prompts((1, 4, 5, 33))]
     lengths = [len(s.tokens) for s in sequences]
     halves = [sequences[:2], sequences[2:]]
@@ -129,7 +182,7 @@ def test_greedy_tokens(model: Path) -> None:
         driver.step([[Chunk(s, len(s.tokens) - s.computed) for s in half] for half in halves])
     for sequence, prompt in zip(sequences, lengths, strict=True):
         assert len(sequence.tokens) == prompt + 24
-        check_greedy(sequence.tokens, prompt, oracle(model, sequence.tokens))
+        check_greedy(subject, sequence.tokens, prompt)
 
 
 def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
@@ -138,7 +191,7 @@ def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
     assert (sharded / "model.safetensors.index.json").exists()
     results = []
     for model in (whole, sharded):
-        driver = EngineDriver(load_engine(model, SEQUENTIAL))
+        driver = EngineDriver(Subject(model, "cpu").engine("sequential"))
         [tokens] = random_prompts((20,))
         results.append(driver.step([[Chunk(driver.add(tokens), 20)]]).logits)
     np.testing.assert_array_equal(results[0], results[1])
