@@ -195,9 +195,9 @@ void Worker::copy_back(StepState& state, int ring) {
     copy(host.ranks, buffers.ranks);
   }
   if (state.batch.want_logits) {
-    state.result.logits.resize(static_cast<size_t>(samples * buffers.logits.size(1)));
-    backend_.copy(state.result.logits.data(), buffers.logits.bytes(),
-                  state.result.logits.size() * sizeof(float), *origin_);
+    const size_t bytes = buffers.logits.slice_rows(0, samples).span_bytes();
+    if (logits_host_[ring].bytes() < bytes) logits_host_[ring] = backend_.allocate_host(bytes);
+    copy(logits_host_[ring], buffers.logits);
   }
 }
 
@@ -205,6 +205,11 @@ void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
   if (error == nullptr) {
     const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
     state.result.tokens.assign(sampled, sampled + state.batch.samples());
+    if (state.batch.want_logits) {
+      const auto samples = static_cast<int64_t>(state.result.tokens.size());
+      const int64_t count = samples * workspace_.buffers().logits.size(1);
+      state.result.logits = entries<float>(logits_host_[ring], static_cast<size_t>(count));
+    }
     if (state.batch.wants_logprobs()) {
       const LogprobsHost& host = logprobs_host_[ring];
       const size_t samples = state.result.tokens.size(), top = Logprobs::kMaxTop;

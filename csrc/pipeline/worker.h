@@ -80,6 +80,7 @@ class Worker {
   Executor executor_;
   std::unique_ptr<Lane> origin_;  // orders steps: copies in, fork and join, copies out
   std::array<Buffer, Engine::kMaxStepsInFlight> sampled_host_;
+  std::array<Buffer, Engine::kMaxStepsInFlight> logits_host_;  // as large as has been asked for
   struct LogprobsHost {
     Buffer top, logprobs, ranks;
   };
