@@ -103,6 +103,9 @@ void Workspace::allocate_tables() {
   const int64_t rows = buffers_.residual.size(0), samples = buffers_.sampled.size(0);
   const int64_t requests = config_.max_num_seqs;
   Arena& t = tables_;
+  // The two lists that a step seldom fills lie at the ends, the first against what follows it, so
+  // that what a step uses is one piece.
+  t.add("banned", DType::kI32, {requests * kBannedPerRequest});
   t.add("tokens", DType::kI32, {rows});
   t.add("positions", DType::kI32, {rows});
   t.add("kv_slots", DType::kI32, {rows});
@@ -112,7 +115,6 @@ void Workspace::allocate_tables() {
   t.add("row_count", DType::kI32, {requests});
   t.add("kv_len", DType::kI32, {requests});
   t.add("page_indptr", DType::kI32, {requests + 1});
-  t.add("page_indices", DType::kI32, {max_page_entries(config_)});
   t.add("slots", DType::kI32, {samples});
   t.add("temperature", DType::kF32, {samples});
   t.add("top_p", DType::kF32, {samples});
@@ -121,12 +123,12 @@ void Workspace::allocate_tables() {
   t.add("seed", DType::kU64, {samples});
   t.add("counter", DType::kI32, {samples});
   t.add("banned_indptr", DType::kI32, {samples + 1});
-  t.add("banned", DType::kI32, {requests * kBannedPerRequest});
   t.add("history_length", DType::kI32, {samples});
   t.add("presence", DType::kF32, {samples});
   t.add("frequency", DType::kF32, {samples});
   t.add("repetition", DType::kF32, {samples});
   t.add("logprob_counts", DType::kI32, {samples});
+  t.add("page_indices", DType::kI32, {max_page_entries(config_)});
   t.bind(backend_.allocate(t.bytes()));
   for (Buffer& buffer : staging_) buffer = backend_.allocate_host(t.bytes());
   buffers_.tokens = t.tensor("tokens");
@@ -272,10 +274,11 @@ void Workspace::stage_samples(const Batch& batch, const PlanKey& key, int ring) 
   fill(s.top_k, batch.top_k, 0);
   fill(s.seed, batch.seed, uint64_t{0});
   fill(s.counter, batch.counter, 0);
+  const auto first_banned = static_cast<int32_t>(s.banned.numel()) - batch.banned_indptr.back();
   int32_t* indptr = staged<int32_t>(s.banned_indptr, ring);
-  std::ranges::copy(batch.banned_indptr, indptr);
-  std::fill(indptr + samples + 1, indptr + key.samples + 1, batch.banned_indptr.back());
-  std::ranges::copy(batch.banned, staged<int32_t>(s.banned, ring));
+  for (int32_t begin : batch.banned_indptr) *indptr++ = first_banned + begin;
+  std::fill_n(indptr, key.samples - samples, static_cast<int32_t>(s.banned.numel()));
+  std::ranges::copy(batch.banned, staged<int32_t>(s.banned, ring) + first_banned);
 }
 
 void Workspace::stage_penalties(const Batch& batch, const PlanKey& key, int ring) {
@@ -302,14 +305,21 @@ void Workspace::stage_penalties(const Batch& batch, const PlanKey& key, int ring
 }
 
 void Workspace::upload(const Batch& batch, int ring, Lane& lane) {
-  backend_.copy(tables_.data(), staging_[ring].data(), tables_.bytes(), lane);
+  const auto offset = [this](const Tensor& table) {
+    return static_cast<size_t>(table.bytes() - tables_.data());
+  };
+  const Tensor& banned = buffers_.sampling.banned;
+  const size_t begin = offset(banned) + banned.span_bytes() - batch.banned.size() * sizeof(int32_t);
+  const size_t end =
+      offset(buffers_.attention.page_indices) + batch.page_indices.size() * sizeof(int32_t);
+  backend_.copy(tables_.data() + begin, staging_[ring].data() + begin, end - begin, lane);
   if (!batch.has_penalties()) return;
   const auto* histories = reinterpret_cast<const int32_t*>(histories_[ring].data());
   for (int i = 0; i < batch.samples(); ++i) {
-    const int32_t begin = batch.history_indptr[i], end = batch.history_indptr[i + 1];
-    if (begin == end) continue;
-    backend_.copy(buffers_.history.select(0, batch.slots[i]).bytes(), histories + begin,
-                  static_cast<size_t>(end - begin) * sizeof(int32_t), lane);
+    const int32_t first = batch.history_indptr[i], last = batch.history_indptr[i + 1];
+    if (first == last) continue;
+    backend_.copy(buffers_.history.select(0, batch.slots[i]).bytes(), histories + first,
+                  static_cast<size_t>(last - first) * sizeof(int32_t), lane);
   }
 }
 

@@ -31,7 +31,8 @@ class Workspace {
                  const std::vector<double>& cuts) const;
   /// Fills staging copy `ring` from a valid batch. No step may be using the copy.
   void stage(const Batch& batch, const PlanKey& key, int ring);
-  /// Enqueues staging copy `ring` → tables, and the histories that begin in its batch.
+  /// Enqueues one copy of what `batch` uses of staging copy `ring` to the tables, and copies of the
+  /// histories that begin in it.
   void upload(const Batch& batch, int ring, Lane& lane);
   size_t bytes() const { return activations_.bytes() + tables_.bytes(); }
 

@@ -169,6 +169,22 @@ TEST_CASE("replayed graphs give the bits of eager steps, over changing mixes of 
   CHECK(logits[0] == logits[1]);
 }
 
+TEST_CASE("each step uploads its own pages and banned tokens") {
+  const ModelSpec spec = tiny_spec(1);
+  Engine engine(tiny_config(), random_weights(spec, cpu(2)), sequential(1));
+  const Batch free = prompt_batch({3, 9, 5}, 1, kPageSize, spec.vocab_size);
+  const std::vector<int32_t> favourites = engine.submit(free).wait().tokens;
+  Batch banning = free;
+  banning.banned = {favourites[0], favourites[2], 1};
+  banning.banned_indptr = {0, 1, 1, 3};
+  const std::vector<int32_t> others = engine.submit(banning).wait().tokens;
+  CHECK(others[0] != favourites[0]);
+  CHECK(others[1] == favourites[1]);
+  CHECK(others[2] != favourites[2]);
+  CHECK(engine.submit(prompt_batch({4}, 1, kPageSize, spec.vocab_size)).wait().tokens.size() == 1);
+  CHECK(engine.submit(free).wait().tokens == favourites);
+}
+
 TEST_CASE("padding rows change nothing") {
   const ModelSpec spec = tiny_spec();
   const auto weights = random_weights(spec, cpu(2));
