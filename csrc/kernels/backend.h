@@ -43,6 +43,9 @@ class Lane {
   /// Idles for a while once reached: makes races visible in tests.
   virtual void delay(std::chrono::microseconds time) = 0;
   virtual void clear_error() = 0;
+  /// Name what is enqueued in between, for a profiler that is watching. Ranges nest.
+  virtual void begin_range(const char*) {}
+  virtual void end_range() {}
 };
 
 /// Work recorded once, to be launched again and again. It reads and writes the same addresses each

@@ -3,6 +3,20 @@
 #include <chrono>
 
 namespace nanoflow {
+namespace {
+
+/// Names what is enqueued while it lives.
+class Range {
+ public:
+  Range(Lane& lane, const std::string& name) : lane_(lane) { lane_.begin_range(name.c_str()); }
+  Range(const Range&) = delete;
+  ~Range() { lane_.end_range(); }
+
+ private:
+  Lane& lane_;
+};
+
+}  // namespace
 
 Executor::Executor(Backend& backend, int jitter_us)
     : backend_(backend), jitter_us_(jitter_us), forked_(backend.make_event()) {}
@@ -33,6 +47,7 @@ void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
   for (const std::unique_ptr<Lane>& lane : lanes) lane->wait(*forked_);
   for (const NanoOp& n : plan.ops) {
     Lane& lane = *lanes[n.lane];
+    const Range range(lane, n.name);
     for (OpId dep : n.deps) {
       jitter(lane);
       lane.wait(*finished_[dep]);

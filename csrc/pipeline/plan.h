@@ -25,6 +25,7 @@ struct OpLabel {
 struct NanoOp {
   Op op;
   OpLabel label;
+  std::string name;         // label_of() it
   OpId id = 0;              // its index in Plan::ops
   int lane = 0;             // index in Plan::lanes
   std::vector<OpId> deps;   // on other lanes; order within a lane is the order of ids

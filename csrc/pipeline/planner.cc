@@ -163,10 +163,12 @@ Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue
     const EmittedOp& emitted = program.at(static_cast<size_t>(issue[i]));
     NanoOp op{.op = emitted.op,
               .label = emitted.label,
+              .name = {},
               .id = static_cast<OpId>(i),
               .lane = emitted.lane,
               .deps = {},
               .is_awaited = false};
+    op.name = label_of(op);
     std::vector<OpId> latest(num_lanes, -1);
     for (OpId hazard : hazards[issue[i]]) {
       const OpId dep = position[hazard];

@@ -26,7 +26,7 @@ void set_timings(const Plans& plans, const int64_t* stamps, StepResult& result) 
   result.begin_us = static_cast<double>(start) / 1e3;
   for (const auto& plan : plans) {
     for (const NanoOp& op : plan->ops) {
-      result.timings.push_back({.name = label_of(op),
+      result.timings.push_back({.name = op.name,
                                 .lane = plan->lanes[op.lane].name,
                                 .begin_us = microseconds(stamps[2 * op.id]),
                                 .end_us = microseconds(stamps[2 * op.id + 1])});

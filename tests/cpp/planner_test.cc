@@ -230,4 +230,6 @@ TEST_CASE("the executor forks, waits, records and joins in exactly this order") 
   add({c + ": record" + join_c, o + ": wait" + join_c, m + ": record" + join_m,
        o + ": wait" + join_m});
   CHECK(log == expected);
+  REQUIRE(f.backend->ranges.size() == plan.ops.size());
+  for (const NanoOp& op : plan.ops) CHECK(f.backend->ranges[op.id] == label_of(op));
 }

@@ -16,6 +16,7 @@ class RecordingBackend : public Backend {
   explicit RecordingBackend(int width = 8) : width_(width), kernels_(*this) {}
 
   std::vector<std::string> log;
+  std::vector<std::string> ranges;  // that have ended
 
   Device device() const override { return {}; }
   std::string description() const override { return "recording"; }
@@ -56,8 +57,11 @@ class RecordingBackend : public Backend {
     void stamp(int64_t* ns) override { *ns = 0; }
     void delay(std::chrono::microseconds) override { backend.note(*this, "delay"); }
     void clear_error() override {}
+    void begin_range(const char* name) override { range = name; }
+    void end_range() override { backend.ranges.push_back(range); }
     RecordingBackend& backend;
     int index, lane_width;
+    std::string range;
   };
 
   struct RecordingKernels : Kernels {

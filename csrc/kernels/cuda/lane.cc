@@ -1,5 +1,7 @@
 #include "kernels/cuda/lane.h"
 
+#include <nvtx3/nvToolsExt.h>
+
 #include <utility>
 
 #include "core/error.h"
@@ -93,6 +95,10 @@ void CudaLane::delay(std::chrono::microseconds time) {
 }
 
 void CudaLane::clear_error() { cudaGetLastError(); }
+
+void CudaLane::begin_range(const char* name) { nvtxRangePushA(name); }
+
+void CudaLane::end_range() { nvtxRangePop(); }
 
 CudaLane& cuda_lane(Lane& lane) {
   auto* own = dynamic_cast<CudaLane*>(&lane);

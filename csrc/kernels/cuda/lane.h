@@ -49,6 +49,8 @@ class CudaLane : public Lane {
   void stamp(int64_t* ns) override;
   void delay(std::chrono::microseconds time) override;
   void clear_error() override;
+  void begin_range(const char* name) override;
+  void end_range() override;
 
  private:
   DeviceInfo device_;
