@@ -25,9 +25,9 @@ from nanoflow.bench.default_model import default_model
 from shapes import SHAPES, write_model
 
 MAX_MODEL_LEN = 2048  # of random weights
-CPU = ("auto", "cpu")
 CHILD = """
 import json, sys
+from dataclasses import asdict
 from time import perf_counter
 start = perf_counter()
 from nanoflow import LLM, SamplingParams
@@ -43,14 +43,14 @@ else:
     output = llm.chat(messages, params, use_tqdm=False)[0]
 assert len(output.outputs[0].token_ids) == 1
 done = perf_counter()
-phases = {"import": imported - start, "load": loaded - imported, "first_token": done - loaded}
-print(json.dumps([phases, llm.device_description]), flush=True)
+phases = {"import": imported - start, **llm.start_seconds, "first_token": done - loaded}
+print(json.dumps([phases, llm.device_description, asdict(llm.memory)]), flush=True)
 """
 
 
-def start_once(arguments: dict[str, Any]) -> tuple[dict[str, float], str]:
-    """Seconds of each phase, and in all from the start of the process to its first token; and what
-    the device says of itself.
+def start_once(arguments: dict[str, Any]) -> tuple[dict[str, float], str, dict[str, Any]]:
+    """Seconds of each phase, and in all from the start of the process to its first token; what the
+    device says of itself; and how its memory was shared out.
     """
     begin = perf_counter()
     with subprocess.Popen(
@@ -61,8 +61,8 @@ def start_once(arguments: dict[str, Any]) -> tuple[dict[str, float], str]:
         total = perf_counter() - begin
     if child.returncode != 0:
         raise RuntimeError(f"the process ended with {child.returncode}")
-    phases, device = json.loads(line)
-    return {"interpreter": total - sum(phases.values()), **phases, "total": total}, device
+    phases, device, memory = json.loads(line)
+    return {"interpreter": total - sum(phases.values()), **phases, "total": total}, device, memory
 
 
 def llm_arguments(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -84,7 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = llm_arguments(options, Path(scratch))
         start_once(arguments)
-        runs, devices = zip(*(start_once(arguments) for _ in range(options.runs)), strict=True)
+        measured = [start_once(arguments) for _ in range(options.runs)]
+    runs = [run for run, _, _ in measured]
+    _, device, memory = measured[-1]
     medians = {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
     for phase, seconds in medians.items():
         print(f"{phase:12} {seconds:6.2f} s")
@@ -95,10 +97,11 @@ def main() -> None:
         "command": environment.command_line(),
         "commit": environment.commit(),
         "versions": environment.versions(),
-        "device": environment.cpu_model() if options.device in CPU else devices[0],
+        "device": environment.cpu_model() if device.startswith("cpu") else device,
         "model_id": options.shape or "SmolLM2-135M-Instruct",
         "warm_up": "one run, not counted",
         "median_seconds": medians,
+        "memory": memory,
         "runs": runs,
     }
     options.output_json.write_text(json.dumps(result, indent=2) + "\n")

@@ -25,7 +25,18 @@ void register_backend(py::module_& m) {
                              })
       .def_property_readonly("description", &Backend::description)
       .def_property_readonly("width", &Backend::width, "Threads or SMs of the whole device.")
-      .def_property_readonly("free_memory", &Backend::free_memory, "Bytes.");
+      .def_property_readonly("total_memory", &Backend::total_memory, "Bytes of the device.")
+      .def_property_readonly("free_memory", &Backend::free_memory, "Bytes that nobody uses.")
+      .def(
+          "model_problem",
+          [](const Backend& backend, const std::string& dtype, int head_dim) {
+            return backend.model_problem(parse_dtype(dtype), head_dim);
+          },
+          py::arg("dtype"), py::arg("head_dim"),
+          "Why models of this dtype and head dim cannot run here; empty where they can.");
+  m.def("cuda_problem", &cuda_problem, py::arg("index") = 0,
+        py::call_guard<py::gil_scoped_release>(),
+        "Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.");
   m.def("cpu_isas", &cpu_isas,
         "Instruction sets this machine can run, slowest first; the last is what 'auto' takes.");
 }

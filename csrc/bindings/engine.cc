@@ -1,6 +1,12 @@
 #include "pipeline/engine.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <utility>
 
 #include "bindings/register.h"
 
@@ -27,7 +33,7 @@ void register_config(py::module_& m) {
            py::kw_only(), py::arg("max_num_batched_tokens") = defaults.max_num_batched_tokens,
            py::arg("max_num_seqs") = defaults.max_num_seqs,
            py::arg("max_model_len") = defaults.max_model_len,
-           py::arg("page_size") = defaults.page_size, py::arg("num_pages"),
+           py::arg("page_size") = defaults.page_size, py::arg("num_pages") = defaults.num_pages,
            py::arg("row_granularity") = defaults.row_granularity,
            py::arg("jitter_us") = defaults.jitter_us,
            py::arg("enforce_eager") = defaults.enforce_eager)
@@ -52,9 +58,15 @@ void register_engine(py::module_& m) {
   register_config(m);
   register_graph_stats(m);
   py::class_<Engine>(m, "Engine", "The model on one device: steps in, sampled tokens out.")
-      .def(py::init<const EngineConfig&, std::shared_ptr<Weights>, const Schedule&>(),
+      .def(py::init([](const EngineConfig& config, std::shared_ptr<Weights> weights,
+                       const Schedule& schedule,
+                       const std::optional<std::function<int()>>& choose_pages) {
+             return std::make_unique<Engine>(config, std::move(weights), schedule,
+                                             choose_pages.value_or(nullptr));
+           }),
            py::arg("config"), py::arg("weights"), py::arg("schedule"),
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("choose_pages") = py::none(), py::call_guard<py::gil_scoped_release>(),
+           "With num_pages=0, `choose_pages` is called once all but the KV cache has its memory.")
       .def("submit", &Engine::submit, py::arg("batch"), py::call_guard<py::gil_scoped_release>(),
            "Queues a step and returns at once. Raises EngineError on a bad batch and while two "
            "steps "
@@ -63,6 +75,7 @@ void register_engine(py::module_& m) {
       .def("set_schedule", &Engine::set_schedule, py::arg("schedule"), "From the next step on.")
       .def_property_readonly("schedule", &Engine::schedule)
       .def_property_readonly("config", &Engine::config)
+      .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def(
           "plans",
           [](const Engine& engine, const std::vector<int>& segment_rows, int samples) {

@@ -12,11 +12,17 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-template <typename... Parts>
+/// A device or host has not the memory that was asked for.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
+template <typename Kind = Error, typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw Error(message.str());
+  throw Kind(message.str());
 }
 
 }  // namespace nanoflow

@@ -11,27 +11,37 @@ namespace nanoflow {
 namespace {
 
 constexpr const char* kCudaLibrary = "libnanoflow_cuda.so";
-constexpr const char* kCudaFactory = "nanoflow_make_cuda_backend";
-using CudaFactory = void(const BackendOptions&, std::shared_ptr<Backend>&);
 
-/// Opens the CUDA backend's library, which lies beside this one and stays open for good: backends
-/// outlive this call.
-std::shared_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
+/// The two functions of the CUDA backend's library.
+struct CudaLibrary {
+  void (*make_backend)(const BackendOptions&, std::shared_ptr<Backend>&);
+  void (*find_problem)(int index, std::string& problem);
+};
+
+/// Opens the library, which lies beside this one and stays open for good: backends outlive this
+/// call.
+CudaLibrary open_cuda_library(Device device) {
   Dl_info self;
   NF_CHECK(dladdr(reinterpret_cast<const void*>(&make_backend), &self) != 0,
            "cannot tell where nanoflow's core library lies");
   const auto path = std::filesystem::path(self.dli_fname).parent_path() / kCudaLibrary;
-  NF_CHECK(std::filesystem::exists(path), "device '", options.device,
+  NF_CHECK(std::filesystem::exists(path), "device '", device,
            "' needs nanoflow's CUDA backend, which this build does not contain; reinstall with "
            "pip install -C cmake.define.NANOFLOW_CUDA=ON on a machine with the CUDA toolkit 13.0, "
            "or use device='cpu'");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   NF_CHECK(library != nullptr, "cannot open nanoflow's CUDA backend: ", dlerror());
-  auto* factory = reinterpret_cast<CudaFactory*>(dlsym(library, kCudaFactory));
-  NF_CHECK(factory != nullptr, path.string(), " is not nanoflow's CUDA backend: ", dlerror());
-  std::shared_ptr<Backend> backend;
-  factory(options, backend);
-  return backend;
+  const auto function = [&](const char* name) {
+    void* found = dlsym(library, name);
+    NF_CHECK(found != nullptr, path.string(), " is not nanoflow's CUDA backend: ", dlerror());
+    return found;
+  };
+  CudaLibrary cuda{};
+  cuda.make_backend =
+      reinterpret_cast<decltype(cuda.make_backend)>(function("nanoflow_make_cuda_backend"));
+  cuda.find_problem =
+      reinterpret_cast<decltype(cuda.find_problem)>(function("nanoflow_find_cuda_problem"));
+  return cuda;
 }
 
 /// The graph of backends that have none of their own.
@@ -47,6 +57,8 @@ class Recall : public Graph {
 
 }  // namespace
 
+std::string Backend::model_problem(DType, int) const { return ""; }
+
 size_t Backend::attention_work_bytes(int, int, int, int) const { return 0; }
 
 std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& widths) {
@@ -61,7 +73,19 @@ std::unique_ptr<Graph> Backend::capture(Lane&, std::function<void()> enqueue) {
 
 std::shared_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device.kind == Device::Kind::kCpu) return make_cpu_backend(options);
-  return make_cuda_backend(options);
+  std::shared_ptr<Backend> backend;
+  open_cuda_library(options.device).make_backend(options, backend);
+  return backend;
+}
+
+std::string cuda_problem(int index) {
+  try {
+    std::string problem;
+    open_cuda_library({Device::Kind::kCuda, index}).find_problem(index, problem);
+    return problem;
+  } catch (const std::exception& error) {
+    return error.what();
+  }
 }
 
 }  // namespace nanoflow

@@ -76,6 +76,8 @@ class Backend {
   virtual int width() const = 0;
   /// Dense rows are padded to a multiple of this.
   virtual int row_granularity() const = 0;
+  /// Bytes: of the device, and of it what nobody uses.
+  virtual size_t total_memory() const = 0;
   virtual size_t free_memory() const = 0;
   virtual Buffer allocate(size_t bytes) = 0;
   /// Host memory that copies reach at full speed.
@@ -91,6 +93,8 @@ class Backend {
   /// into it again; nothing runs. The same work must have run before, so that all it needs exists.
   /// Here a graph is `enqueue` itself, called again at every launch.
   virtual std::unique_ptr<Graph> capture(Lane& origin, std::function<void()> enqueue);
+  /// Why the kernels cannot run models of this dtype and head dim, empty where they can.
+  virtual std::string model_problem(DType dtype, int head_dim) const;
   /// Bytes of PlanAttention::work for batches of up to these sizes; 0 where attention needs no
   /// plan.
   virtual size_t attention_work_bytes(int requests, int rows, int num_heads,
@@ -99,6 +103,9 @@ class Backend {
 
 /// Throws Error for a device this build or machine does not have, and says how to get it.
 std::shared_ptr<Backend> make_backend(const BackendOptions& options);
+/// What that error would say for a CUDA device, empty where it can be used. Never throws, and takes
+/// no memory where there is no usable device.
+std::string cuda_problem(int index);
 
 /// Defined by kernels/cpu.
 std::shared_ptr<Backend> make_cpu_backend(const BackendOptions& options);

@@ -8,7 +8,7 @@
 namespace nanoflow {
 namespace {
 
-void check(const EngineConfig& config, const ModelSpec& spec) {
+void check(const EngineConfig& config, const ModelSpec& spec, bool chooses_pages) {
   const auto positive = [](const char* name, int value) {
     NF_CHECK(value > 0, "engine config: ", name, " is ", value, " but must be positive");
   };
@@ -16,9 +16,10 @@ void check(const EngineConfig& config, const ModelSpec& spec) {
   positive("max_num_seqs", config.max_num_seqs);
   positive("max_model_len", config.max_model_len);
   positive("page_size", config.page_size);
-  positive("num_pages", config.num_pages);
   NF_CHECK(config.row_granularity >= 0 && config.jitter_us >= 0,
            "engine config: row_granularity and jitter_us must not be negative");
+  if (config.num_pages == 0 && chooses_pages) return;
+  positive("num_pages", config.num_pages);
   const int64_t tokens = static_cast<int64_t>(config.num_pages) * config.page_size;
   NF_CHECK(tokens >= config.max_model_len, "the KV cache holds ", tokens, " tokens (",
            tokens * static_cast<int64_t>(spec.kv_bytes_per_token()),
@@ -37,21 +38,22 @@ const StepResult& StepHandle::wait() const {
 
 class Engine::Impl {
  public:
-  Impl(const EngineConfig& config, std::shared_ptr<Weights> weights)
-      : config(config), worker(config, std::move(weights)) {}
+  Impl(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
+       const std::function<int()>& choose_pages)
+      : worker(config, std::move(weights), schedule, choose_pages) {}
 
-  EngineConfig config;
   Worker worker;
   std::shared_ptr<const Schedule> schedule;
   uint64_t submitted = 0;
 };
 
 Engine::Engine(const EngineConfig& config, std::shared_ptr<Weights> weights,
-               const Schedule& schedule) {
+               const Schedule& schedule, const std::function<int()>& choose_pages) {
   NF_CHECK(weights != nullptr, "the engine needs weights");
   weights->finish();
-  check(config, weights->spec());
-  impl_ = std::make_unique<Impl>(config, std::move(weights));
+  check(config, weights->spec(), choose_pages != nullptr);
+  schedule.check();
+  impl_ = std::make_unique<Impl>(config, std::move(weights), schedule, choose_pages);
   set_schedule(schedule);
 }
 
@@ -94,6 +96,8 @@ std::vector<std::shared_ptr<const Plan>> Engine::plans(const Schedule& schedule,
 
 GraphStats Engine::graph_stats() const { return impl_->worker.graph_stats(); }
 
-const EngineConfig& Engine::config() const { return impl_->config; }
+size_t Engine::workspace_bytes() const { return impl_->worker.workspace().bytes(); }
+
+const EngineConfig& Engine::config() const { return impl_->worker.config(); }
 
 }  // namespace nanoflow

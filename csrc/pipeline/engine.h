@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -19,7 +20,7 @@ struct EngineConfig {
   int max_num_seqs = 256;             // requests of a step; token pool slots
   int max_model_len = 2048;           // positions of a request
   int page_size = 64;                 // tokens of a KV page
-  int num_pages = 0;                  // pages of the KV cache
+  int num_pages = 0;           // pages of the KV cache; 0: chosen when all else has its memory
   int row_granularity = 0;     // rows of a segment are padded to a multiple; 0 = the backend's
   int jitter_us = 0;           // idle up to this long around every event, to expose races
   bool enforce_eager = false;  // never capture graphs
@@ -76,8 +77,11 @@ class Engine {
  public:
   static constexpr int kMaxStepsInFlight = 2;
 
-  /// Takes complete weights (Error otherwise), allocates KV cache and workspaces on their backend.
-  Engine(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule);
+  /// Takes complete weights (Error otherwise), allocates workspaces, lanes and then the KV cache on
+  /// their backend. Where the config leaves num_pages open, `choose_pages` says it as soon as all
+  /// else has its memory: the cache may then hold fewer tokens than max_model_len.
+  Engine(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
+         const std::function<int()>& choose_pages = {});
   ~Engine();
 
   /// Checks the batch, queues it and returns at once. Throws Error on a bad batch (nothing is
@@ -96,6 +100,8 @@ class Engine {
   /// Any thread may ask, at any time.
   GraphStats graph_stats() const;
   const EngineConfig& config() const;
+  /// Bytes of the buffers that steps work in; lanes have memory of their own beside them.
+  size_t workspace_bytes() const;
 
  private:
   class Impl;

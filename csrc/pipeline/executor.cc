@@ -21,9 +21,7 @@ class Range {
 Executor::Executor(Backend& backend, int jitter_us)
     : backend_(backend), jitter_us_(jitter_us), forked_(backend.make_event()) {}
 
-std::vector<std::unique_ptr<Lane>>& Executor::lanes_of(const Plan& plan) {
-  std::vector<int> widths;
-  for (const LaneSpec& lane : plan.lanes) widths.push_back(lane.width);
+std::vector<std::unique_ptr<Lane>>& Executor::lanes_of(const std::vector<int>& widths) {
   std::vector<std::unique_ptr<Lane>>& lanes = lanes_[widths];
   if (lanes.empty()) lanes = backend_.make_lanes(widths);
   return lanes;
@@ -42,7 +40,9 @@ void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
   }
   Kernels& kernels = backend_.kernels();
 
-  std::vector<std::unique_ptr<Lane>>& lanes = lanes_of(plan);
+  std::vector<int> widths;
+  for (const LaneSpec& lane : plan.lanes) widths.push_back(lane.width);
+  std::vector<std::unique_ptr<Lane>>& lanes = lanes_of(widths);
   origin.record(*forked_);
   for (const std::unique_ptr<Lane>& lane : lanes) lane->wait(*forked_);
   for (const NanoOp& n : plan.ops) {

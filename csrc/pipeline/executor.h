@@ -19,13 +19,15 @@ class Executor {
   /// dependencies.
   Executor(Backend& backend, int jitter_us);
 
+  /// Makes the lanes of plans with these widths now, with the memory they take.
+  void make_lanes(const std::vector<int>& widths) { lanes_of(widths); }
   /// Enqueues the plan between what `origin` has been given and what it will be given next: all
   /// lanes fork from it and join into it. `stamps`, when given, gets two times a NanoOp: begin and
   /// end in nanoseconds.
   void run(const Plan& plan, Lane& origin, int64_t* stamps = nullptr);
 
  private:
-  std::vector<std::unique_ptr<Lane>>& lanes_of(const Plan& plan);
+  std::vector<std::unique_ptr<Lane>>& lanes_of(const std::vector<int>& widths);
   void jitter(Lane& lane);
 
   Backend& backend_;

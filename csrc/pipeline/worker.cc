@@ -61,15 +61,16 @@ void StepState::wait() const {
   if (error_ != nullptr) std::rethrow_exception(error_);
 }
 
-Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights)
+Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
+               const Schedule& schedule, const std::function<int()>& choose_pages)
     : config_(config),
       weights_(std::move(weights)),
       backend_(*weights_->backend()),
-      cache_(weights_->spec(), backend_, config.num_pages, config.page_size),
-      workspace_(config, weights_->spec(), backend_, cache_),
-      decoder_(weights_, workspace_.buffers()),
+      workspace_(config, weights_->spec(), backend_),
       executor_(backend_, config.jitter_us),
       origin_(backend_.make_lane(backend_.width())),
+      cache_(weights_->spec(), backend_, fix_pages(schedule, choose_pages), config.page_size),
+      decoder_(weights_, workspace_.bind(cache_)),
       plans_(kCachedPlans, [this](const Schedule& schedule, const PlanKey& key) {
         return build(schedule, key);
       }) {
@@ -82,6 +83,14 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights)
     host.ranks = backend_.allocate_host(workspace_.buffers().ranks.span_bytes());
   }
   thread_ = std::thread([this] { loop(); });
+}
+
+int Worker::fix_pages(const Schedule& schedule, const std::function<int()>& choose_pages) {
+  std::vector<int> widths;
+  for (const LaneSpec& lane : schedule.lanes) widths.push_back(lane.width);
+  executor_.make_lanes(widths);
+  if (config_.num_pages == 0) config_.num_pages = choose_pages();
+  return config_.num_pages;
 }
 
 Worker::~Worker() {

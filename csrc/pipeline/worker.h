@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -43,7 +44,9 @@ class StepState {
 /// One rank: its KV cache, workspace and executor, and the thread that issues steps in order.
 class Worker {
  public:
-  Worker(const EngineConfig& config, std::shared_ptr<Weights> weights);
+  /// See Engine.
+  Worker(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
+         const std::function<int()>& choose_pages);
   /// Finishes what is queued.
   ~Worker();
 
@@ -53,6 +56,7 @@ class Worker {
   /// The first error of any step; later steps are refused.
   std::exception_ptr error() const;
 
+  const EngineConfig& config() const { return config_; }
   const Workspace& workspace() const { return workspace_; }
   /// Builds and validates; throws Error naming every finding. Any thread.
   std::shared_ptr<const Plan> build(const Schedule& schedule, const PlanKey& key) const;
@@ -61,6 +65,7 @@ class Worker {
  private:
   static constexpr size_t kCachedPlans = 128;
 
+  int fix_pages(const Schedule& schedule, const std::function<int()>& choose_pages);
   void loop();
   void issue(const std::shared_ptr<StepState>& state);
   void run_plans(StepState& state, const PlanKey& key);
@@ -74,9 +79,7 @@ class Worker {
   EngineConfig config_;
   std::shared_ptr<Weights> weights_;
   Backend& backend_;
-  KvCache cache_;
   Workspace workspace_;
-  Decoder decoder_;
   Executor executor_;
   std::unique_ptr<Lane> origin_;  // orders steps: copies in, fork and join, copies out
   std::array<Buffer, Engine::kMaxStepsInFlight> sampled_host_;
@@ -85,6 +88,8 @@ class Worker {
     Buffer top, logprobs, ranks;
   };
   std::array<LogprobsHost, Engine::kMaxStepsInFlight> logprobs_host_;
+  KvCache cache_;  // made when all of the above has taken its memory
+  Decoder decoder_;
 
   PlanCache plans_;
 

@@ -31,8 +31,7 @@ HeadOptions head_options(const Batch& batch) {
 
 }  // namespace
 
-Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
-                     const KvCache& cache)
+Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend)
     : config_(config),
       spec_(spec),
       backend_(backend),
@@ -41,10 +40,15 @@ Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend&
   allocate_activations();
   allocate_tables();
   upload_rope_table();
+}
+
+const DecoderBuffers& Workspace::bind(const KvCache& cache) {
+  num_pages_ = cache.num_pages();
   for (int layer = 0; layer < spec_.num_layers; ++layer) {
     buffers_.k_cache.push_back(cache.k(layer));
     buffers_.v_cache.push_back(cache.v(layer));
   }
+  return buffers_;
 }
 
 void Workspace::allocate_activations() {
@@ -173,7 +177,7 @@ BatchLimits Workspace::limits(int segments) const {
           .max_rows = config_.max_num_batched_tokens,
           .max_requests = config_.max_num_seqs,
           .max_positions = config_.max_model_len,
-          .num_pages = config_.num_pages,
+          .num_pages = num_pages_,
           .page_size = config_.page_size,
           .max_page_entries = max_page_entries(config_),
           .num_slots = config_.max_num_seqs,

@@ -20,8 +20,10 @@ class Workspace {
   static constexpr int kMaxSegments = 16;
   static constexpr int kBannedPerRequest = 64;
 
-  Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
-            const KvCache& cache);
+  Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend);
+
+  /// Adds the cache, which is made last, of the memory that is left; returns buffers().
+  const DecoderBuffers& bind(const KvCache& cache);
 
   const DecoderBuffers& buffers() const { return buffers_; }
   BatchLimits limits(int segments) const;
@@ -59,6 +61,7 @@ class Workspace {
   std::array<Buffer, Engine::kMaxStepsInFlight> staging_;
   std::array<Buffer, Engine::kMaxStepsInFlight> histories_;  // on the host; grow as needed
   DecoderBuffers buffers_;
+  int num_pages_ = 0;
   std::vector<int> padded_row_;  // of each row of the batch being staged
 };
 

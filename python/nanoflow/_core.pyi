@@ -21,6 +21,7 @@ __all__: list[str] = [
     "LaneSpec",
     "ModelSpec",
     "OpTiming",
+    "OutOfMemoryError",
     "Plan",
     "Schedule",
     "StageSpec",
@@ -29,11 +30,15 @@ __all__: list[str] = [
     "StepResult",
     "Weights",
     "cpu_isas",
+    "cuda_problem",
     "run_op",
     "time_op",
 ]
 
 class EngineError(RuntimeError):
+    pass
+
+class OutOfMemoryError(EngineError):
     pass
 
 class Backend:
@@ -46,6 +51,10 @@ class Backend:
         threads: typing.SupportsInt | typing.SupportsIndex = 0,
         isa: str = "auto",
     ) -> None: ...
+    def model_problem(self, dtype: str, head_dim: typing.SupportsInt | typing.SupportsIndex) -> str:
+        """
+        Why models of this dtype and head dim cannot run here; empty where they can.
+        """
     @property
     def description(self) -> str: ...
     @property
@@ -53,7 +62,12 @@ class Backend:
     @property
     def free_memory(self) -> int:
         """
-        Bytes.
+        Bytes that nobody uses.
+        """
+    @property
+    def total_memory(self) -> int:
+        """
+        Bytes of the device.
         """
     @property
     def width(self) -> int:
@@ -332,7 +346,7 @@ class EngineConfig:
         max_num_seqs: typing.SupportsInt | typing.SupportsIndex = 256,
         max_model_len: typing.SupportsInt | typing.SupportsIndex = 2048,
         page_size: typing.SupportsInt | typing.SupportsIndex = 64,
-        num_pages: typing.SupportsInt | typing.SupportsIndex,
+        num_pages: typing.SupportsInt | typing.SupportsIndex = 0,
         row_granularity: typing.SupportsInt | typing.SupportsIndex = 0,
         jitter_us: typing.SupportsInt | typing.SupportsIndex = 0,
         enforce_eager: bool = False,
@@ -374,7 +388,17 @@ class Engine:
     """
     The model on one device: steps in, sampled tokens out.
     """
-    def __init__(self, config: EngineConfig, weights: Weights, schedule: Schedule) -> None: ...
+    def __init__(
+        self,
+        config: EngineConfig,
+        weights: Weights,
+        schedule: Schedule,
+        choose_pages: collections.abc.Callable[[], typing.SupportsInt | typing.SupportsIndex]
+        | None = None,
+    ) -> None:
+        """
+        With num_pages=0, `choose_pages` is called once all but the KV cache has its memory.
+        """
     def graph_stats(self) -> GraphStats: ...
     def plans(
         self,
@@ -398,10 +422,17 @@ class Engine:
     def config(self) -> EngineConfig: ...
     @property
     def schedule(self) -> Schedule: ...
+    @property
+    def workspace_bytes(self) -> int: ...
 
 def cpu_isas() -> list[str]:
     """
     Instruction sets this machine can run, slowest first; the last is what 'auto' takes.
+    """
+
+def cuda_problem(index: typing.SupportsInt | typing.SupportsIndex = 0) -> str:
+    """
+    Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.
     """
 
 def run_op(

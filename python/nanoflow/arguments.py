@@ -31,7 +31,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "block_size": "tokens of a page of the KV cache",
         "kv_cache_memory_bytes": "size of the KV cache",
         "num_gpu_blocks_override": "pages of the KV cache",
-        "device": "auto (the CPU), cpu, cuda or cuda:N",
+        "device": "cpu, cuda, cuda:N, or auto for a GPU that can run the model, else the CPU",
         "cpu_threads": "threads of the CPU backend; 0 for all this process may use",
         "cpu_isa": "instruction set of the CPU backend; auto for the best there is",
         "schedule": "sequential, nano, overlap, or a JSON file",

@@ -12,10 +12,6 @@ from typing import Any
 from nanoflow._core import Schedule
 
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
-DEFAULT_MAX_NUM_SEQS = 256
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
-DEFAULT_CPU_CACHE_BYTES = 4 << 30
-CPU_CACHE_SHARE = 0.4  # of the free memory, at most
 AUTO = -1  # of max_model_len: what the cache holds, at most what the model allows
 
 
@@ -41,7 +37,7 @@ class EngineArgs:
     block_size: int = 64  # tokens of a page of the KV cache
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None  # pages of the KV cache, whatever they take
-    device: str = "auto"  # auto is the CPU; "cuda" or "cuda:1" for a GPU
+    device: str = "auto"  # a GPU that can run the model, else the CPU; or cpu, cuda, cuda:1
     cpu_threads: int = 0  # 0: all that this process may use
     cpu_isa: str = "auto"
     schedule: str | Path | Schedule = "sequential"
@@ -68,10 +64,6 @@ class EngineArgs:
         parse_length("max_model_len", self.max_model_len)
         if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
             self._check_rows(self.max_num_seqs, self.max_num_batched_tokens)
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.startswith("cuda")
 
     def _check_supported(self) -> None:
         supported: dict[str, tuple[Any, ...]] = {
@@ -144,74 +136,6 @@ def parse_length(name: str, length: int | str | None) -> int | None:
         length = int(float(match[1]) * unit)
     _check_positive(name, length)
     return length
-
-
-def derive_limits(
-    args: EngineArgs,
-    *,
-    model_max_len: int,
-    kv_bytes_per_token: int,
-    free_bytes: int,
-    weight_bytes: int,
-) -> EngineLimits:
-    """Sizes for a model whose positions end at `model_max_len`.
-
-    `free_bytes`: of the device, before the weights took `weight_bytes` of them.
-
-    Without max_model_len, requests may be as long as the model allows, or as the cache holds where
-    that is less. Raises ValueError on a max_model_len above either, with both numbers and the
-    argument to change.
-    """
-    max_rows = args.max_num_batched_tokens or max(
-        DEFAULT_MAX_NUM_BATCHED_TOKENS, args.max_num_seqs or 0
-    )
-    max_seqs = args.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, max_rows)
-    asked = parse_length("max_model_len", args.max_model_len)
-    if asked is not None and asked > model_max_len:
-        raise ValueError(
-            f"max_model_len={asked} is above the model's {model_max_len} positions "
-            "(max_position_embeddings); lower max_model_len"
-        )
-    page_bytes = kv_bytes_per_token * args.block_size
-    pages, source = _affordable_pages(args, page_bytes, free_bytes, weight_bytes)
-    held = pages * args.block_size
-    max_len = max(min(model_max_len, held), 2) if asked in (None, AUTO) else asked
-    if max_len < 2:
-        raise ValueError(
-            f"max_model_len={max_len} must be at least 2: a prompt and an output token"
-        )
-    if held < max_len:
-        is_override = args.num_gpu_blocks_override is not None
-        raise ValueError(
-            f"max_model_len={max_len} needs {max_len * kv_bytes_per_token} bytes of KV cache, but "
-            f"the cache holds {held} tokens ({pages} pages of {args.block_size}, {source}); lower "
-            "max_model_len or raise "
-            + ("num_gpu_blocks_override" if is_override else "kv_cache_memory_bytes")
-        )
-    useful = max_seqs * -(-max_len // args.block_size)
-    num_pages = args.num_gpu_blocks_override or min(pages, useful)
-    return EngineLimits(max_rows, max_seqs, max_len, args.block_size, num_pages)
-
-
-def _affordable_pages(
-    args: EngineArgs, page_bytes: int, free_bytes: int, weight_bytes: int
-) -> tuple[int, str]:
-    """How many pages the cache may have, and what says so."""
-    if args.num_gpu_blocks_override is not None:
-        return args.num_gpu_blocks_override, "num_gpu_blocks_override"
-    if args.kv_cache_memory_bytes is not None:
-        return args.kv_cache_memory_bytes // page_bytes, "kv_cache_memory_bytes"
-    if args.is_cuda:
-        cache_bytes = max(0, int(args.gpu_memory_utilization * free_bytes) - weight_bytes)
-        share = (
-            f"{cache_bytes} bytes: {args.gpu_memory_utilization:.0%} of the free memory "
-            "(gpu_memory_utilization), less the weights"
-        )
-        return cache_bytes // page_bytes, share
-    left = max(0, free_bytes - weight_bytes)
-    cache_bytes = min(DEFAULT_CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * left))
-    share = f"{cache_bytes} bytes: {CPU_CACHE_SHARE:.0%} of the free memory, at most 4 GiB"
-    return cache_bytes // page_bytes, share
 
 
 def _check_positive(name: str, value: int | None) -> None:

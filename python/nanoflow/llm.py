@@ -42,6 +42,8 @@ class LLM:
         self.args = make_args({"model": model, **arguments})
         self._runtime = start_runtime(self.args)
         self.limits = self._runtime.limits
+        self.memory = self._runtime.memory
+        self.start_seconds = self._runtime.start_seconds
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
         self._finalizer = weakref.finalize(self, self._runtime.loop.close)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,9 +16,11 @@ from nanoflow.config import (
     EngineArgs,
     EngineLimits,
     cpu_threads,
-    derive_limits,
 )
+from nanoflow.errors import EngineError
+from nanoflow.limits import check_free, derive_limits
 from nanoflow.loading import Checkpoint, open_checkpoint
+from nanoflow.memory import GRAPH_BYTES, MemoryUse
 from nanoflow.models.config import ModelConfig
 from nanoflow.schedule import find_schedule
 from nanoflow.scheduler.deal import Dealer
@@ -30,12 +33,16 @@ from nanoflow.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+PHASES = ("open", "weights", "engine")  # of the start: model and device; loading; all buffers
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """A loaded model and the scheduler that feeds it."""
 
     limits: EngineLimits
+    memory: MemoryUse
+    start_seconds: Mapping[str, float]  # of PHASES
     device: str  # what the backend says of itself
     vocab_size: int
     model: ModelConfig
@@ -48,45 +55,34 @@ class Runtime:
 
 def start_runtime(args: EngineArgs) -> Runtime:
     """Raises what class LLM says; whatever can be checked is checked before weights are read."""
-    begin = perf_counter()
+    times = [perf_counter()]
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
-    backend = make_backend(args)
+    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    backend = make_backend(args, spec)
     schedule = find_schedule(args.schedule, backend.width)
     tokenizer = None if args.skip_tokenizer_init else _open_tokenizer(args, checkpoint)
-    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
-    free_bytes = backend.free_memory
-    weights = _core.Weights(spec, backend)
-    limits = derive_limits(
-        args,
-        model_max_len=checkpoint.model.max_position_embeddings,
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-        free_bytes=free_bytes,
-        weight_bytes=weights.bytes,
-    )
-    _warn(args, limits, checkpoint.model.max_position_embeddings)
-    opened = perf_counter()
+    times.append(perf_counter())
+    sizer = _Sizer(args, backend, spec, checkpoint.model.max_position_embeddings)
+    weights = sizer.make_weights()
     checkpoint.load_weights(weights)
-    loaded = perf_counter()
-    engine = _core.Engine(_engine_config(limits, args.enforce_eager), weights, schedule)
+    times.append(perf_counter())
+    engine, limits, memory = sizer.make_engine(weights, schedule)
+    _warn(args, limits, checkpoint.model.max_position_embeddings, memory.kind)
     state = _scheduler_state(limits, schedule.cuts(), args)
     steps_in_flight = 2 if args.async_scheduling else 1
     loop = SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)
+    times.append(perf_counter())
+    phases = dict(zip(PHASES, (b - a for a, b in pairwise(times)), strict=True))
+    logger.info("%s\n%s", backend.description, memory.table())
     logger.info(
-        "%s on %s: opened in %.2f s, %d bytes of weights loaded in %.2f s, engine with %d pages of "
-        "%d tokens made in %.2f s",
-        args.model,
-        backend.description,
-        opened - begin,
-        weights.bytes,
-        loaded - opened,
-        limits.num_pages,
-        limits.page_size,
-        perf_counter() - loaded,
+        "%s started: %s", args.model, ", ".join(f"{n} {s:.2f} s" for n, s in phases.items())
     )
     return Runtime(
         limits=limits,
+        memory=memory,
+        start_seconds=phases,
         device=backend.description,
         vocab_size=checkpoint.model.vocab_size,
         model=checkpoint.model,
@@ -98,10 +94,23 @@ def start_runtime(args: EngineArgs) -> Runtime:
     )
 
 
-def make_backend(args: EngineArgs) -> _core.Backend:
-    """The device an LLM with these arguments runs on. Raises ValueError on an ISA it lacks."""
-    if args.is_cuda:
-        return _core.Backend(args.device)
+def make_backend(args: EngineArgs, spec: _core.ModelSpec | None = None) -> _core.Backend:
+    """The device an LLM with these arguments runs on, for a model of this spec.
+
+    Raises ValueError on an ISA that the CPU lacks and on a model that the GPU cannot run,
+    EngineError on a GPU that cannot be used.
+    """
+    if args.device != "cpu":
+        problem = _core.cuda_problem() if args.device == "auto" else ""
+        if not problem:
+            backend = _core.Backend("cuda" if args.device == "auto" else args.device)
+            if spec is not None:
+                problem = backend.model_problem(spec.dtype, spec.head_dim)
+            if not problem:
+                return backend
+            if args.device != "auto":
+                raise ValueError(f"device={args.device!r} cannot run {args.model}: {problem}")
+        logger.info("device='auto' takes the CPU: %s", problem)
     if args.cpu_isa not in ("auto", *_core.cpu_isas()):
         raise ValueError(
             f"cpu_isa={args.cpu_isa!r} does not run here; this CPU has "
@@ -110,21 +119,116 @@ def make_backend(args: EngineArgs) -> _core.Backend:
     return _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
 
 
-def _warn(args: EngineArgs, limits: EngineLimits, model_max_len: int) -> None:
-    """Says what the arguments do not come to, once and before it matters."""
+class _Sizer:
+    """Makes what takes memory, in the order in which it is measured: weights, then workspace and
+    lanes, then the KV cache of what is left."""
+
+    def __init__(
+        self, args: EngineArgs, backend: _core.Backend, spec: _core.ModelSpec, model_max_len: int
+    ) -> None:
+        self._args, self._backend, self._spec = args, backend, spec
+        self._model_max_len = model_max_len
+        self._free = backend.free_memory
+        total = backend.total_memory
+        is_cuda = backend.device != "cpu"
+        self._memory = MemoryUse(
+            device=backend.device,
+            total=total,
+            in_use=total - self._free,
+            weights=0,
+            workspace=0,
+            graphs=GRAPH_BYTES if is_cuda else 0,
+        )
+
+    def make_weights(self) -> _core.Weights:
+        """Weights still to be filled. Raises ValueError on arguments that cannot work with them."""
+        try:
+            weights = _core.Weights(self._spec, self._backend)
+        except _core.OutOfMemoryError as error:
+            raise EngineError(
+                f"{error}; the weights of {self._args.model} need a device with more memory free"
+                f"\n{self._memory.table()}"
+            ) from error
+        self._memory = replace(self._memory, weights=weights.bytes)
+        self._limits = self._derive()
+        return weights
+
+    def make_engine(
+        self, weights: _core.Weights, schedule: _core.Schedule
+    ) -> tuple[_core.Engine, EngineLimits, MemoryUse]:
+        """The engine of these weights, its limits, and what took memory.
+
+        Raises ValueError naming the argument to change where the memory is not enough.
+        """
+        limits = self._limits
+        is_cuda = self._memory.kind == "cuda"
+        config = _core.EngineConfig(
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_model_len=limits.max_model_len,
+            page_size=limits.page_size,
+            num_pages=0 if is_cuda else limits.num_pages,
+            enforce_eager=self._args.enforce_eager,
+        )
+        try:
+            engine = _core.Engine(config, weights, schedule, self._choose_pages)
+        except _core.OutOfMemoryError as error:
+            raise EngineError(
+                f"{error}; lower max_num_batched_tokens ({limits.max_num_batched_tokens}) or "
+                f"kv_cache_memory_bytes\n{self._memory.table()}"
+            ) from error
+        if not is_cuda:
+            self._memory = replace(self._memory, workspace=engine.workspace_bytes)
+        num_pages = engine.config.num_pages
+        page_bytes = self._spec.kv_bytes_per_token * limits.page_size
+        memory = replace(
+            self._memory,
+            kv_cache=num_pages * page_bytes,
+            num_pages=num_pages,
+            page_size=limits.page_size,
+        )
+        return engine, self._limits, memory
+
+    def _choose_pages(self) -> int:
+        """Called by the engine once all but its KV cache has its memory."""
+        taken = self._free - self._backend.free_memory
+        workspace = max(0, taken - self._memory.weights)
+        self._memory = replace(self._memory, workspace=workspace)
+        self._limits = self._derive()
+        return self._limits.num_pages
+
+    def _derive(self) -> EngineLimits:
+        per_token = self._spec.kv_bytes_per_token
+        limits = derive_limits(
+            self._args,
+            self._memory,
+            model_max_len=self._model_max_len,
+            kv_bytes_per_token=per_token,
+        )
+        if self._memory.kind == "cuda":  # a CPU's memory is taken when it is first written
+            check_free(self._args, self._memory, limits, per_token * limits.page_size)
+        return limits
+
+
+def _warn(args: EngineArgs, limits: EngineLimits, model_max_len: int, kind: str) -> None:
+    """Says what the arguments do not come to."""
     if args.max_model_len is None and limits.max_model_len < model_max_len:
+        flag = "gpu_memory_utilization" if kind == "cuda" else "kv_cache_memory_bytes"
         logger.warning(
             "requests may have %d tokens, not the model's %d: the KV cache holds no more; raise "
-            "kv_cache_memory_bytes for longer ones",
+            "%s for longer ones",
             limits.max_model_len,
             model_max_len,
+            flag,
         )
-    if not args.is_cuda and args.gpu_memory_utilization != DEFAULT_GPU_MEMORY_UTILIZATION:
+    if kind == "cpu" and args.gpu_memory_utilization != DEFAULT_GPU_MEMORY_UTILIZATION:
         logger.warning(
             "gpu_memory_utilization=%s has no effect on the CPU: kv_cache_memory_bytes sizes the "
             "KV cache there",
             args.gpu_memory_utilization,
         )
+    if kind == "cuda" and (args.cpu_threads or args.cpu_isa != "auto"):
+        logger.warning("cpu_threads and cpu_isa have no effect on a GPU")
 
 
 def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
@@ -134,17 +238,6 @@ def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     if not path.is_dir():
         raise FileNotFoundError(f"tokenizer={str(args.tokenizer)!r} is no folder")
     return Tokenizer.from_dir(path)
-
-
-def _engine_config(limits: EngineLimits, enforce_eager: bool) -> _core.EngineConfig:
-    return _core.EngineConfig(
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len,
-        page_size=limits.page_size,
-        num_pages=limits.num_pages,
-        enforce_eager=enforce_eager,
-    )
 
 
 def _scheduler_state(limits: EngineLimits, cuts: list[float], args: EngineArgs) -> SchedulerState:

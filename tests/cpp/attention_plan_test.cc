@@ -35,8 +35,8 @@ Plan plan_on(const std::shared_ptr<RecordingBackend>& backend, const Schedule& s
                             .page_size = 4,
                             .num_pages = 64};
   const KvCache cache(weights->spec(), *backend, config.num_pages, config.page_size);
-  const Workspace workspace(config, weights->spec(), *backend, cache);
-  const Decoder decoder(weights, workspace.buffers());
+  Workspace workspace(config, weights->spec(), *backend);
+  const Decoder decoder(weights, workspace.bind(cache));
   return build_plan(decoder, schedule, {.segment_rows = segment_rows, .samples = 1});
 }
 

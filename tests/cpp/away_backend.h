@@ -14,6 +14,7 @@ class AwayBackend : public Backend {
   std::string description() const override { return "away"; }
   int width() const override { return cpu_->width(); }
   int row_granularity() const override { return cpu_->row_granularity(); }
+  size_t total_memory() const override { return cpu_->total_memory(); }
   size_t free_memory() const override { return cpu_->free_memory(); }
   Buffer allocate(size_t bytes) override {
     auto memory = std::make_shared<Buffer>(cpu_->allocate(bytes));

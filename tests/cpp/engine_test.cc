@@ -63,8 +63,8 @@ TEST_CASE("random valid orders on random lanes with random delays give the same 
   const auto weights = random_weights(spec, backend);
   const EngineConfig config = tiny_config();
   KvCache cache(spec, *backend, config.num_pages, config.page_size);
-  Workspace workspace(config, spec, *backend, cache);
-  const Decoder decoder(weights, workspace.buffers());
+  Workspace workspace(config, spec, *backend);
+  const Decoder decoder(weights, workspace.bind(cache));
   Schedule schedule = pingpong(4, 2);
   schedule.stages["qkv"].split = {0.25, 0.5};
   schedule.stages["mlp"].split = {0.5, 0.75};
@@ -272,4 +272,25 @@ TEST_CASE("incomplete weights and impossible configs are refused") {
                        "max_model_len 32; lower max_model_len or raise kv_cache_memory_bytes",
                        Error);
   CHECK_THROWS_AS(Engine(tiny_config(), complete, pingpong(5, 5)), Error);  // wider than the device
+}
+
+TEST_CASE("the KV cache is made last, of as many pages as are chosen then") {
+  const ModelSpec spec = tiny_spec(1);
+  const auto weights = random_weights(spec, cpu(2));
+  EngineConfig config = tiny_config();
+  config.num_pages = 0;
+  CHECK_THROWS_WITH_AS(Engine(config, weights, sequential(1)),
+                       "engine config: num_pages is 0 but must be positive", Error);
+  int asked = 0;
+  Engine engine(config, weights, sequential(1), [&] {
+    ++asked;
+    return 5;
+  });
+  CHECK(asked == 1);
+  CHECK(engine.config().num_pages == 5);
+  Batch batch = prompt_batch({5, 9}, 1, kPageSize, spec.vocab_size);  // takes 5 pages
+  engine.submit(batch).wait();
+  batch.page_indices.back() = 5;
+  CHECK_THROWS_AS(engine.submit(batch), Error);
+  CHECK_THROWS_AS(Engine(config, weights, sequential(1), []() -> int { fail("none"); }), Error);
 }

@@ -27,8 +27,8 @@ struct Fixture {
                .page_size = 4,
                .num_pages = 64},
         cache(weights->spec(), *backend, config.num_pages, config.page_size),
-        workspace(config, weights->spec(), *backend, cache),
-        decoder(weights, workspace.buffers()) {
+        workspace(config, weights->spec(), *backend),
+        decoder(weights, workspace.bind(cache)) {
     backend->log.clear();
   }
 

@@ -22,6 +22,7 @@ class RecordingBackend : public Backend {
   std::string description() const override { return "recording"; }
   int width() const override { return width_; }
   int row_granularity() const override { return 1; }
+  size_t total_memory() const override { return size_t{1} << 30; }
   size_t free_memory() const override { return size_t{1} << 30; }
   Buffer allocate(size_t bytes) override {
     return Buffer(std::calloc(bytes, 1), bytes, {}, [](void* data) { std::free(data); });

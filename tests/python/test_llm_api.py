@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from nanoflow import LLM, EngineError, SamplingParams
-from nanoflow.config import EngineArgs, derive_limits, make_args, parse_length
+from nanoflow.config import EngineArgs, make_args, parse_length
+from nanoflow.limits import derive_limits
+from nanoflow.memory import MemoryUse
 from nanoflow.outputs import RequestOutput
 from tiny_models import write_tiny_llama
 
@@ -319,9 +321,12 @@ def test_defaults_come_from_the_generation_config(model: Path, tmp_path: Path) -
         (
             {"max_model_len": 256, "kv_cache_memory_bytes": 100_000},
             r"max_model_len=256 needs 131072 bytes of KV cache, but the cache holds 192 tokens "
-            r"\(3 pages of 64, kv_cache_memory_bytes\); lower max_model_len or raise kv_cache_mem",
+            r"\(3 pages of 64, kv_cache_memory_bytes\); lower max_model_len to 192 or raise kv_c",
         ),
-        ({"num_gpu_blocks_override": 3, "max_model_len": 256}, "or raise num_gpu_blocks_override"),
+        (
+            {"num_gpu_blocks_override": 3, "max_model_len": 256},
+            "or raise num_gpu_blocks_override to 4",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(model: Path, arguments: dict[str, Any], message: str) -> None:
@@ -345,13 +350,10 @@ def test_lengths_may_be_written_short() -> None:
 def test_sizes_follow_from_model_and_memory() -> None:
     def limits(free: int = 10**12, **arguments: Any) -> tuple[int, int, int, int]:
         args: EngineArgs = make_args({"model": "x", **arguments})
-        sizes = derive_limits(
-            args,
-            model_max_len=8192,
-            kv_bytes_per_token=1000,
-            free_bytes=free + 500,
-            weight_bytes=500,
+        memory = MemoryUse(
+            device="cpu", total=free + 1000, in_use=500, weights=500, workspace=0, graphs=0
         )
+        sizes = derive_limits(args, memory, model_max_len=8192, kv_bytes_per_token=1000)
         return (
             sizes.max_num_batched_tokens,
             sizes.max_num_seqs,
@@ -368,5 +370,3 @@ def test_sizes_follow_from_model_and_memory() -> None:
     assert limits(free=10_000_000) == (2048, 256, 3968, 62)
     assert limits(max_model_len="auto", kv_cache_memory_bytes=640_000)[2:] == (640, 10)
     assert limits(num_gpu_blocks_override=1000, max_model_len=100)[2:] == (100, 1000)
-    on_gpu = limits(free=640_000_000, device="cuda", gpu_memory_utilization=0.5)
-    assert on_gpu == (2048, 256, 8192, 4999)  # half the memory, less the weights

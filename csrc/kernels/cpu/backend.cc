@@ -31,6 +31,7 @@ class CpuBackend : public Backend {
   }
   int width() const override { return width_; }
   int row_granularity() const override { return 4; }
+  size_t total_memory() const override { return physical_memory(); }
   size_t free_memory() const override { return available_memory(); }
   Buffer allocate(size_t bytes) override { return allocate_memory(bytes); }
   Buffer allocate_host(size_t bytes) override { return allocate_memory(bytes); }

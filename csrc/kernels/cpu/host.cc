@@ -55,13 +55,13 @@ int cores_of_quota() {
   return static_cast<int>(quota / period + 0.5);
 }
 
-size_t physical_memory() {
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-}
-
 }  // namespace
 
 int usable_cores() { return std::max(1, std::min(cores_of_affinity(), cores_of_quota())); }
+
+size_t physical_memory() {
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+}
 
 size_t available_memory() {
   std::istringstream kib(proc_value("/proc/meminfo", "MemAvailable"));
@@ -74,8 +74,10 @@ Buffer allocate_memory(size_t bytes) {
   const size_t rounded = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
   // A system that overcommits would grant what it can never back.
   void* memory = bytes > physical_memory() ? nullptr : std::aligned_alloc(alignment, rounded);
-  NF_CHECK(memory != nullptr, "cannot allocate ", bytes, " bytes of host memory; ",
-           available_memory(), " are available");
+  if (memory == nullptr) {
+    fail<OutOfMemory>("cannot allocate ", bytes, " bytes of host memory; ", available_memory(),
+                      " are available");
+  }
 #ifdef MADV_HUGEPAGE
   // Advice: a system without huge pages refuses it, and nothing is lost.
   if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);

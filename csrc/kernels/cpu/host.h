@@ -9,6 +9,9 @@ namespace nanoflow::cpu {
 /// Cores this process may use: its affinity mask and its cgroup's CPU quota, at least 1.
 int usable_cores();
 
+/// Bytes of the machine.
+size_t physical_memory();
+
 /// Bytes that can be allocated without swapping.
 size_t available_memory();
 

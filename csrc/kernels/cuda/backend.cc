@@ -29,12 +29,8 @@ class CudaBackend : public Backend {
   int width() const override { return device_.sm_count; }
   int row_granularity() const override { return kRowGranularity; }
 
-  size_t free_memory() const override {
-    NF_CUDA_CHECK(cudaSetDevice(device_.index));
-    size_t free = 0, total = 0;
-    NF_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return free;
-  }
+  size_t total_memory() const override { return memory_of(device_.index).total; }
+  size_t free_memory() const override { return memory_of(device_.index).free; }
 
   Buffer allocate(size_t bytes) override { return allocate_device(device_.index, bytes); }
 
@@ -78,6 +74,16 @@ class CudaBackend : public Backend {
     return capture_graph(origin, enqueue);
   }
 
+  std::string model_problem(DType dtype, int head_dim) const override {
+    std::ostringstream text;
+    if (dtype != DType::kBF16 && dtype != DType::kF16) {
+      text << dtype << " has no GPU kernels; bfloat16 and float16 have";
+    } else if (head_dim != 64 && head_dim != 128) {
+      text << "head_dim " << head_dim << " has no GPU kernels; 64 and 128 have";
+    }
+    return text.str();
+  }
+
   size_t attention_work_bytes(int requests, int rows, int num_heads,
                               int num_kv_heads) const override {
     return cuda::attention_work_bytes(requests, rows, num_heads / num_kv_heads, num_kv_heads,
@@ -92,11 +98,16 @@ class CudaBackend : public Backend {
 }  // namespace
 }  // namespace nanoflow::cuda
 
-/// The one symbol that nanoflow_core looks up in this library.
+// What nanoflow_core looks up in this library.
+
 extern "C" void nanoflow_make_cuda_backend(const nanoflow::BackendOptions& options,
                                            std::shared_ptr<nanoflow::Backend>& backend) {
   using namespace nanoflow;
   NF_CHECK(options.threads == 0 && options.isa == "auto",
            "threads and isa are options of the CPU backend, not of device '", options.device, "'");
   backend = std::make_shared<cuda::CudaBackend>(cuda::open_device(options.device.index));
+}
+
+extern "C" void nanoflow_find_cuda_problem(int index, std::string& problem) {
+  problem = nanoflow::cuda::problem_of(nanoflow::cuda::probe_device(index));
 }

@@ -2,56 +2,59 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/device.h"
 #include "core/error.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/clock.h"
 
 namespace nanoflow::cuda {
-namespace {
 
-struct Version {
-  int number;  // 13000 for 13.0
-};
-
-std::ostream& operator<<(std::ostream& out, Version version) {
-  return out << version.number / 1000 << '.' << version.number % 1000 / 10;
+DeviceFacts probe_device(int index) {
+  DeviceFacts facts;
+  facts.index = index;
+  cudaRuntimeGetVersion(&facts.runtime);
+  if (cudaDriverGetVersion(&facts.driver) != cudaSuccess) facts.driver = 0;
+  if (!has_driver(facts)) return facts;
+  const cudaError_t counted = cudaGetDeviceCount(&facts.count);
+  if (counted != cudaSuccess) {
+    cudaGetLastError();
+    facts.count = 0;
+    if (counted != cudaErrorNoDevice) facts.count_error = describe(counted);
+  }
+  if (index >= facts.count) return facts;
+  cudaDeviceProp properties;
+  cudaError_t status = cudaGetDeviceProperties(&properties, index);
+  if (status == cudaSuccess) {
+    facts.name = properties.name;
+    facts.major = properties.major;
+    facts.minor = properties.minor;
+    facts.sm_count = properties.multiProcessorCount;
+    status = cudaSetDevice(index);
+  }
+  if (status == cudaSuccess) {
+    const cudaError_t image = probe_kernel_image();
+    if (image != cudaSuccess) facts.image_error = describe(image);
+  } else {  // the device is busy, or broken
+    cudaGetLastError();
+    facts.count_error = describe(status);
+  }
+  return facts;
 }
-
-void check_driver(Device device) {
-  Version driver{0}, runtime{0};
-  NF_CUDA_CHECK(cudaDriverGetVersion(&driver.number));
-  NF_CUDA_CHECK(cudaRuntimeGetVersion(&runtime.number));
-  NF_CHECK(driver.number != 0, "device '", device,
-           "' needs an NVIDIA driver, and this machine has none; use device='cpu'");
-  NF_CHECK(driver.number / 1000 >= runtime.number / 1000, "device '", device,
-           "' needs an NVIDIA driver for CUDA ", runtime, ", and this machine's is for CUDA ",
-           driver, "; update the driver or use device='cpu'");
-}
-
-}  // namespace
 
 DeviceInfo open_device(int index) {
-  const Device device{Device::Kind::kCuda, index};
-  check_driver(device);
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  NF_CHECK(status == cudaSuccess || status == cudaErrorNoDevice, "device '", device,
-           "' cannot be used: ", describe(status));
-  NF_CHECK(index < count, "device '", device, "' does not exist: CUDA shows ", count,
-           count == 1 ? " device" : " devices", " (CUDA_VISIBLE_DEVICES selects which)");
-  cudaDeviceProp properties;
-  NF_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
-  NF_CUDA_CHECK(cudaSetDevice(index));
-  const cudaError_t image = probe_kernel_image();
-  NF_CHECK(image == cudaSuccess, "device '", device, "' (", properties.name,
-           ", compute capability ", properties.major, ".", properties.minor,
-           ") cannot run the kernels of this build: ", describe(image),
-           "; they are for compute capability 9.0");
+  const DeviceFacts facts = probe_device(index);
+  const std::string problem = problem_of(facts);
+  NF_CHECK(problem.empty(), problem);
   return {.index = index,
-          .sm_count = properties.multiProcessorCount,
-          .compute_capability = properties.major * 10 + properties.minor,
-          .name = properties.name};
+          .sm_count = facts.sm_count,
+          .compute_capability = facts.major * 10 + facts.minor,
+          .name = facts.name};
+}
+
+DeviceMemory memory_of(int index) {
+  DeviceMemory memory{};
+  NF_CUDA_CHECK(cudaSetDevice(index));
+  NF_CUDA_CHECK(cudaMemGetInfo(&memory.free, &memory.total));
+  return memory;
 }
 
 }  // namespace nanoflow::cuda

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
+
+#include "kernels/cuda/device_facts.h"
 
 namespace nanoflow::cuda {
 
@@ -12,8 +15,17 @@ struct DeviceInfo {
   std::string name;
 };
 
-/// Makes the device current and reads its properties. Throws Error that says what is missing: a
-/// driver, a newer one, the device, or kernels for its architecture.
+/// Finds out whether a device can be used, from the driver up to a kernel of this library; makes it
+/// current. Never throws, and stops where the first thing is missing.
+DeviceFacts probe_device(int index);
+
+/// Makes the device current and reads its properties. Throws Error with the problem that it has.
 DeviceInfo open_device(int index);
+
+struct DeviceMemory {
+  size_t free, total;  // bytes
+};
+
+DeviceMemory memory_of(int index);
 
 }  // namespace nanoflow::cuda

@@ -117,10 +117,10 @@ Buffer allocate_device(int device, size_t bytes) {
   const cudaError_t status = cudaMalloc(&data, bytes);
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    size_t free = 0, total = 0;
-    NF_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    fail("device '", place, "' is out of memory: ", bytes >> 20, " MiB were asked for, ",
-         free >> 20, " of ", total >> 20, " MiB are free");
+    const DeviceMemory memory = memory_of(device);
+    fail<OutOfMemory>("device '", place, "' is out of memory: ", bytes >> 20,
+                      " MiB were asked for, ", memory.free >> 20, " of ", memory.total >> 20,
+                      " MiB are free");
   }
   NF_CUDA_CHECK(status);
   return Buffer(data, bytes, place, [](void* memory) { cudaFree(memory); });

@@ -12,6 +12,7 @@ from nanoflow.bench.gpu_profile import Profile
 from nanoflow.bench.steady import SteadyState
 from nanoflow.bench.telemetry import Power
 from nanoflow.config import EngineArgs, EngineLimits
+from nanoflow.memory import MemoryUse
 from nanoflow.models.config import ModelConfig
 
 USUAL_MODEL = "llama-3.1-8b"  # results of other models have the model in their files' names
@@ -85,7 +86,11 @@ def matrix_tflops(model: ModelConfig, state: SteadyState) -> float:
 
 
 def circumstances(
-    args: EngineArgs, limits: EngineLimits, device_description: str, commit: str | None
+    args: EngineArgs,
+    limits: EngineLimits,
+    memory: MemoryUse,
+    device_description: str,
+    commit: str | None,
 ) -> dict[str, Any]:
     """Where, with what and by which command it was measured."""
     return {
@@ -95,6 +100,7 @@ def circumstances(
         "schedule": schedule_name(args),
         "seed": args.seed,
         "limits": asdict(limits) | {"kv_tokens": limits.num_pages * limits.page_size},
+        "memory": asdict(memory),
         "device": f"{device_description}; {environment.cpu_model()}",
         "versions": environment.versions(),
         "commit": commit or environment.commit(),

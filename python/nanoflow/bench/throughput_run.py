@@ -53,7 +53,9 @@ def measure_workload(
             done = runner.whole(lengths)
         power = telemetry.power(done.begin, done.begin + done.seconds)
         found = {
-            **result.circumstances(llm.args, llm.limits, llm.device_description, options.commit),
+            **result.circumstances(
+                llm.args, llm.limits, llm.memory, llm.device_description, options.commit
+            ),
             "workload": workload.name,
             "dataset": options.dataset_name,
             "temperature": options.temperature,
@@ -66,7 +68,7 @@ def measure_workload(
             **done.kernels,
             "phase_seconds": phases | done.phases,
         }
-    return found, done.text
+    return found, [*done.text, llm.memory.table()]
 
 
 class _Runner:
