@@ -21,10 +21,21 @@ class Range {
 Executor::Executor(Backend& backend, int jitter_us)
     : backend_(backend), jitter_us_(jitter_us), forked_(backend.make_event()) {}
 
-std::vector<std::unique_ptr<Lane>>& Executor::lanes_of(const std::vector<int>& widths) {
-  std::vector<std::unique_ptr<Lane>>& lanes = lanes_[widths];
-  if (lanes.empty()) lanes = backend_.make_lanes(widths);
+std::vector<Lane*> Executor::lanes_of(const std::vector<int>& widths, Lane& origin) {
+  if (widths == std::vector<int>{origin.width()}) return {&origin};
+  std::vector<std::unique_ptr<Lane>>& own = lanes_[widths];
+  if (own.empty()) own = backend_.make_lanes(widths);
+  std::vector<Lane*> lanes;
+  for (const std::unique_ptr<Lane>& lane : own) lanes.push_back(lane.get());
   return lanes;
+}
+
+void Executor::make_events(const Plan& plan) {
+  if (finished_.size() < plan.ops.size()) finished_.resize(plan.ops.size());
+  while (joined_.size() < plan.lanes.size()) joined_.push_back(backend_.make_event());
+  for (const NanoOp& n : plan.ops) {
+    if (n.is_awaited && finished_[n.id] == nullptr) finished_[n.id] = backend_.make_event();
+  }
 }
 
 void Executor::jitter(Lane& lane) {
@@ -33,18 +44,14 @@ void Executor::jitter(Lane& lane) {
 }
 
 void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
-  if (finished_.size() < plan.ops.size()) finished_.resize(plan.ops.size());
-  while (joined_.size() < plan.lanes.size()) joined_.push_back(backend_.make_event());
-  for (const NanoOp& n : plan.ops) {
-    if (n.is_awaited && finished_[n.id] == nullptr) finished_[n.id] = backend_.make_event();
-  }
-  Kernels& kernels = backend_.kernels();
-
+  make_events(plan);
   std::vector<int> widths;
   for (const LaneSpec& lane : plan.lanes) widths.push_back(lane.width);
-  std::vector<std::unique_ptr<Lane>>& lanes = lanes_of(widths);
-  origin.record(*forked_);
-  for (const std::unique_ptr<Lane>& lane : lanes) lane->wait(*forked_);
+  const std::vector<Lane*> lanes = lanes_of(widths, origin);
+  const bool is_forked = lanes.front() != &origin;
+  if (is_forked) origin.record(*forked_);
+  for (size_t i = 0; is_forked && i < lanes.size(); ++i) lanes[i]->wait(*forked_);
+  Kernels& kernels = backend_.kernels();
   for (const NanoOp& n : plan.ops) {
     Lane& lane = *lanes[n.lane];
     const Range range(lane, n.name);
@@ -60,7 +67,7 @@ void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
       lane.record(*finished_[n.id]);
     }
   }
-  for (size_t i = 0; i < lanes.size(); ++i) {
+  for (size_t i = 0; is_forked && i < lanes.size(); ++i) {
     lanes[i]->record(*joined_[i]);
     origin.wait(*joined_[i]);
   }

@@ -20,14 +20,15 @@ class Executor {
   Executor(Backend& backend, int jitter_us);
 
   /// Makes the lanes of plans with these widths now, with the memory they take.
-  void make_lanes(const std::vector<int>& widths) { lanes_of(widths); }
+  void make_lanes(const std::vector<int>& widths, Lane& origin) { lanes_of(widths, origin); }
   /// Enqueues the plan between what `origin` has been given and what it will be given next: all
-  /// lanes fork from it and join into it. `stamps`, when given, gets two times a NanoOp: begin and
-  /// end in nanoseconds.
+  /// lanes fork from it and join into it; a lone lane of its width is the origin itself. `stamps`,
+  /// when given, gets two times a NanoOp: begin and end in nanoseconds.
   void run(const Plan& plan, Lane& origin, int64_t* stamps = nullptr);
 
  private:
-  std::vector<std::unique_ptr<Lane>>& lanes_of(const std::vector<int>& widths);
+  void make_events(const Plan& plan);
+  std::vector<Lane*> lanes_of(const std::vector<int>& widths, Lane& origin);
   void jitter(Lane& lane);
 
   Backend& backend_;

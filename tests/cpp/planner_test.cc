@@ -233,3 +233,19 @@ TEST_CASE("the executor forks, waits, records and joins in exactly this order") 
   REQUIRE(f.backend->ranges.size() == plan.ops.size());
   for (const NanoOp& op : plan.ops) CHECK(f.backend->ranges[op.id] == label_of(op));
 }
+
+TEST_CASE("a plan of one lane as wide as the origin runs on the origin") {
+  Fixture f(1);
+  const Plan plan = build_plan(f.decoder, sequential(8), {.segment_rows = {8}, .samples = 2});
+  Executor executor(*f.backend, 0);
+  const auto origin = f.backend->make_lane(8);
+  f.backend->log.clear();
+  executor.run(plan, *origin);
+  const std::string lane = f.backend->log.front().substr(0, f.backend->log.front().find(':'));
+  std::vector<std::string> expected;
+  for (const NanoOp& op : plan.ops) expected.push_back(lane + ": " + std::string(name_of(op.op)));
+  CHECK(f.backend->log == expected);
+  f.backend->log.clear();
+  origin->wait(*f.backend->make_event());
+  CHECK(f.backend->log.front().starts_with(lane + ": "));
+}
