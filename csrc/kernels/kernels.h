@@ -17,13 +17,12 @@ class Kernels {
 
   virtual void run(const Embed& op, Lane& lane) = 0;
   virtual void run(const RmsNorm& op, Lane& lane) = 0;
-  virtual void run(const AddRmsNorm& op, Lane& lane) = 0;
   virtual void run(const Gemm& op, Lane& lane) = 0;
+  virtual void run(const GemmSiluMul& op, Lane& lane) = 0;
   virtual void run(const RopeAppend& op, Lane& lane) = 0;
   /// Overridden by backends whose attention_work_bytes() is not 0; others are never given one.
   virtual void run(const PlanAttention& op, Lane&) { fail(op.kName, " is no op of this backend"); }
   virtual void run(const Attention& op, Lane& lane) = 0;
-  virtual void run(const SiluMul& op, Lane& lane) = 0;
   virtual void run(const GatherRows& op, Lane& lane) = 0;
   virtual void run(const Sample& op, Lane& lane) = 0;
   virtual void run(const FillNormal& op, Lane& lane) = 0;

@@ -25,11 +25,16 @@ Regions Embed::writes() const { return {memory(out)}; }
 Regions RmsNorm::reads() const { return {memory(x), memory(weight)}; }
 Regions RmsNorm::writes() const { return {memory(out)}; }
 
-Regions AddRmsNorm::reads() const { return {memory(x), memory(residual), memory(weight)}; }
-Regions AddRmsNorm::writes() const { return {memory(residual), memory(out)}; }
-
-Regions Gemm::reads() const { return {memory(x), memory(weight)}; }
+Regions Gemm::reads() const {
+  Regions regions = {memory(x), memory(weight)};
+  if (bias) regions.push_back(memory(bias));
+  if (accumulate) regions.push_back(memory(out));
+  return regions;
+}
 Regions Gemm::writes() const { return {memory(out)}; }
+
+Regions GemmSiluMul::reads() const { return {memory(x), memory(weight)}; }
+Regions GemmSiluMul::writes() const { return {memory(out)}; }
 
 Regions RopeAppend::reads() const { return {memory(qkv)}; }
 Regions RopeAppend::writes() const { return {memory(qkv), kv(rows)}; }
@@ -43,9 +48,6 @@ Regions Attention::reads() const {
   return regions;
 }
 Regions Attention::writes() const { return {rows_of(out, rows)}; }
-
-Regions SiluMul::reads() const { return {memory(gate_up)}; }
-Regions SiluMul::writes() const { return {memory(out)}; }
 
 Regions GatherRows::reads() const { return {memory(x)}; }
 Regions GatherRows::writes() const { return {memory(out)}; }

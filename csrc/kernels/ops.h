@@ -61,24 +61,31 @@ struct RmsNorm {
   Regions writes() const;
 };
 
-/// residual += x; out = residual / rms(residual) * weight
-struct AddRmsNorm {
-  Tensor x, residual, out;  // [T, H]
-  Tensor weight;            // [H]
-  float eps;
+/// out = x · weightᵀ + bias, summed in float and rounded once; with `accumulate` what out held is
+/// added before the rounding. out has x's dtype, or is float32 without bias and accumulate.
+struct Gemm {
+  Tensor x;                 // [T, K]
+  Tensor weight;            // [N, K], rows contiguous
+  Tensor out;               // [T, N]
+  Tensor bias = {};         // [N] of x's dtype, or none
+  bool accumulate = false;  // out += instead of out =
 
-  static constexpr std::string_view kName = "add_rms_norm";
+  static constexpr std::string_view kName = "gemm";
   Regions reads() const;
   Regions writes() const;
 };
 
-/// out = x · weightᵀ, accumulated in float. out has x's dtype or float32.
-struct Gemm {
-  Tensor x;       // [T, K]
-  Tensor weight;  // [N, K], rows contiguous
-  Tensor out;     // [T, N]
+/// out = silu(x · gateᵀ) * (x · upᵀ), all in float and rounded once.
+struct GemmSiluMul {
+  /// The weight holds this many rows of gate, then the rows of up that belong to them, and so on:
+  /// gate row i is row i / kGroup * 2 kGroup + i % kGroup, its up row kGroup further.
+  static constexpr int kGroup = 8;
 
-  static constexpr std::string_view kName = "gemm";
+  Tensor x;       // [T, K]
+  Tensor weight;  // [2 I, K], rows contiguous; I is a multiple of kGroup
+  Tensor out;     // [T, I] of x's dtype
+
+  static constexpr std::string_view kName = "gemm_silu_mul";
   Regions reads() const;
   Regions writes() const;
 };
@@ -136,16 +143,6 @@ struct Attention {
   KvRows rows;  // the rows these segments hold
 
   static constexpr std::string_view kName = "attention";
-  Regions reads() const;
-  Regions writes() const;
-};
-
-/// out = silu(gate) * up
-struct SiluMul {
-  Tensor gate_up;  // [T, 2 I]: gate, then up
-  Tensor out;      // [T, I]
-
-  static constexpr std::string_view kName = "silu_mul";
   Regions reads() const;
   Regions writes() const;
 };
@@ -252,8 +249,8 @@ struct Logprobs {
   Regions writes() const;
 };
 
-using Op = std::variant<Embed, RmsNorm, AddRmsNorm, Gemm, RopeAppend, PlanAttention, Attention,
-                        SiluMul, GatherRows, Sample, FillNormal, Penalize, RecordSamples, Logprobs>;
+using Op = std::variant<Embed, RmsNorm, Gemm, GemmSiluMul, RopeAppend, PlanAttention, Attention,
+                        GatherRows, Sample, FillNormal, Penalize, RecordSamples, Logprobs>;
 
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);

@@ -23,13 +23,30 @@ void check_shapes(const RmsNorm& op) {
   match("weight", op.weight, {"H"}).dtype(dtype).contiguous_rows();
 }
 
-void check_shapes(const AddRmsNorm& op) {
+void check_shapes(const Gemm& op) {
   const DType dtype = op.x.dtype();
-  ShapeMatcher match(AddRmsNorm::kName);
-  match("x", op.x, {"T", "H"}).contiguous_rows();
-  match("residual", op.residual, {"T", "H"}).dtype(dtype).contiguous_rows();
-  match("out", op.out, {"T", "H"}).dtype(dtype).contiguous_rows();
-  match("weight", op.weight, {"H"}).dtype(dtype).contiguous_rows();
+  ShapeMatcher match(Gemm::kName);
+  match("x", op.x, {"T", "K"}).contiguous_rows();
+  match("weight", op.weight, {"N", "K"}).dtype(dtype).contiguous_rows();
+  match("out", op.out, {"T", "N"}).contiguous_rows();
+  if (op.bias) match("bias", op.bias, {"N"}).dtype(dtype).contiguous_rows();
+  const bool adds = op.bias || op.accumulate;
+  NF_CHECK(op.out.dtype() == dtype || (op.out.dtype() == DType::kF32 && !adds), "gemm: out is ",
+           op.out, " but must be ", dtype, adds ? " where something is added" : " or float32");
+  NF_CHECK(match["K"] > 0, "gemm: x is ", op.x, ", without a column");
+}
+
+void check_shapes(const GemmSiluMul& op) {
+  const DType dtype = op.x.dtype();
+  ShapeMatcher match(GemmSiluMul::kName);
+  match("x", op.x, {"T", "K"}).contiguous_rows();
+  match("weight", op.weight, {"2 I", "K"}).dtype(dtype).contiguous_rows();
+  match("out", op.out, {"T", "I"}).dtype(dtype).contiguous_rows();
+  NF_CHECK(match["2 I"] == 2 * match["I"], "gemm_silu_mul: weight is ", op.weight,
+           " but needs twice the columns of out, ", op.out);
+  NF_CHECK(match["I"] % GemmSiluMul::kGroup == 0, "gemm_silu_mul: out is ", op.out,
+           " but its columns must be a multiple of ", GemmSiluMul::kGroup);
+  NF_CHECK(match["K"] > 0, "gemm_silu_mul: x is ", op.x, ", without a column");
 }
 
 void check_shapes(const RopeAppend& op) {
@@ -46,14 +63,6 @@ void check_shapes(const RopeAppend& op) {
   NF_CHECK(match["columns"] % D == 0 && match["columns"] > 2 * match["Hkv"] * D,
            "rope_append: qkv is ", op.qkv, " but needs q heads, ", match["Hkv"], " k heads and ",
            match["Hkv"], " v heads of ", D);
-}
-
-void check_shapes(const SiluMul& op) {
-  ShapeMatcher match(SiluMul::kName);
-  match("gate_up", op.gate_up, {"T", "2 I"}).contiguous_rows();
-  match("out", op.out, {"T", "I"}).dtype(op.gate_up.dtype()).contiguous_rows();
-  NF_CHECK(match["2 I"] == 2 * match["I"], "silu_mul: gate_up is ", op.gate_up, " but out is ",
-           op.out, "; gate_up needs twice its columns");
 }
 
 void check_shapes(const GatherRows& op) {

@@ -8,9 +8,9 @@ namespace nanoflow {
 /// enqueues the op.
 void check_shapes(const Embed& op);
 void check_shapes(const RmsNorm& op);
-void check_shapes(const AddRmsNorm& op);
+void check_shapes(const Gemm& op);
+void check_shapes(const GemmSiluMul& op);
 void check_shapes(const RopeAppend& op);
-void check_shapes(const SiluMul& op);
 void check_shapes(const GatherRows& op);
 void check_shapes(const Sample& op);
 void check_shapes(const FillNormal& op);
