@@ -32,6 +32,7 @@ class Operands {
     const Tensor tensor = as_tensor(array(name));
     return mirror_ == nullptr ? tensor : mirror_->of(tensor);
   }
+  Tensor in_or_none(const char* name) { return values_.contains(name) ? in(name) : Tensor(); }
   Tensor out(const char* name) {
     const py::array found = array(name);
     if (!found.writeable()) throw py::value_error(op_ + ": " + name + " is read-only");
@@ -41,6 +42,11 @@ class Operands {
   template <typename T>
   T scalar(const char* name) {
     return value(name).cast<T>();
+  }
+
+  template <typename T>
+  T scalar_or(const char* name, T otherwise) {
+    return values_.contains(name) ? scalar<T>(name) : otherwise;
   }
 
   /// Raises for arguments that the op does not have.
@@ -86,16 +92,16 @@ Op make_rms_norm(Operands& a) {
       .x = a.in("x"), .out = a.out("out"), .weight = a.in("weight"), .eps = a.scalar<float>("eps")};
 }
 
-Op make_add_rms_norm(Operands& a) {
-  return AddRmsNorm{.x = a.in("x"),
-                    .residual = a.out("residual"),
-                    .out = a.out("out"),
-                    .weight = a.in("weight"),
-                    .eps = a.scalar<float>("eps")};
+Op make_gemm(Operands& a) {
+  return Gemm{.x = a.in("x"),
+              .weight = a.in("weight"),
+              .out = a.out("out"),
+              .bias = a.in_or_none("bias"),
+              .accumulate = a.scalar_or("accumulate", false)};
 }
 
-Op make_gemm(Operands& a) {
-  return Gemm{.x = a.in("x"), .weight = a.in("weight"), .out = a.out("out")};
+Op make_gemm_silu_mul(Operands& a) {
+  return GemmSiluMul{.x = a.in("x"), .weight = a.in("weight"), .out = a.out("out")};
 }
 
 Op make_rope_append(Operands& a) {
@@ -127,8 +133,6 @@ Op make_attention(Operands& a) {
                    .work = {},
                    .rows = all_rows(q)};
 }
-
-Op make_silu_mul(Operands& a) { return SiluMul{.gate_up = a.in("gate_up"), .out = a.out("out")}; }
 
 Op make_gather_rows(Operands& a) {
   return GatherRows{.x = a.in("x"), .index = a.in("index"), .out = a.out("out")};
@@ -186,11 +190,10 @@ Op make_logprobs(Operands& a) {
 constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Embed::kName, make_embed},
     {RmsNorm::kName, make_rms_norm},
-    {AddRmsNorm::kName, make_add_rms_norm},
     {Gemm::kName, make_gemm},
+    {GemmSiluMul::kName, make_gemm_silu_mul},
     {RopeAppend::kName, make_rope_append},
     {Attention::kName, make_attention},
-    {SiluMul::kName, make_silu_mul},
     {GatherRows::kName, make_gather_rows},
     {Sample::kName, make_sample},
     {FillNormal::kName, make_fill_normal},

@@ -45,25 +45,19 @@ std::vector<Op> Decoder::emit(Stage stage, int layer, const RowRange& range) con
 std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
-  const float eps = spec().rms_norm_eps;
   std::vector<Op> ops;
   if (layer == 0) {
     ops.push_back(Embed{.tokens = rows(b.tokens, range),
                         .token_pool = b.token_pool,
                         .table = weights_->embed(),
                         .out = rows(b.residual, range)});
-    ops.push_back(RmsNorm{.x = rows(b.residual, range),
-                          .out = rows(b.normed, range),
-                          .weight = w.input_norm,
-                          .eps = eps});
-  } else {
-    ops.push_back(AddRmsNorm{.x = rows(b.branch, range),
-                             .residual = rows(b.residual, range),
-                             .out = rows(b.normed, range),
-                             .weight = w.input_norm,
-                             .eps = eps});
   }
-  ops.push_back(Gemm{.x = rows(b.normed, range), .weight = w.qkv, .out = rows(b.qkv, range)});
+  ops.push_back(RmsNorm{.x = rows(b.residual, range),
+                        .out = rows(b.normed, range),
+                        .weight = w.input_norm,
+                        .eps = spec().rms_norm_eps});
+  ops.push_back(Gemm{
+      .x = rows(b.normed, range), .weight = w.qkv, .out = rows(b.qkv, range), .bias = w.qkv_bias});
   ops.push_back(RopeAppend{.qkv = rows(b.qkv, range),
                            .positions = rows(b.positions, range),
                            .kv_slots = rows(b.kv_slots, range),
@@ -104,20 +98,23 @@ std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const 
 std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {
   return {Gemm{.x = rows(buffers_.attention_out, range),
                .weight = weights_->layer(layer).o,
-               .out = rows(buffers_.branch, range)}};
+               .out = rows(buffers_.residual, range),
+               .accumulate = true}};
 }
 
 std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
-  return {AddRmsNorm{.x = rows(b.branch, range),
-                     .residual = rows(b.residual, range),
-                     .out = rows(b.normed, range),
-                     .weight = w.post_norm,
-                     .eps = spec().rms_norm_eps},
-          Gemm{.x = rows(b.normed, range), .weight = w.gate_up, .out = rows(b.gate_up, range)},
-          SiluMul{.gate_up = rows(b.gate_up, range), .out = rows(b.activated, range)},
-          Gemm{.x = rows(b.activated, range), .weight = w.down, .out = rows(b.branch, range)}};
+  return {
+      RmsNorm{.x = rows(b.residual, range),
+              .out = rows(b.normed, range),
+              .weight = w.post_norm,
+              .eps = spec().rms_norm_eps},
+      GemmSiluMul{.x = rows(b.normed, range), .weight = w.gate_up, .out = rows(b.activated, range)},
+      Gemm{.x = rows(b.activated, range),
+           .weight = w.down,
+           .out = rows(b.residual, range),
+           .accumulate = true}};
 }
 
 std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) const {
@@ -126,14 +123,11 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
   const auto first = [samples](const Tensor& tensor) { return tensor.slice_rows(0, samples); };
   std::vector<Op> ops;
   ops.push_back(
-      GatherRows{.x = b.branch, .index = first(b.sample_rows), .out = first(b.head_branch)});
-  ops.push_back(
       GatherRows{.x = b.residual, .index = first(b.sample_rows), .out = first(b.head_residual)});
-  ops.push_back(AddRmsNorm{.x = first(b.head_branch),
-                           .residual = first(b.head_residual),
-                           .out = first(b.head_normed),
-                           .weight = weights_->norm(),
-                           .eps = spec().rms_norm_eps});
+  ops.push_back(RmsNorm{.x = first(b.head_residual),
+                        .out = first(b.head_normed),
+                        .weight = weights_->norm(),
+                        .eps = spec().rms_norm_eps});
   const Gemm lm_head{
       .x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)};
   ops.push_back(lm_head);

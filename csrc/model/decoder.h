@@ -13,8 +13,8 @@ namespace nanoflow {
 enum class Stage {
   kQkv,        // norm, projection, rope, KV append; the embedding before layer 0
   kAttention,  // paged attention
-  kO,          // output projection
-  kMlp,        // norm, gate and up, SiLU, down
+  kO,          // output projection, added to the residual
+  kMlp,        // norm, gate and up with SiLU, down, added to the residual
   kHead,       // last norm of the sampled rows, logits, sampling; once a step
 };
 
@@ -30,21 +30,19 @@ struct RowRange {
 
 /// The fixed buffers a step works in. T and S are capacities.
 struct DecoderBuffers {
-  Tensor residual;       // [T, H]
-  Tensor normed;         // [T, H] input of a projection
-  Tensor qkv;            // [T, (Hq + 2 Hkv) * D]
-  Tensor attention_out;  // [T, Hq * D]
-  Tensor branch;         // [T, H] output of o or down, not yet added to the residual
-  Tensor gate_up;        // [T, 2 I]
-  Tensor activated;      // [T, I]
-  Tensor head_branch, head_residual, head_normed;  // [S, H]
-  Tensor logits;                                   // [S, V] float32
-  Tensor token_pool;                               // [slots] int32
-  Tensor sampled;                                  // [S] int32
-  Tensor history;                                  // [slots, positions] int32
-  Tensor top, logprobs, ranks;                     // of Logprobs
-  Tensor cos_sin;                                  // [positions, D] float32
-  std::vector<Tensor> k_cache, v_cache;            // per layer: [P, Hkv, page_size, D]
+  Tensor residual;                       // [T, H] what o and down add to
+  Tensor normed;                         // [T, H] input of a projection
+  Tensor qkv;                            // [T, (Hq + 2 Hkv) * D]
+  Tensor attention_out;                  // [T, Hq * D]
+  Tensor activated;                      // [T, I]
+  Tensor head_residual, head_normed;     // [S, H]
+  Tensor logits;                         // [S, V] float32
+  Tensor token_pool;                     // [slots] int32
+  Tensor sampled;                        // [S] int32
+  Tensor history;                        // [slots, positions] int32
+  Tensor top, logprobs, ranks;           // of Logprobs
+  Tensor cos_sin;                        // [positions, D] float32
+  std::vector<Tensor> k_cache, v_cache;  // per layer: [P, Hkv, page_size, D]
 
   Tensor tokens, positions, kv_slots;  // [T] int32
   Tensor sample_rows;                  // [S] int32

@@ -1,6 +1,7 @@
 #include "model/spec.h"
 
 #include "core/error.h"
+#include "kernels/ops.h"
 
 namespace nanoflow {
 
@@ -19,6 +20,8 @@ void ModelSpec::check() const {
   positive("num_heads", num_heads);
   positive("num_kv_heads", num_kv_heads);
   positive("head_dim", head_dim);
+  NF_CHECK(intermediate_size % GemmSiluMul::kGroup == 0, "model spec: intermediate_size ",
+           intermediate_size, " is no multiple of ", GemmSiluMul::kGroup);
   NF_CHECK(num_heads % num_kv_heads == 0, "model spec: num_kv_heads ", num_kv_heads,
            " does not divide num_heads ", num_heads);
   NF_CHECK(head_dim % 2 == 0, "model spec: head_dim ", head_dim, " is odd");

@@ -10,13 +10,14 @@ namespace nanoflow {
 struct ModelSpec {
   int vocab_size = 0;         // V
   int hidden_size = 0;        // H
-  int intermediate_size = 0;  // I
+  int intermediate_size = 0;  // I, a multiple of GemmSiluMul::kGroup
   int num_layers = 0;
   int num_heads = 0;     // Hq
   int num_kv_heads = 0;  // Hkv, divides Hq
   int head_dim = 0;      // D, even
   float rms_norm_eps = 1e-5f;
   bool tie_word_embeddings = false;  // the head reuses the embedding table
+  bool qkv_bias = false;             // added to q, k and v before the rotation
   DType dtype = DType::kBF16;        // of weights, activations and KV cache
   std::vector<float> rope_inv_freq;  // [D/2] radians per position, scaling already applied
 

@@ -7,11 +7,6 @@
 #include "core/error.h"
 
 namespace nanoflow {
-namespace {
-
-constexpr int kTensorsPerLayer = 6;
-
-}  // namespace
 
 Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
     : spec_(spec), backend_(std::move(backend)) {
@@ -28,6 +23,7 @@ Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
     arena_.add(prefix + "post_norm", spec_.dtype, {hidden});
     arena_.add(prefix + "gate_up", spec_.dtype, {2 * inner, hidden});
     arena_.add(prefix + "down", spec_.dtype, {hidden, inner});
+    if (spec_.qkv_bias) arena_.add(prefix + "qkv_bias", spec_.dtype, {spec_.qkv_size()});
   }
   norm_ = arena_.add("norm", spec_.dtype, {hidden});
   lm_head_ = spec_.tie_word_embeddings
@@ -40,6 +36,7 @@ Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
 }
 
 Weights::Place Weights::find(const std::string& name) const {
+  constexpr int64_t kGroup = GemmSiluMul::kGroup;
   const bool is_gate = name.ends_with(".gate"), is_up = name.ends_with(".up");
   const std::string entry_name =
       is_gate || is_up ? name.substr(0, name.rfind('.')) + ".gate_up" : name;
@@ -49,8 +46,8 @@ Weights::Place Weights::find(const std::string& name) const {
   NF_CHECK(entry != entries.end(), "the model has no weight named ", name);
   const int index = static_cast<int>(entry - entries.begin());
   const int64_t rows = entry->shape[0];
-  if (entry_name == name) return {index, rows, 0};
-  return {index, rows / 2, is_gate ? 0 : rows / 2};
+  if (entry_name == name) return {index, rows, 0, rows, rows};
+  return {index, rows / 2, is_gate ? 0 : kGroup, kGroup, 2 * kGroup};
 }
 
 void Weights::load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
@@ -104,13 +101,14 @@ void Weights::finish() {
 }
 
 Weights::Layer Weights::layer(int index) const {
-  const int first = first_layer_ + index * kTensorsPerLayer;
+  const int first = first_layer_ + index * tensors_per_layer();
   return {.input_norm = arena_.tensor(first),
           .qkv = arena_.tensor(first + 1),
           .o = arena_.tensor(first + 2),
           .post_norm = arena_.tensor(first + 3),
           .gate_up = arena_.tensor(first + 4),
-          .down = arena_.tensor(first + 5)};
+          .down = arena_.tensor(first + 5),
+          .qkv_bias = spec_.qkv_bias ? arena_.tensor(first + 6) : Tensor()};
 }
 
 }  // namespace nanoflow

@@ -22,23 +22,24 @@ namespace nanoflow {
 /// | layers.N.qkv        | [(Hq + 2 Hkv) * D, H] | rows of q, then k, then v                      |
 /// | layers.N.o          | [H, Hq * D]           | attention output                               |
 /// | layers.N.post_norm  | [H]                   | before the MLP                                 |
-/// | layers.N.gate_up    | [2 I, H]              | rows of gate, then up                          |
+/// | layers.N.gate_up    | [2 I, H]              | gate and up in groups, see GemmSiluMul         |
 /// | layers.N.down       | [H, I]                | MLP output                                     |
+/// | layers.N.qkv_bias   | [(Hq + 2 Hkv) * D]    | where the spec says so                         |
 /// | norm                | [H]                   | before the head                                |
 /// | lm_head             | [V, H]                | absent when embeddings are tied                |
 class Weights {
  public:
   struct Layer {
-    Tensor input_norm, qkv, o, post_norm, gate_up, down;
+    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias;
   };
 
   Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
 
   /// Copies rows [row_begin, row_begin + rows) of a tensor from host memory, converting between
   /// floating dtypes. `data` holds whole rows, contiguous, and is free once this returns.
-  /// layers.N.gate and layers.N.up, [I, H] each, are names too: their rows go to their places in
-  /// gate_up. Throws Error on an unknown name, rows outside the tensor, or a byte count that is not
-  /// a multiple of a row.
+  /// layers.N.gate and layers.N.up, [I, H] each, are names too: their rows go to their groups
+  /// of gate_up. Throws Error on an unknown name, rows outside the tensor, or a byte count that is
+  /// not a multiple of a row.
   void load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
             DType dtype);
   /// Fills a tensor with random values on the device: see FillNormal.
@@ -53,21 +54,23 @@ class Weights {
   Tensor embed() const { return arena_.tensor(embed_); }
   Tensor norm() const { return arena_.tensor(norm_); }
   Tensor lm_head() const { return arena_.tensor(lm_head_); }
+  /// qkv_bias is empty in a model without.
   Layer layer(int index) const;
   /// Names, dtypes and shapes, in order.
   const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
 
  private:
-  /// Where the rows of a name lie: row i is row begin + i of an entry.
+  /// Where the rows of a name lie: row i is row begin + i / group * stride + i % group of an entry.
   struct Place {
     int entry;
-    int64_t rows, begin;
+    int64_t rows, begin, group, stride;
 
-    int64_t row(int64_t i) const { return begin + i; }
+    int64_t row(int64_t i) const { return begin + i / group * stride + i % group; }
   };
 
   Place find(const std::string& name) const;
   Uploader& uploader();
+  int tensors_per_layer() const { return spec_.qkv_bias ? 7 : 6; }
 
   ModelSpec spec_;
   std::shared_ptr<Backend> backend_;

@@ -54,7 +54,7 @@ const DecoderBuffers& Workspace::bind(const KvCache& cache) {
 void Workspace::allocate_activations() {
   const int64_t rows = config_.max_num_batched_tokens + kMaxSegments * granularity_;
   const int64_t samples = round_up(config_.max_num_seqs, granularity_);
-  const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size;
+  const int64_t hidden = spec_.hidden_size;
   const DType dtype = spec_.dtype;
   const size_t attention_bytes = backend_.attention_work_bytes(
       config_.max_num_seqs, static_cast<int>(rows), spec_.num_heads, spec_.num_kv_heads);
@@ -63,10 +63,7 @@ void Workspace::allocate_activations() {
   a.add("normed", dtype, {rows, hidden});
   a.add("qkv", dtype, {rows, spec_.qkv_size()});
   a.add("attention_out", dtype, {rows, static_cast<int64_t>(spec_.num_heads) * spec_.head_dim});
-  a.add("branch", dtype, {rows, hidden});
-  a.add("gate_up", dtype, {rows, 2 * inner});
-  a.add("activated", dtype, {rows, inner});
-  a.add("head_branch", dtype, {samples, hidden});
+  a.add("activated", dtype, {rows, spec_.intermediate_size});
   a.add("head_residual", dtype, {samples, hidden});
   a.add("head_normed", dtype, {samples, hidden});
   a.add("logits", DType::kF32, {samples, spec_.vocab_size});
@@ -87,10 +84,7 @@ void Workspace::allocate_activations() {
   buffers_.normed = a.tensor("normed");
   buffers_.qkv = a.tensor("qkv");
   buffers_.attention_out = a.tensor("attention_out");
-  buffers_.branch = a.tensor("branch");
-  buffers_.gate_up = a.tensor("gate_up");
   buffers_.activated = a.tensor("activated");
-  buffers_.head_branch = a.tensor("head_branch");
   buffers_.head_residual = a.tensor("head_residual");
   buffers_.head_normed = a.tensor("head_normed");
   buffers_.logits = a.tensor("logits");

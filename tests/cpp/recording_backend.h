@@ -69,11 +69,10 @@ class RecordingBackend : public Backend {
     explicit RecordingKernels(RecordingBackend& backend) : backend(backend) {}
     void run(const Embed& op, Lane& lane) override { add(op, lane); }
     void run(const RmsNorm& op, Lane& lane) override { add(op, lane); }
-    void run(const AddRmsNorm& op, Lane& lane) override { add(op, lane); }
     void run(const Gemm& op, Lane& lane) override { add(op, lane); }
+    void run(const GemmSiluMul& op, Lane& lane) override { add(op, lane); }
     void run(const RopeAppend& op, Lane& lane) override { add(op, lane); }
     void run(const Attention& op, Lane& lane) override { add(op, lane); }
-    void run(const SiluMul& op, Lane& lane) override { add(op, lane); }
     void run(const GatherRows& op, Lane& lane) override { add(op, lane); }
     void run(const Sample& op, Lane& lane) override { add(op, lane); }
     void run(const FillNormal& op, Lane& lane) override { add(op, lane); }

@@ -9,13 +9,15 @@
 
 namespace nanoflow::cpu {
 
-/// out = x · weightᵀ. Strides are elements from row to row.
+/// Gemm, or GemmSiluMul with N rows of gate and up. Strides are elements from row to row.
 struct GemmArgs {
   const void* x;       // [T, K]
   const void* weight;  // [N, K]
-  void* out;           // [T, N]
+  const void* bias;    // [N] of out's dtype, or null
+  void* out;           // [T, N], or [T, N / 2]
   int64_t T, N, K;
   int64_t x_stride, weight_stride, out_stride;
+  bool accumulate;
 };
 
 /// One way to multiply. All threads of a lane call run(). In every kernel the order in which the
@@ -28,9 +30,9 @@ struct GemmKernel {
   size_t (*scratch_bytes)(const GemmArgs& args, int width);
 };
 
-/// For one dtype of x and weight: out is of that dtype, or float32.
+/// For one dtype of x and weight: Gemm with out of that dtype or of float32, and GemmSiluMul.
 struct GemmKernels {
-  GemmKernel same, f32;
+  GemmKernel same, f32, silu_mul;
 };
 
 // One line for each file compiled for an instruction set.

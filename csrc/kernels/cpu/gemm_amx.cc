@@ -1,6 +1,6 @@
-#include <immintrin.h>
-
-#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/math_avx512_bf16.h"
+// What is written against it:
+#include "kernels/cpu/gemm_epilogue.h"
 
 // Weight rows are tiles as they lie in memory (16 n x 32 k); activations are packed so that pairs
 // of k lie side by side (16 pairs x 16 t). The product of the two is outᵀ, turned when it is
@@ -18,10 +18,6 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kSlabBytes = 768 << 10;  // packed activations, well inside 2 MB of second cache
 constexpr int64_t kPanelSteps = 20;  // the deepest panel (40 KB) that stays in the first cache
 constexpr int64_t kBlockSteps = 12;  // depth of the panels of a longer K
-
-struct Bf16 {
-  uint16_t bits;
-};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -71,7 +67,7 @@ inline void transpose_16x4(const char* in, int64_t stride, __m512 out[4]) {
 }
 
 /// Packs one tile; `rows` x `depth` elements exist, the rest becomes zero.
-void pack_tile(const Bf16* x, int64_t stride, int64_t rows, int64_t depth, char* tile) {
+void pack_tile(const BFloat16* x, int64_t stride, int64_t rows, int64_t depth, char* tile) {
   alignas(64) char edge[kTileBytes];
   const char* from = reinterpret_cast<const char*>(x);
   int64_t row_bytes = stride * 2;
@@ -95,7 +91,7 @@ void pack_tile(const Bf16* x, int64_t stride, int64_t rows, int64_t depth, char*
 /// Packs rows [begin, end) as [pair][step][half], the threads each a share.
 void pack(const GemmArgs& args, const Plan& plan, int64_t begin, int64_t end, const Worker& worker,
           char* packed) {
-  const auto* x = static_cast<const Bf16*>(args.x);
+  const auto* x = static_cast<const BFloat16*>(args.x);
   const Worker::Range units = worker.share(ceil_div(end - begin, kPair) * plan.steps);
   for (int64_t unit = units.begin; unit < units.end; ++unit) {
     const int64_t row = begin + unit / plan.steps * kPair;
@@ -108,25 +104,33 @@ void pack(const GemmArgs& args, const Plan& plan, int64_t begin, int64_t end, co
   }
 }
 
-void store(float* out, __m512 low, __m512 high, uint32_t mask) {
-  _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), low);
-  _mm512_mask_storeu_ps(out + kTile, static_cast<__mmask16>(mask >> 16), high);
-}
+/// Both write what the first `columns` of 32 sums of row t, from weight row n on, become.
+template <typename Out>
+struct Plain {
+  static void store(const GemmArgs& args, int64_t t, int64_t n, Vec low, Vec high, int columns) {
+    store_sums<Out>(args, t, n, low, columns < kTile ? columns : kTile);
+    if (columns > kTile) store_sums<Out>(args, t, n + kTile, high, columns - kTile);
+  }
+};
 
-void store(Bf16* out, __m512 low, __m512 high, uint32_t mask) {
-  const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-  _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<const __m512i&>(both));
-}
+struct SiluMul {
+  static_assert(2 * GemmSiluMul::kGroup == kTile);
+
+  static void store(const GemmArgs& args, int64_t t, int64_t n, Vec low, Vec high, int columns) {
+    const Vec gate = _mm512_shuffle_f32x4(low, high, 0x44);
+    const Vec up = _mm512_shuffle_f32x4(low, high, 0xee);
+    store_sums<BFloat16>(args, t, n / 2, silu(gate) * up, columns / 2);
+  }
+};
 
 /// Sums on their way to out: 32 n x 32 t as the tiles were stored, turned four t at a time between
 /// the tile products of the block that follows.
-template <typename Out>
+template <typename Epilogue>
 struct Pending {
+  const GemmArgs* args = nullptr;
   const char* sums = nullptr;  // [2][32 n][16 t] float
-  Out* out = nullptr;
-  int64_t stride = 0;
+  int64_t t = 0, n = 0;        // of the first sum
   int64_t rows = 0, next = 0;  // t
-  uint32_t mask = 0;           // the n that exist
 
   void advance() {
     if (next >= rows) return;
@@ -134,8 +138,9 @@ struct Pending {
     __m512 low[4], high[4];
     transpose_16x4(from, 64, low);
     transpose_16x4(from + kTileBytes, 64, high);
+    const auto columns = static_cast<int>(min(kPanel, args->N - n));
     for (int i = 0; i < 4 && next + i < rows; ++i) {
-      store(out + (next + i) * stride, low[i], high[i], mask);
+      Epilogue::store(*args, t + next + i, n, low[i], high[i], columns);
     }
     next += 4;
   }
@@ -164,9 +169,9 @@ struct Ahead {
 };
 
 /// sums (+)= panel x packed activations, of 32 or (kHalves 1) 16 rows.
-template <int kHalves, typename Out>
+template <int kHalves, typename Epilogue>
 void multiply(const Panel& panel, const char* packed, bool is_first, char* sums, const Ahead& ahead,
-              Pending<Out>& pending) {
+              Pending<Epilogue>& pending) {
   char* const right = sums + 2 * kTileBytes;
   if (is_first) {
     _tile_zero(0);
@@ -202,7 +207,7 @@ void multiply(const Panel& panel, const char* packed, bool is_first, char* sums,
 }
 
 /// One thread's part of a slab of activations.
-template <typename Out>
+template <typename Epilogue>
 class SlabProduct {
  public:
   SlabProduct(const GemmArgs& args, const Plan& plan, const Worker& worker)
@@ -234,9 +239,7 @@ class SlabProduct {
 
   void run_block(int64_t panel, int64_t step, bool is_last, const char* ahead) {
     const Panel block = load_panel(panel, step);
-    const int64_t n = panel * kPanel;
     const int64_t pairs = ceil_div(end_ - begin_, kPair);
-    const int64_t width = min(kPanel, args_.N - n);
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t row = begin_ + pair * kPair;
       const int64_t rows = min(kPair, end_ - row);
@@ -253,12 +256,8 @@ class SlabProduct {
         multiply<1>(block, packed, step == 0, sums, lines, pending_);
       }
       if (!is_last) continue;
-      pending_ = {.sums = sums,
-                  .out = static_cast<Out*>(args_.out) + row * args_.out_stride + n,
-                  .stride = args_.out_stride,
-                  .rows = rows,
-                  .next = 0,
-                  .mask = width < kPanel ? (1u << width) - 1 : ~0u};
+      pending_ = {
+          .args = &args_, .sums = sums, .t = row, .n = panel * kPanel, .rows = rows, .next = 0};
     }
   }
 
@@ -288,7 +287,7 @@ class SlabProduct {
   char* edge_;    // of this one, as all below
   char* sums_;    // [pairs][2][32 n][16 t] float
   int64_t begin_ = 0, end_ = 0;
-  Pending<Out> pending_;
+  Pending<Epilogue> pending_;
 };
 
 void configure_tiles() {
@@ -301,13 +300,13 @@ void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
-template <typename Out>
+template <typename Epilogue>
 void run(const GemmArgs& args, const Worker& worker) {
   const Plan plan(args);
   // A claim is a few panels, small enough for the threads to end together.
   const int64_t group = max(1, min(8, plan.panels / (8 * worker.width())));
   const int64_t groups = ceil_div(plan.panels, group);
-  SlabProduct<Out> product(args, plan, worker);
+  SlabProduct<Epilogue> product(args, plan, worker);
   configure_tiles();
   int64_t claim = worker.claim();
   int64_t done = 0;  // claims of earlier slabs
@@ -339,7 +338,8 @@ size_t scratch_bytes(const GemmArgs& args, int width) {
 
 }  // namespace
 
-constinit const GemmKernels kGemmAmxBF16 = {.same = {run<Bf16>, scratch_bytes},
-                                            .f32 = {run<float>, scratch_bytes}};
+constinit const GemmKernels kGemmAmxBF16 = {.same = {run<Plain<BFloat16>>, scratch_bytes},
+                                            .f32 = {run<Plain<float>>, scratch_bytes},
+                                            .silu_mul = {run<SiluMul>, scratch_bytes}};
 
 }  // namespace nanoflow::cpu

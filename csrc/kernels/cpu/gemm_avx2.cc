@@ -1,19 +1,11 @@
-#include <immintrin.h>
-
 #include <cstring>
 
+#include "kernels/cpu/math_avx2.h"
+// What is written against it:
 #include "kernels/cpu/gemm_dot.h"
 
 namespace nanoflow::cpu {
 namespace {
-
-// The dtypes' own types, since BFloat16's inline functions must not be compiled here.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
 
 struct Avx2 {
   using Sum = __m256;
@@ -26,26 +18,6 @@ struct Avx2 {
       _mm_store_ps(out + i,
                    _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
     }
-  }
-
-  static void store(float* out, const float* values, int count) {
-    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
-  }
-  static void store(Bf16* out, const float* values, int count) {
-    const __m128i bits = _mm_castps_si128(_mm_load_ps(values));
-    const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-    const __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
-    const __m128 is_nan = _mm_cmpunord_ps(_mm_load_ps(values), _mm_load_ps(values));
-    const __m128i quiet = _mm_or_si128(bits, _mm_set1_epi32(0x400000));
-    const __m128i all = _mm_blendv_epi8(rounded, quiet, _mm_castps_si128(is_nan));
-    store_halves(out, _mm_packus_epi32(_mm_srli_epi32(all, 16), _mm_setzero_si128()), count);
-  }
-  static void store(F16* out, const float* values, int count) {
-    store_halves(out, _mm_cvtps_ph(_mm_load_ps(values), _MM_FROUND_TO_NEAREST_INT), count);
-  }
-  static void store_halves(void* out, __m128i halves, int count) {
-    const int64_t four = _mm_cvtsi128_si64(halves);
-    std::memcpy(out, &four, static_cast<size_t>(count) * 2);
   }
 
   template <typename Simd>
@@ -69,18 +41,18 @@ struct Avx2F32 : Avx2 {
 };
 
 struct Avx2BF16 : Avx2 {
-  using Element = Bf16;
+  using Element = BFloat16;
   struct Operand {
     __m256 even, odd;
   };
   static constexpr int kChunk = 16;
 
-  static Operand load(const Bf16* from) {
+  static Operand load(const BFloat16* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xffff)))};
   }
-  static Operand load_part(const Bf16* from, int count) {
+  static Operand load_part(const BFloat16* from, int count) {
     return load_padded<Avx2BF16>(from, count);
   }
   static void multiply_add(Sum& sum, const Operand& x, const Operand& w) {
@@ -89,14 +61,16 @@ struct Avx2BF16 : Avx2 {
 };
 
 struct Avx2F16 : Avx2 {
-  using Element = F16;
+  using Element = Float16;
   using Operand = __m256;
   static constexpr int kChunk = 8;
 
-  static Operand load(const F16* from) {
+  static Operand load(const Float16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  static Operand load_part(const F16* from, int count) { return load_padded<Avx2F16>(from, count); }
+  static Operand load_part(const Float16* from, int count) {
+    return load_padded<Avx2F16>(from, count);
+  }
   static void multiply_add(Sum& sum, Operand x, Operand w) { sum = _mm256_fmadd_ps(x, w, sum); }
 };
 

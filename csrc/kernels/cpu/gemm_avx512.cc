@@ -1,3 +1,5 @@
+#include "kernels/cpu/math_avx512.h"
+// What is written against it:
 #include "kernels/cpu/gemm_dot512.h"
 
 namespace nanoflow::cpu {
@@ -16,7 +18,7 @@ struct Avx512F32 : Avx512 {
 };
 
 struct Avx512BF16 : Avx512 {
-  using Element = Bf16;
+  using Element = BFloat16;
   struct Operand {
     __m512 even, odd;
   };
@@ -26,35 +28,24 @@ struct Avx512BF16 : Avx512 {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(~0xffff)))};
   }
-  static Operand load(const Bf16* from) { return widen(_mm512_loadu_si512(from)); }
-  static Operand load_part(const Bf16* from, int count) {
+  static Operand load(const BFloat16* from) { return widen(_mm512_loadu_si512(from)); }
+  static Operand load_part(const BFloat16* from, int count) {
     return widen(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
   }
   static void multiply_add(Sum& sum, const Operand& x, const Operand& w) {
     sum = _mm512_fmadd_ps(x.odd, w.odd, _mm512_fmadd_ps(x.even, w.even, sum));
   }
-
-  using Avx512::store;
-  static void store(Bf16* out, const float* values, int count) {
-    const __m128 floats = _mm_load_ps(values);
-    const __m128i bits = _mm_castps_si128(floats);
-    const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-    const __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
-    const __m128i all = _mm_mask_or_epi32(rounded, _mm_cmp_ps_mask(floats, floats, _CMP_UNORD_Q),
-                                          bits, _mm_set1_epi32(0x400000));
-    _mm_mask_storeu_epi16(out, first(count), _mm_cvtepi32_epi16(_mm_srli_epi32(all, 16)));
-  }
 };
 
 struct Avx512F16 : Avx512 {
-  using Element = F16;
+  using Element = Float16;
   using Operand = __m512;
   static constexpr int kChunk = 16;
 
-  static Operand load(const F16* from) {
+  static Operand load(const Float16* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
-  static Operand load_part(const F16* from, int count) {
+  static Operand load_part(const Float16* from, int count) {
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
   }

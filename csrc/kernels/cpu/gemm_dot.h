@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/gemm_epilogue.h"
 
 // GEMM from dot products: x and weight are read as they lie, vectors run along k, and a tile of
 // sums stays in registers. Nothing is packed, so few rows cost little.
@@ -13,21 +13,24 @@
 //   kRows, kColumns        the tile of sums: activation rows x weight rows
 //   load(p), load_part(p, count)   whole or, at the end of K, filled up with zeros
 //   multiply_add(sum, x, w)
-//   reduce(sums, out)      [kRows][kColumns] sums to as many floats, each added up in the same
-//   order store(out, values, count)      floats rounded to Element, and to float
-// It lives in an anonymous namespace, which makes all that is instantiated with it private to its
-// file and its compiler flags.
+//   reduce(sums, out)      [kRows][kColumns] sums to as many floats, added up in one order for all
+// Include one of math_<isa>.h first. Only for files that are compiled for one instruction set,
+// hence the anonymous namespace.
 
 namespace nanoflow::cpu {
+namespace {
 
-template <typename Simd, typename Out>
+/// With kIsSiluMul the weight holds groups of gate and up rows, and a column of out takes a row of
+/// each.
+template <typename Simd, typename Out, bool kIsSiluMul = false>
 class DotGemm {
  public:
   static void run(const GemmArgs& args, const Worker& worker) {
     const DotGemm gemm(args);
     const int64_t chunk = gemm.chunk_columns(worker.width());
-    for (int64_t n = worker.claim() * chunk; n < args.N; n = worker.claim() * chunk) {
-      const int64_t end = n + chunk < args.N ? n + chunk : args.N;
+    const int64_t columns = args.N / kParts;
+    for (int64_t n = worker.claim() * chunk; n < columns; n = worker.claim() * chunk) {
+      const int64_t end = n + chunk < columns ? n + chunk : columns;
       for (int64_t t = 0; t < args.T; t += gemm.slab_) {
         gemm.multiply(t, t + gemm.slab_ < args.T ? t + gemm.slab_ : args.T, n, end);
       }
@@ -38,6 +41,10 @@ class DotGemm {
   using Element = typename Simd::Element;
   using Sum = typename Simd::Sum;
   static constexpr int kRows = Simd::kRows, kColumns = Simd::kColumns;
+  static constexpr int kTile = kRows * kColumns;
+  static constexpr int kParts = kIsSiluMul ? 2 : 1;  // weight rows for a column of out
+  static constexpr int kGroup = GemmSiluMul::kGroup;
+  static_assert(kGroup % kColumns == 0 && kTile % kLanes == 0 && kColumns <= kLanes);
   static constexpr int64_t kSlabBytes = 256 << 10;   // activations, for the second cache
   static constexpr int64_t kChunkBytes = 128 << 10;  // weights, beside them
   static constexpr int64_t kBlockBytes = 20 << 10;   // weights, for the first cache
@@ -50,15 +57,15 @@ class DotGemm {
     return (tiles > 0 ? tiles : 1) * rows;
   }
 
-  /// Weight rows that a thread takes at a time: enough chunks for all threads to end together.
+  /// Columns of out that a thread takes at a time: enough chunks for all threads to end together.
   int64_t chunk_columns(int width) const {
-    const int64_t largest = tiles_in(kChunkBytes, kColumns);
-    const int64_t even = args_.N / (8 * width) / kColumns * kColumns;
+    const int64_t largest = tiles_in(kChunkBytes / kParts, kColumns);
+    const int64_t even = args_.N / kParts / (8 * width) / kColumns * kColumns;
     return even < kColumns ? kColumns : even < largest ? even : largest;
   }
 
   void multiply(int64_t t_begin, int64_t t_end, int64_t n_begin, int64_t n_end) const {
-    const int64_t block = tiles_in(kBlockBytes, kColumns);
+    const int64_t block = tiles_in(kBlockBytes / kParts, kColumns);
     for (int64_t n = n_begin; n < n_end; n += block) {
       const int64_t end = n + block < n_end ? n + block : n_end;
       int64_t t = t_begin;
@@ -82,12 +89,32 @@ class DotGemm {
     }
   }
 
-  /// kCount rows times up to kColumns weight rows; those beyond `columns` repeat the last.
+  /// kCount rows of up to kColumns columns of out.
   template <int kCount>
   void tile(int64_t t, int64_t n, int columns) const {
+    alignas(64) float values[kTile];
+    if constexpr (kIsSiluMul) {
+      const int64_t gate = n / kGroup * 2 * kGroup + n % kGroup;
+      alignas(64) float up[kTile];
+      dot<kCount>(t, gate, columns, values);
+      dot<kCount>(t, gate + kGroup, columns, up);
+      for (int i = 0; i < kTile; i += kLanes) {
+        store(values + i, silu(load(values + i)) * load(up + i));
+      }
+    } else {
+      dot<kCount>(t, n, columns, values);
+    }
+    for (int i = 0; i < kCount; ++i) {
+      store_sums<Out>(args_, t + i, n, load(values + i * kColumns, columns), columns);
+    }
+  }
+
+  /// kCount rows times up to kColumns weight rows; those beyond `columns` repeat the last.
+  template <int kCount>
+  void dot(int64_t t, int64_t n, int columns, float* values) const {
     const Element* x[kCount];
     const Element* w[kColumns];
-    Sum sums[kRows * kColumns] = {};
+    Sum sums[kTile] = {};
     for (int i = 0; i < kCount; ++i) {
       x[i] = static_cast<const Element*>(args_.x) + (t + i) * args_.x_stride;
     }
@@ -106,12 +133,7 @@ class DotGemm {
           sums, [&](int i) { return Simd::load_part(x[i] + whole, rest); },
           [&](int j) { return Simd::load_part(w[j] + whole, rest); });
     }
-    alignas(64) float values[kRows * kColumns];
     Simd::reduce(sums, values);
-    for (int i = 0; i < kCount; ++i) {
-      Simd::store(static_cast<Out*>(args_.out) + (t + i) * args_.out_stride + n,
-                  values + i * kColumns, columns);
-    }
   }
 
   template <int kCount, typename LoadX, typename LoadW>
@@ -128,16 +150,15 @@ class DotGemm {
   const int64_t slab_;  // activation rows that stay in the second cache
 };
 
-/// Dot products need no scratch. A template, so that each file has its own.
-template <typename Simd>
-size_t no_scratch(const GemmArgs&, int) {
-  return 0;
-}
+size_t no_scratch(const GemmArgs&, int) { return 0; }
 
 template <typename Simd>
 constexpr GemmKernels dot_kernels() {
-  return {.same = {DotGemm<Simd, typename Simd::Element>::run, no_scratch<Simd>},
-          .f32 = {DotGemm<Simd, float>::run, no_scratch<Simd>}};
+  using Element = typename Simd::Element;
+  return {.same = {DotGemm<Simd, Element>::run, no_scratch},
+          .f32 = {DotGemm<Simd, float>::run, no_scratch},
+          .silu_mul = {DotGemm<Simd, Element, true>::run, no_scratch}};
 }
 
+}  // namespace
 }  // namespace nanoflow::cpu

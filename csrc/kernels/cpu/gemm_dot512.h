@@ -1,22 +1,12 @@
 #pragma once
 
-#include <immintrin.h>
-
 #include "kernels/cpu/gemm_dot.h"
 
-// What the AVX-512 files share. The anonymous namespace is meant: each file gets its own, compiled
-// with its own flags.
+// What the AVX-512 files share; include one of their math_<isa>.h first. The anonymous namespace is
+// meant: each file gets its own, compiled with its own flags.
 
 namespace nanoflow::cpu {
 namespace {
-
-// The dtypes' own types, since BFloat16's inline functions must not be compiled here.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
 
 /// Two vectors to one that holds the sums of their halves, quarters, ...: (a, b) by the shuffles
 /// given.
@@ -43,16 +33,6 @@ struct Avx512 {
     const __m512d b = _mm512_castps_pd(add_pairs(columns[2], columns[3]));
     _mm512_store_ps(out, _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                                        _mm512_castpd_ps(_mm512_unpackhi_pd(a, b))));
-  }
-
-  static __mmask8 first(int count) { return static_cast<__mmask8>((1u << count) - 1); }
-
-  static void store(float* out, const float* values, int count) {
-    _mm_mask_storeu_ps(out, first(count), _mm_load_ps(values));
-  }
-  static void store(F16* out, const float* values, int count) {
-    _mm_mask_storeu_epi16(out, first(count),
-                          _mm_cvtps_ph(_mm_load_ps(values), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 

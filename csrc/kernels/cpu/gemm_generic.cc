@@ -1,5 +1,7 @@
 #include <cstring>
 
+#include "kernels/cpu/math_generic.h"
+// What is written against it:
 #include "kernels/cpu/gemm_dot.h"
 
 // Vectors of four, which compilers know on every machine.
@@ -7,7 +9,6 @@
 namespace nanoflow::cpu {
 namespace {
 
-typedef float Float4 __attribute__((vector_size(16)));
 typedef uint32_t Uint4 __attribute__((vector_size(16)));
 typedef uint16_t Half4 __attribute__((vector_size(8)));
 
@@ -18,8 +19,8 @@ Uint4 load_half4(const void* from) {
 }
 
 struct Generic {
-  using Sum = Float4;
-  using Operand = Float4;
+  using Sum = Vec;
+  using Operand = Vec;
   static constexpr int kRows = 2, kColumns = 4, kChunk = 4;
 
   static void multiply_add(Sum& sum, Operand x, Operand w) { sum += x * w; }
@@ -29,15 +30,10 @@ struct Generic {
       out[i] = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
     }
   }
-
-  template <typename Out>
-  static void store(Out* out, const float* values, int count) {
-    for (int i = 0; i < count; ++i) out[i] = static_cast<Out>(values[i]);
-  }
 };
 
 template <typename Simd, typename Element>
-Float4 load_padded(const Element* from, int count) {
+Vec load_padded(const Element* from, int count) {
   Element padded[Generic::kChunk] = {};
   std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(Element));
   return Simd::load(padded);
@@ -46,7 +42,7 @@ Float4 load_padded(const Element* from, int count) {
 struct GenericF32 : Generic {
   using Element = float;
   static Operand load(const float* from) {
-    Float4 values;
+    Vec values;
     std::memcpy(&values, from, sizeof values);
     return values;
   }
@@ -58,7 +54,7 @@ struct GenericF32 : Generic {
 struct GenericBF16 : Generic {
   using Element = BFloat16;
   static Operand load(const BFloat16* from) {
-    return reinterpret_cast<Float4>(load_half4(from) << 16);
+    return reinterpret_cast<Vec>(load_half4(from) << 16);
   }
   static Operand load_part(const BFloat16* from, int count) {
     return load_padded<GenericBF16>(from, count);
@@ -71,10 +67,10 @@ struct GenericF16 : Generic {
     const Uint4 bits = load_half4(from);
     const Uint4 magnitude = (bits & 0x7fff) << 13;
     // The exponent moves from a bias of 15 to one of 127; subnormals become normal on the way.
-    const Float4 scaled = reinterpret_cast<Float4>(magnitude) * 0x1p112f;
+    const Vec scaled = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
     const Uint4 is_special = reinterpret_cast<Uint4>(magnitude >= (0x1fu << 23));  // Inf and NaN
-    return reinterpret_cast<Float4>(reinterpret_cast<Uint4>(scaled) | (is_special & 0x7f800000) |
-                                    ((bits & 0x8000) << 16));
+    return reinterpret_cast<Vec>(reinterpret_cast<Uint4>(scaled) | (is_special & 0x7f800000) |
+                                 ((bits & 0x8000) << 16));
   }
   static Operand load_part(const Float16* from, int count) {
     return load_padded<GenericF16>(from, count);

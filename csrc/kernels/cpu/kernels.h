@@ -21,11 +21,10 @@ class CpuKernels : public Kernels {
 
   void run(const Embed& op, Lane& lane) override;
   void run(const RmsNorm& op, Lane& lane) override;
-  void run(const AddRmsNorm& op, Lane& lane) override;
   void run(const Gemm& op, Lane& lane) override;
+  void run(const GemmSiluMul& op, Lane& lane) override;
   void run(const RopeAppend& op, Lane& lane) override;
   void run(const Attention& op, Lane& lane) override;
-  void run(const SiluMul& op, Lane& lane) override;
   void run(const GatherRows& op, Lane& lane) override;
   void run(const Sample& op, Lane& lane) override;
   void run(const FillNormal& op, Lane& lane) override;

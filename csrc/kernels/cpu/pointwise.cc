@@ -7,7 +7,7 @@
 #include "kernels/cpu/math_loops.h"
 #include "kernels/shapes.h"
 
-// Embed, norms, rotation with KV append, SiLU and gathers: threads share the rows.
+// Embed, norms, rotation with KV append, and gathers: threads share the rows.
 
 namespace nanoflow::cpu {
 namespace {
@@ -92,29 +92,10 @@ void CpuKernels::run(const RmsNorm& op, Lane& lane) {
   });
 }
 
-void CpuKernels::run(const AddRmsNorm& op, Lane& lane) {
-  const PointwiseLoops& loops = loop_set(isa_).of(op.x.dtype(), AddRmsNorm::kName).pointwise;
-  check_shapes(op);
-  for_rows(lane, op.x.size(0), [op, &loops](int64_t row) {
-    std::byte* residual = row_of(op.residual, row);
-    loops.add(residual, row_of(op.x, row), op.x.size(1));
-    loops.rms_norm(residual, op.weight.bytes(), row_of(op.out, row), op.x.size(1), op.eps);
-  });
-}
-
 void CpuKernels::run(const RopeAppend& op, Lane& lane) {
   const PointwiseLoops& loops = loop_set(isa_).of(op.qkv.dtype(), RopeAppend::kName).pointwise;
   check_shapes(op);
   for_rows(lane, op.qkv.size(0), [op, &loops](int64_t row) { rope_append_row(op, loops, row); });
-}
-
-void CpuKernels::run(const SiluMul& op, Lane& lane) {
-  const PointwiseLoops& loops = loop_set(isa_).of(op.gate_up.dtype(), SiluMul::kName).pointwise;
-  check_shapes(op);
-  for_rows(lane, op.out.size(0), [op, &loops](int64_t row) {
-    const std::byte* gate = row_of(op.gate_up, row);
-    loops.silu_mul(gate, gate + row_bytes(op.out), row_of(op.out, row), op.out.size(1));
-  });
 }
 
 void CpuKernels::run(const GatherRows& op, Lane& lane) {

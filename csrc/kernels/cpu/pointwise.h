@@ -8,12 +8,8 @@ namespace nanoflow::cpu {
 struct PointwiseLoops {
   /// out = weight * round(x / rms(x)): the normalised value is rounded to the dtype first.
   void (*rms_norm)(const void* x, const void* weight, void* out, int64_t H, float eps);
-  /// a += b
-  void (*add)(void* a, const void* b, int64_t H);
   /// Rotates heads of 2 * half elements by half cosines, then half sines.
   void (*rotate)(void* heads, int64_t count, const float* cos_sin, int64_t half);
-  /// out = silu(gate) * up
-  void (*silu_mul)(const void* gate, const void* up, void* out, int64_t I);
 };
 
 }  // namespace nanoflow::cpu

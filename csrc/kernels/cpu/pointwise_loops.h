@@ -38,13 +38,6 @@ void rms_norm(const void* x_data, const void* weight_data, void* out_data, int64
 }
 
 template <typename T>
-void add(void* a_data, const void* b_data, int64_t H) {
-  T* a = static_cast<T*>(a_data);
-  const T* b = static_cast<const T*>(b_data);
-  for_vectors(H, [=](int64_t i, auto n) { store(a + i, load(a + i, n) + load(b + i, n), n); });
-}
-
-template <typename T>
 void rotate(void* heads, int64_t count, const float* cos_sin, int64_t half) {
   for_vectors(half, [=](int64_t i, auto n) {
     const Vec cosine = load(cos_sin + i, n), sine = load(cos_sin + half + i, n);
@@ -59,21 +52,7 @@ void rotate(void* heads, int64_t count, const float* cos_sin, int64_t half) {
 }
 
 template <typename T>
-void silu_mul(const void* gate_data, const void* up_data, void* out_data, int64_t I) {
-  const T* gate = static_cast<const T*>(gate_data);
-  const T* up = static_cast<const T*>(up_data);
-  T* out = static_cast<T*>(out_data);
-  for_vectors(I, [=](int64_t i, auto n) {
-    const Vec g = load(gate + i, n);
-    const Vec e = exponential(min(g, splat(0.0f) - g));  // e^-|g|, so that nothing overflows
-    const Vec numerator = where_at_least(g, splat(0.0f), splat(1.0f), e);
-    const Vec sigmoid = numerator * reciprocal(splat(1.0f) + e);
-    store(out + i, g * sigmoid * load(up + i, n), n);
-  });
-}
-
-template <typename T>
-constexpr PointwiseLoops kPointwiseLoops{&rms_norm<T>, &add<T>, &rotate<T>, &silu_mul<T>};
+constexpr PointwiseLoops kPointwiseLoops{&rms_norm<T>, &rotate<T>};
 
 }  // namespace
 }  // namespace nanoflow::cpu
