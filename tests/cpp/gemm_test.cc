@@ -39,6 +39,14 @@ class Matrix {
     }
   }
 
+  void copy_from(const Matrix& other) {
+    for (int64_t row = 0; row < tensor_.size(0); ++row) {
+      for (int64_t column = 0; column < tensor_.size(1); ++column) {
+        write(row, column, static_cast<float>(other.at(row, column)));
+      }
+    }
+  }
+
   bool is_gap_untouched() const {
     const int64_t first = (whole_.size(1) - tensor_.size(1)) / 2, last = first + tensor_.size(1);
     for (int64_t row = 0; row < whole_.size(0); ++row) {
@@ -96,30 +104,44 @@ struct Runner {
         lane(backend->make_lane(width)) {}
 
   void run(const Tensor& x, const Tensor& weight, const Tensor& out) {
-    backend->kernels().run(Gemm{.x = x, .weight = weight, .out = out}, *lane);
+    run(Gemm{.x = x, .weight = weight, .out = out});
+  }
+  void run(const auto& op) {
+    backend->kernels().run(op, *lane);
     const auto done = backend->make_event();
     lane->record(*done);
     done->synchronize();
   }
 };
 
+/// A dot product and the sum of its terms' magnitudes.
+struct Dot {
+  double sum = 0, magnitude = 0;
+
+  /// Float sums of the products in any order; 1e-6 of the magnitudes covers their rounding.
+  double allowed() const { return 1e-6 * magnitude + 1e-30; }
+};
+
+Dot dot(const Matrix& x, int64_t t, const Matrix& weight, int64_t n) {
+  Dot dot;
+  for (int64_t k = 0; k < x.tensor().size(1); ++k) {
+    const double product = x.at(t, k) * weight.at(n, k);
+    dot.sum += product;
+    dot.magnitude += std::abs(product);
+  }
+  return dot;
+}
+
 /// The worst error of out, in units of what rounding explains.
 double worst_error(const Matrix& x, const Matrix& weight, const Matrix& out) {
-  const int64_t T = x.tensor().size(0), N = weight.tensor().size(0), K = x.tensor().size(1);
   double worst = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    for (int64_t n = 0; n < N; ++n) {
-      double sum = 0, magnitude = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const double product = x.at(t, k) * weight.at(n, k);
-        sum += product;
-        magnitude += std::abs(product);
-      }
-      // Float sums of K products in any order; 1e-6 of the magnitudes covers their rounding.
-      const double allowed = 1e-6 * magnitude + rounding_of(sum, out.tensor().dtype());
-      const double error = std::abs(out.at(t, n) - sum);
+  for (int64_t t = 0; t < x.tensor().size(0); ++t) {
+    for (int64_t n = 0; n < weight.tensor().size(0); ++n) {
+      const Dot exact = dot(x, t, weight, n);
+      const double allowed = exact.allowed() + rounding_of(exact.sum, out.tensor().dtype());
+      const double error = std::abs(out.at(t, n) - exact.sum);
       worst = std::isnan(error) ? std::numeric_limits<double>::infinity()
-                                : std::max(worst, error / (allowed + 1e-30));
+                                : std::max(worst, error / allowed);
     }
   }
   return worst;
@@ -161,6 +183,91 @@ TEST_CASE("gemm agrees with sums in double") {
   }
 }
 
+TEST_CASE("gemm adds a bias and what out held, and rounds once") {
+  std::mt19937 random(6);
+  for (const std::string& isa : cpu_isas()) {
+    Runner runner(isa, 2);
+    for (DType dtype : kDTypes) {
+      for (int64_t T : {1, 5, 33, 70}) {
+        for (int64_t N : {3, 16, 40, 100}) {
+          for (const auto& [has_bias, accumulate] :
+               {std::pair{true, false}, {false, true}, {true, true}}) {
+            const int64_t K = 96;
+            Matrix x(dtype, T, K), weight(dtype, N, K), bias(dtype, 1, N), out(dtype, T, N, 10);
+            Matrix before(dtype, T, N);
+            for (Matrix* matrix : {&x, &weight, &bias, &before}) matrix->fill(random);
+            if (accumulate) out.copy_from(before);
+            runner.run(Gemm{.x = x.tensor(),
+                            .weight = weight.tensor(),
+                            .out = out.tensor(),
+                            .bias = has_bias ? bias.tensor().select(0, 0) : Tensor(),
+                            .accumulate = accumulate});
+            double worst = 0;
+            for (int64_t t = 0; t < T; ++t) {
+              for (int64_t n = 0; n < N; ++n) {
+                const Dot product = dot(x, t, weight, n);
+                const double exact = product.sum + (has_bias ? bias.at(0, n) : 0) +
+                                     (accumulate ? before.at(t, n) : 0);
+                const double allowed = product.allowed() + 1e-6 + rounding_of(exact, dtype);
+                const double error = std::abs(out.at(t, n) - exact);
+                worst = std::isnan(error) ? 1e9 : std::max(worst, error / allowed);
+              }
+            }
+            CAPTURE(isa);
+            CAPTURE(dtype);
+            CAPTURE(T);
+            CAPTURE(N);
+            CHECK(worst <= 1.0);
+            CHECK(out.is_gap_untouched());
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("gemm_silu_mul takes gate and up from their groups and rounds once") {
+  std::mt19937 random(7);
+  for (const std::string& isa : cpu_isas()) {
+    Runner runner(isa, 2);
+    for (DType dtype : kDTypes) {
+      for (int64_t T : {1, 5, 33, 70}) {
+        for (int64_t I : {8, 16, 24, 104}) {
+          for (int64_t K : {1, 33, 96}) {
+            Matrix x(dtype, T, K), weight(dtype, 2 * I, K), out(dtype, T, I, 10);
+            x.fill(random);
+            weight.fill(random);
+            runner.run(
+                GemmSiluMul{.x = x.tensor(), .weight = weight.tensor(), .out = out.tensor()});
+            double worst = 0;
+            for (int64_t t = 0; t < T; ++t) {
+              for (int64_t i = 0; i < I; ++i) {
+                const int64_t row = i / 8 * 16 + i % 8;
+                const Dot gate = dot(x, t, weight, row), up = dot(x, t, weight, row + 8);
+                const double silu = gate.sum / (1 + std::exp(-gate.sum));
+                const double exact = silu * up.sum;
+                // The slope of silu is below 1.1.
+                const double allowed = 1.1 * gate.allowed() * std::abs(up.sum) +
+                                       std::abs(silu) * up.allowed() + 1e-6 * std::abs(exact) +
+                                       rounding_of(exact, dtype);
+                const double error = std::abs(out.at(t, i) - exact);
+                worst = std::isnan(error) ? 1e9 : std::max(worst, error / allowed);
+              }
+            }
+            CAPTURE(isa);
+            CAPTURE(dtype);
+            CAPTURE(T);
+            CAPTURE(I);
+            CAPTURE(K);
+            CHECK(worst <= 1.0);
+            CHECK(out.is_gap_untouched());
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("gemm is right where K, N or T takes several blocks") {
   std::mt19937 random(2);
   struct Shape {
@@ -191,21 +298,26 @@ TEST_CASE("a row of gemm is the same in any company, at any place and width") {
   for (const std::string& isa : cpu_isas()) {
     for (DType dtype : kDTypes) {
       for (int64_t K : {33, 576, 1100}) {
-        const int64_t T = 70, N = 83;
-        Matrix x(dtype, T, K), weight(dtype, N, K), whole(dtype, T, N);
+        const int64_t T = 70, N = 83, I = 40;
+        Matrix x(dtype, T, K), weight(dtype, N, K), whole(dtype, T, N), fused(dtype, T, I);
         x.fill(random);
         weight.fill(random);
+        const Tensor gate_up = weight.tensor().slice_rows(0, 2 * I);
         Runner(isa, 2).run(x.tensor(), weight.tensor(), whole.tensor());
+        Runner(isa, 2).run(GemmSiluMul{.x = x.tensor(), .weight = gate_up, .out = fused.tensor()});
         for (int width : {1, 2, 3}) {
           Runner runner(isa, width);
           for (int64_t piece : {1, 2, 3, 5, 7, 16, 17, 33, 70}) {
             int64_t different = 0;
             for (int64_t begin = 0; begin < T; begin += piece) {
               const int64_t rows = std::min(piece, T - begin);
-              Matrix out(dtype, rows, N, 4);
-              runner.run(x.tensor().slice_rows(begin, begin + rows), weight.tensor(), out.tensor());
+              Matrix out(dtype, rows, N, 4), fused_out(dtype, rows, I, 4);
+              const Tensor part = x.tensor().slice_rows(begin, begin + rows);
+              runner.run(part, weight.tensor(), out.tensor());
+              runner.run(GemmSiluMul{.x = part, .weight = gate_up, .out = fused_out.tensor()});
               for (int64_t row = 0; row < rows; ++row) {
                 different += !rows_equal(out, row, whole, begin + row);
+                different += !rows_equal(fused_out, row, fused, begin + row);
               }
             }
             CAPTURE(isa);
@@ -281,6 +393,27 @@ TEST_CASE("gemm refuses what does not fit together") {
   CHECK_THROWS_AS(
       runner.run(x.tensor().slice_columns(0, 0), weight.tensor().slice_columns(0, 0), out.tensor()),
       Error);
+  const Gemm good{.x = x.tensor(), .weight = weight.tensor(), .out = out.tensor()};
+  Gemm bad = good;
+  bad.bias = weight.tensor().select(1, 0);
+  CHECK_THROWS_WITH_AS(runner.run(bad), "gemm: bias must have stride 1 in its last dimension",
+                       Error);
+  bad = good;
+  const Matrix float_out(DType::kF32, 4, 8);
+  bad.out = float_out.tensor();
+  bad.accumulate = true;
+  CHECK_THROWS_WITH_AS(runner.run(bad),
+                       "gemm: out is float32[4, 8] but must be bfloat16 where something is added",
+                       Error);
+  GemmSiluMul fused{.x = x.tensor(), .weight = weight.tensor(), .out = out.tensor()};
+  CHECK_THROWS_WITH_AS(runner.run(fused),
+                       "gemm_silu_mul: weight is bfloat16[8, 32] but needs twice the columns of "
+                       "out, bfloat16[4, 8]",
+                       Error);
+  fused.out = out.tensor().slice_columns(0, 4);
+  CHECK_THROWS_WITH_AS(
+      runner.run(fused),
+      "gemm_silu_mul: out is bfloat16[4, 4] but its columns must be a multiple of 8", Error);
   int32_t numbers[16] = {};
   const Tensor integers(numbers, DType::kI32, {}, {4, 4});
   CHECK_THROWS_WITH_AS(runner.run(integers, integers, integers),

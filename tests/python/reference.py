@@ -62,12 +62,25 @@ def rms_norm(x: Floats, weight: Floats, eps: float, dtype: str) -> Floats:
     return rounded(normed, dtype) * weight
 
 
-def gemm(x: Floats, weight: Floats) -> Floats:
-    return x @ weight.T
+def gemm(x: Floats, weight: Floats, bias: Floats | float = 0.0) -> Floats:
+    return x @ weight.T + bias
 
 
-def silu_mul(gate_up: Floats) -> Floats:
-    gate, up = np.split(gate_up, 2, axis=-1)
+def interleave(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
+    """[I, ...] each as the engine keeps them: 8 rows of gate, then 8 of up, and so on."""
+    groups = [part.reshape(-1, 8, *part.shape[1:]) for part in (gate, up)]
+    return np.stack(groups, axis=1).reshape(-1, *gate.shape[1:])
+
+
+def gate_and_up(weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What `interleave` was given."""
+    groups = weight.reshape(-1, 2, 8, *weight.shape[1:])
+    gate, up = (groups[:, i].reshape(-1, *weight.shape[1:]) for i in range(2))
+    return gate, up
+
+
+def gemm_silu_mul(x: Floats, weight: Floats) -> Floats:
+    gate, up = (gemm(x, part) for part in gate_and_up(weight))
     with np.errstate(over="ignore"):
         product: Floats = gate / (1 + np.exp(-gate)) * up
     return product
@@ -242,14 +255,16 @@ def llama_logits(
     for layer in range(spec.num_layers):
         name = f"layers.{layer}."
         normed = store(rms_norm(residual, w(name + "input_norm"), spec.rms_norm_eps, spec.dtype))
-        qkv = store(gemm(normed, w(name + "qkv"))).reshape(length, heads + 2 * kv_heads, width)
+        bias = w(name + "qkv_bias") if spec.qkv_bias else 0.0
+        qkv = store(gemm(normed, w(name + "qkv"), bias))
+        qkv = qkv.reshape(length, heads + 2 * kv_heads, width)
         rotated = store(rotate(qkv[:, : heads + kv_heads], cos_sin))
         values = qkv[:, heads + kv_heads :]
         attended = attention(rotated[:, :heads], rotated[:, heads:], values, width**-0.5)
-        branch = store(gemm(store(attended.reshape(length, heads * width)), w(name + "o")))
-        residual = store(residual + branch)
+        attended = store(attended.reshape(length, heads * width))
+        residual = store(residual + gemm(attended, w(name + "o")))
         normed = store(rms_norm(residual, w(name + "post_norm"), spec.rms_norm_eps, spec.dtype))
-        inner = store(silu_mul(store(gemm(normed, w(name + "gate_up")))))
-        residual = store(residual + store(gemm(inner, w(name + "down"))))
+        inner = store(gemm_silu_mul(normed, w(name + "gate_up")))
+        residual = store(residual + gemm(inner, w(name + "down")))
     normed = store(rms_norm(residual, w("norm"), spec.rms_norm_eps, spec.dtype))
     return gemm(normed, w("embed" if spec.tie_word_embeddings else "lm_head"))

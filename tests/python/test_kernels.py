@@ -1,4 +1,4 @@
-"""Embed, norms, GEMM, rotation, SiLU and gathers against NumPy, on every instruction set."""
+"""Embed, norms, GEMMs, rotation and gathers against NumPy, on every instruction set."""
 
 from __future__ import annotations
 
@@ -52,20 +52,6 @@ def test_rms_norm(
     out = poisoned((rows, hidden), dtype)
     _core.run_op("rms_norm", backend, x=with_gaps(x), out=out, weight=weight, eps=EPS)
     tolerance.check(out, reference.rms_norm(decode(x), decode(weight), EPS, dtype))
-
-
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("rows", ROWS)
-def test_add_rms_norm_rounds_the_sum_first(
-    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng, rows: int, hidden: int
-) -> None:
-    x, residual = randn(rng, dtype, rows, hidden), randn(rng, dtype, rows, hidden)
-    weight = randn(rng, dtype, hidden)
-    total = reference.rounded(decode(x) + decode(residual), dtype)
-    out = with_gaps(poisoned((rows, hidden), dtype))
-    _core.run_op("add_rms_norm", backend, x=x, residual=residual, out=out, weight=weight, eps=EPS)
-    np.testing.assert_array_equal(decode(residual), total)
-    tolerance.check(out, reference.rms_norm(total, decode(weight), EPS, dtype))
 
 
 def test_rms_norm_rounds_as_transformers_does(backend: _core.Backend, rng: Rng) -> None:
@@ -154,31 +140,65 @@ def test_rope_append(
         assert np.isfinite(decode(view)).sum() == real.sum() * kv_heads * head_dim
 
 
-@pytest.mark.parametrize("inner", (1, 24, 67, 1536))
+@pytest.mark.parametrize("has_bias, accumulate", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("rows", ROWS)
-def test_silu_mul(
-    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng, rows: int, inner: int
+def test_gemm_adds_bias_and_old_values(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    rows: int,
+    has_bias: bool,
+    accumulate: bool,
 ) -> None:
-    gate_up = encode(3 * rng.standard_normal((rows, 2 * inner)), dtype)
-    out = poisoned((rows, inner), dtype)
-    _core.run_op("silu_mul", backend, gate_up=gate_up, out=out)
-    tolerance.check(out, reference.silu_mul(decode(gate_up)))
+    x, bias = randn(rng, dtype, rows, 64), randn(rng, dtype, 96)
+    weight = encode(rng.standard_normal((96, 64)) / 8, dtype)
+    before = randn(rng, dtype, rows, 96)
+    out = before.copy() if accumulate else poisoned(before.shape, dtype)
+    operands = {"bias": bias} if has_bias else {}
+    _core.run_op("gemm", backend, x=x, weight=weight, out=out, accumulate=accumulate, **operands)
+    expected = reference.gemm(decode(x), decode(weight), decode(bias) if has_bias else 0.0)
+    tolerance.check(out, expected + (decode(before) if accumulate else 0.0))
+
+
+@pytest.mark.parametrize("inner, columns", [(1, 8), (64, 96), (67, 24), (576, 1536)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gemm_silu_mul(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    rows: int,
+    inner: int,
+    columns: int,
+) -> None:
+    x = randn(rng, dtype, rows, inner)
+    weight = encode(rng.standard_normal((2 * columns, inner)) / np.sqrt(inner), dtype)
+    out = with_gaps(poisoned((rows, columns), dtype))
+    _core.run_op("gemm_silu_mul", backend, x=with_gaps(x), weight=weight, out=out)
+    tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight)))
+
+
+def silu_mul(backend: _core.Backend, gate: Any, up: Any) -> NDArray[np.float32]:
+    """silu(gate) * up of one row, as products with x = 1."""
+    weight = reference.interleave(np.asarray(gate, np.float32), np.asarray(up, np.float32))
+    out = poisoned((1, len(gate)), "float32")
+    x = np.ones((1, 1), np.float32)
+    _core.run_op("gemm_silu_mul", backend, x=x, weight=weight[:, None], out=out)
+    return out[0]
 
 
 def test_silu_is_accurate_over_the_whole_range(backend: _core.Backend) -> None:
-    gate = np.concatenate([np.linspace(-87, 200, 100001), [-0.0, 1e-40, -1e-30, 3e38]])
-    gate_up = np.stack([gate, np.ones_like(gate)]).astype(np.float32).reshape(1, -1)
-    out = poisoned((1, len(gate)), "float32")
-    _core.run_op("silu_mul", backend, gate_up=gate_up, out=out)
-    expected = reference.silu_mul(decode(gate_up))
-    np.testing.assert_allclose(out, expected, rtol=4e-7, atol=1e-45)
+    gate = np.concatenate([np.linspace(-87, 200, 100004), [-0.0, 1e-40, -1e-30, 3e38]])
+    gate = gate.astype(np.float32)
+    out = silu_mul(backend, gate, np.ones_like(gate))
+    exact = decode(gate)
+    np.testing.assert_allclose(out, exact / (1 + np.exp(-exact)), rtol=4e-7, atol=1e-45)
 
 
 def test_silu_of_what_is_not_finite(backend: _core.Backend) -> None:
-    gate_up = np.array([[np.inf, np.nan, -1e30, 2, 1, 1, 1, np.nan]], np.float32)
-    out = poisoned((1, 4), "float32")
-    _core.run_op("silu_mul", backend, gate_up=gate_up, out=out)
-    np.testing.assert_array_equal(out, [[np.inf, np.nan, 0, np.nan]])
+    out = silu_mul(backend, [np.inf, np.nan, -1e30, 2] * 2, [1, 1, 1, np.nan] * 2)
+    np.testing.assert_array_equal(out, [np.inf, np.nan, 0, np.nan] * 2)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -190,18 +210,18 @@ def test_gather_rows(backend: _core.Backend, dtype: str, rng: Rng, rows: int) ->
     np.testing.assert_array_equal(decode(out), np.where(index[:, None] < 0, 0, decode(x)[index]))
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "silu_mul", "gemm"])
+@pytest.mark.parametrize("op", ["rms_norm", "gemm_silu_mul", "gemm"])
 def test_rows_are_the_same_at_any_width_and_split(
     backend: _core.Backend, dtype: str, rng: Rng, op: str
 ) -> None:
-    x, weight = randn(rng, dtype, 37, 192), randn(rng, dtype, 70, 192)
-    columns = {"rms_norm": 192, "silu_mul": 96, "gemm": 70}[op]
+    x, weight = randn(rng, dtype, 37, 192), randn(rng, dtype, 80, 192)
+    columns = {"rms_norm": 192, "gemm_silu_mul": 40, "gemm": 80}[op]
 
     def run(rows: NDArray[Any], width: int) -> NDArray[Any]:
         out = poisoned((len(rows), columns), dtype)
         operands = {
             "rms_norm": {"x": rows, "weight": weight[0], "eps": EPS},
-            "silu_mul": {"gate_up": rows},
+            "gemm_silu_mul": {"x": rows, "weight": weight},
             "gemm": {"x": rows, "weight": weight},
         }[op]
         _core.run_op(op, backend, width=width, out=out, **operands)

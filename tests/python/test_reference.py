@@ -29,10 +29,16 @@ def fused_weights(model: Any) -> dict[str, NDArray[np.float32]]:
             "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             "o": ["self_attn.o_proj"],
             "post_norm": ["post_attention_layernorm"],
-            "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
             "down": ["mlp.down_proj"],
         }.items():
             weights[target + name] = np.concatenate([state[f"{source}{p}.weight"] for p in parts])
+        weights[target + "gate_up"] = reference.interleave(
+            *(state[f"{source}mlp.{part}_proj.weight"] for part in ("gate", "up"))
+        )
+        if model.config.model_type == "qwen2":
+            weights[target + "qkv_bias"] = np.concatenate(
+                [state[f"{source}self_attn.{part}_proj.bias"] for part in "qkv"]
+            )
     return weights
 
 

@@ -111,9 +111,14 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "rms_norm does not support dtype int32; use float32, bfloat16 or float16",
     ),
     (
-        "silu_mul",
-        {"gate_up": zeros(2, 8), "out": zeros(2, 3)},
-        r"silu_mul: gate_up is float32\[2, 8\] but out is float32\[2, 3\]",
+        "gemm_silu_mul",
+        {"x": zeros(2, 4), "weight": zeros(16, 4), "out": zeros(2, 16)},
+        r"gemm_silu_mul: weight is float32\[16, 4\] but needs twice the columns of out, float32",
+    ),
+    (
+        "gemm",
+        {"x": zeros(2, 4), "weight": zeros(6, 4), "out": zeros(2, 6), "bias": zeros(5)},
+        r"gemm: bias is float32\[5\] but its dimension 0 \(N\) must be 6",
     ),
     ("rope_append", rope(qkv=zeros(2, 8)), "needs q heads, 1 k heads and 1 v heads of 4"),
     (
@@ -174,28 +179,31 @@ def test_good_operands_pass(cpu: _core.Backend) -> None:
     _core.run_op("sample", cpu, **sampling(slots=np.array([0, 1], np.int32)))
 
 
+INDEX = zeros(1, dtype=np.int32)
+
+
 def test_operands_are_the_fields_of_the_op(cpu: _core.Backend) -> None:
     with pytest.raises(ValueError, match="there is no op 'softmax'; there are embed, rms_norm"):
         _core.run_op("softmax", cpu)
-    with pytest.raises(TypeError, match="silu_mul lacks operand 'out'"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2))
-    with pytest.raises(TypeError, match="silu_mul has no operand 'bias'"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2), out=zeros(1, 1), bias=1)
-    with pytest.raises(TypeError, match="silu_mul: out is no NumPy array"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2), out=[1.0])
+    with pytest.raises(TypeError, match="gather_rows lacks operand 'out'"):
+        _core.run_op("gather_rows", cpu, x=zeros(1, 2), index=INDEX)
+    with pytest.raises(TypeError, match="gather_rows has no operand 'bias'"):
+        _core.run_op("gather_rows", cpu, x=zeros(1, 2), index=INDEX, out=zeros(1, 2), bias=1)
+    with pytest.raises(TypeError, match="gather_rows: out is no NumPy array"):
+        _core.run_op("gather_rows", cpu, x=zeros(1, 2), index=INDEX, out=[1.0])
 
 
 def test_arrays_that_are_no_tensors(cpu: _core.Backend) -> None:
-    out = zeros(1, 1)
+    out = zeros(1, 2)
     with pytest.raises(_core.EngineError, match="arrays of float64 are not supported"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2, dtype=np.float64), out=out)
+        _core.run_op("gather_rows", cpu, x=zeros(1, 2, dtype=np.float64), index=INDEX, out=out)
     with pytest.raises(_core.EngineError, match="arrays of >f4 are not supported"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2, dtype=">f4"), out=out)
+        _core.run_op("gather_rows", cpu, x=zeros(1, 2, dtype=">f4"), index=INDEX, out=out)
     with pytest.raises(_core.EngineError, match="array of 0 dimensions"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(), out=out)
+        _core.run_op("gather_rows", cpu, x=zeros(), index=INDEX, out=out)
     out.flags.writeable = False
-    with pytest.raises(ValueError, match="silu_mul: out is read-only"):
-        _core.run_op("silu_mul", cpu, gate_up=zeros(1, 2), out=out)
+    with pytest.raises(ValueError, match="gather_rows: out is read-only"):
+        _core.run_op("gather_rows", cpu, x=zeros(1, 2), index=INDEX, out=out)
 
 
 def test_an_op_is_timed_by_repeating_it(cpu: _core.Backend) -> None:

@@ -20,6 +20,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     tie_word_embeddings: bool
+    qkv_bias: bool
     rope_inv_freq: tuple[float, ...]  # [head_dim / 2] radians per position, scaling already applied
     max_position_embeddings: int
 
@@ -36,6 +37,7 @@ class ModelConfig:
             "rope_inv_freq": self.rope_inv_freq,
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_word_embeddings,
+            "qkv_bias": self.qkv_bias,
             "dtype": dtype,
         }
 

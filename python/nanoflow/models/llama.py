@@ -1,14 +1,49 @@
-"""The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+"""The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Mistral is a Llama with other defaults, Qwen2 one with a bias on q, k and v.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from nanoflow.models.config import CheckpointWeight, ModelConfig, WeightTarget
 from nanoflow.models.rope import rope_inv_freq, rope_parameters
 
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """What sets a member of the family apart."""
+
+    qkv_bias: bool
+    defaults: Mapping[str, Any]  # of keys that a config leaves out, as transformers has them
+
+
+_MEMBERS: Mapping[str, _Member] = MappingProxyType(
+    {
+        "LlamaForCausalLM": _Member(qkv_bias=False, defaults={"max_position_embeddings": 2048}),
+        "MistralForCausalLM": _Member(
+            qkv_bias=False,
+            defaults={
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+                "max_position_embeddings": 131072,
+            },
+        ),
+        "Qwen2ForCausalLM": _Member(
+            qkv_bias=True,
+            defaults={
+                "num_key_value_heads": 32,
+                "use_sliding_window": False,
+                "max_position_embeddings": 32768,
+            },
+        ),
+    }
+)
 # Traits of a config that change the computation, with the only values this family computes.
 # An absent key or null counts as the first value.
 _REQUIRED_TRAITS: Mapping[str, tuple[Any, ...]] = {
@@ -27,10 +62,13 @@ _ROTARY_BUFFER = re.compile(
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     """Dimensions and traits from a Hugging Face config.
 
-    Raises ValueError naming a key that is missing, a size that makes no sense, or a trait that is
-    not supported.
+    `architectures` names a member of the family. Raises ValueError naming a key that is missing, a
+    size that makes no sense, or a trait that is not supported.
     """
-    _check_traits(config)
+    architecture: str = config["architectures"][0]
+    member = _MEMBERS[architecture]
+    config = {**member.defaults, **config}
+    _check_traits(config, architecture)
     hidden_size = _size(config, "hidden_size")
     num_heads = _size(config, "num_attention_heads")
     num_kv_heads = _size(config, "num_key_value_heads", default=num_heads)
@@ -47,7 +85,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd; rotary positions need an even one")
     return ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture=architecture,
         vocab_size=_size(config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_size(config, "intermediate_size"),
@@ -57,8 +95,9 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=member.qkv_bias,
         rope_inv_freq=tuple(rope_inv_freq(rope_parameters(config), head_dim).tolist()),
-        max_position_embeddings=_size(config, "max_position_embeddings", default=2048),
+        max_position_embeddings=_size(config, "max_position_embeddings"),
     )
 
 
@@ -84,6 +123,12 @@ def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
             f"{mlp}.up_proj.weight": _whole(f"{ours}.up", inter, hidden),
             f"{mlp}.down_proj.weight": _whole(f"{ours}.down", hidden, inter),
         }
+        if model.qkv_bias:
+            weights |= {
+                f"{attn}.q_proj.bias": _rows(f"{ours}.qkv_bias", 0, q_rows),
+                f"{attn}.k_proj.bias": _rows(f"{ours}.qkv_bias", q_rows, kv_rows),
+                f"{attn}.v_proj.bias": _rows(f"{ours}.qkv_bias", q_rows + kv_rows, kv_rows),
+            }
     weights["model.norm.weight"] = _whole("norm", hidden)
     if not model.tie_word_embeddings:
         weights["lm_head.weight"] = _whole("lm_head", model.vocab_size, hidden)
@@ -97,14 +142,16 @@ def is_ignored(model: ModelConfig, name: str) -> bool:
     return _ROTARY_BUFFER.fullmatch(name) is not None
 
 
-def _check_traits(config: Mapping[str, Any]) -> None:
+def _check_traits(config: Mapping[str, Any], architecture: str) -> None:
     for key, supported in _REQUIRED_TRAITS.items():
         value = config.get(key)
+        if key == "sliding_window" and config.get("use_sliding_window") is False:
+            continue
         if key == "layer_types" and value and set(value) == {"full_attention"}:
             continue
         if value is not None and value not in supported:
             raise ValueError(
-                f"{key}={value!r} is not supported for LlamaForCausalLM"
+                f"{key}={value!r} is not supported for {architecture}"
                 + (f", only {supported[0]!r} is" if supported[0] is not None else "")
             )
 
@@ -124,5 +171,5 @@ def _whole(name: str, *shape: int) -> CheckpointWeight:
     return CheckpointWeight(shape, (WeightTarget(name, 0, shape[0]),))
 
 
-def _rows(name: str, row_begin: int, rows: int, columns: int) -> CheckpointWeight:
-    return CheckpointWeight((rows, columns), (WeightTarget(name, row_begin, rows),))
+def _rows(name: str, row_begin: int, rows: int, *columns: int) -> CheckpointWeight:
+    return CheckpointWeight((rows, *columns), (WeightTarget(name, row_begin, rows),))

@@ -25,6 +25,8 @@ _LLAMA = ModelAdapter(llama.parse_config, llama.checkpoint_weights, llama.is_ign
 _ADAPTERS: Mapping[str, ModelAdapter] = MappingProxyType(
     {
         "LlamaForCausalLM": _LLAMA,
+        "MistralForCausalLM": _LLAMA,  # without its sliding window
+        "Qwen2ForCausalLM": _LLAMA,
     }
 )
 
