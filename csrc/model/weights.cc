@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "kernels/ops.h"
 
 namespace nanoflow {
 

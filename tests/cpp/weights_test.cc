@@ -2,7 +2,9 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cstring>
+#include <utility>
 
 #include "away_backend.h"
 #include "core/error.h"
@@ -72,6 +74,53 @@ TEST_CASE("weights larger than the pinned buffers pass through them in turn") {
   std::fill(rows.begin(), rows.end(), -1.0f);  // the source is free after load()
   CHECK_THROWS_AS(weights.finish(), Error);    // the other tensors are missing
   CHECK(values_of(weights.embed()) == expected);
+}
+
+TEST_CASE("rows of gate and up go to their groups, in pieces of any size") {
+  const ModelSpec spec = tiny_spec(1, DType::kBF16);
+  const int columns = spec.hidden_size;
+  const std::vector<float> gate = counted_rows(48, columns);
+  std::vector<float> up = gate;
+  for (float& value : up) value = -value;
+  for (const std::shared_ptr<Backend>& backend :
+       {make_backend({.device = {}, .threads = 2, .isa = "auto"}),
+        std::shared_ptr<Backend>(std::make_shared<AwayBackend>())}) {
+    Weights weights(spec, backend);
+    weights.load("layers.0.gate", 0, gate.data(), bytes_of(gate), DType::kF32);
+    for (const auto& [begin, end] : {std::pair{20, 48}, {0, 3}, {3, 7}, {7, 20}}) {
+      const std::vector<float> piece(up.begin() + begin * columns, up.begin() + end * columns);
+      weights.load("layers.0.up", begin, piece.data(), bytes_of(piece), DType::kF32);
+    }
+    CHECK_THROWS_AS(weights.finish(), Error);  // the other tensors are missing
+    std::vector<float> expected;
+    for (int group = 0; group < 48; group += 8) {
+      for (const auto* part : std::array<const std::vector<float>*, 2>{&gate, &up}) {
+        expected.insert(expected.end(), part->begin() + group * columns,
+                        part->begin() + (group + 8) * columns);
+      }
+    }
+    CHECK(values_of(weights.layer(0).gate_up) == expected);
+    CHECK_THROWS_WITH_AS(
+        weights.load("layers.0.up", 47, up.data(), 2 * columns * sizeof(float), DType::kF32),
+        "weight layers.0.up has 48 rows, not rows [47, 49)", Error);
+  }
+}
+
+TEST_CASE("the projection of q, k and v has a bias where the spec says so") {
+  ModelSpec spec = tiny_spec(2);
+  const auto backend = make_backend({.device = {}, .threads = 1, .isa = "auto"});
+  CHECK_FALSE(Weights(spec, backend).layer(1).qkv_bias);
+  spec.qkv_bias = true;
+  const Weights weights(spec, backend);
+  CHECK(weights.layer(1).qkv_bias.size(0) == spec.qkv_size());
+  CHECK(weights.layer(1).input_norm.size(0) == spec.hidden_size);
+  CHECK(weights.norm().size(0) == spec.hidden_size);
+}
+
+TEST_CASE("an intermediate size that leaves part of a group is refused") {
+  ModelSpec spec = tiny_spec();
+  spec.intermediate_size = 44;
+  CHECK_THROWS_WITH_AS(spec.check(), "model spec: intermediate_size 44 is no multiple of 8", Error);
 }
 
 TEST_CASE("runs of rows are filled in the order of the source") {

@@ -34,24 +34,27 @@ def expected_weights(state: dict[str, torch.Tensor], num_layers: int) -> dict[st
         layer = {k: v for k, v in state.items() if k.startswith(f"model.layers.{n}.")}
 
         def of(*names: str, layer: dict[str, torch.Tensor] = layer, n: int = n) -> torch.Tensor:
-            return torch.cat([layer[f"model.layers.{n}.{name}.weight"] for name in names])
+            return torch.cat([layer[f"model.layers.{n}.{name}"] for name in names])
 
+        q, k, v = (f"self_attn.{part}_proj" for part in "qkv")
         weights |= {
-            f"layers.{n}.input_norm": of("input_layernorm"),
-            f"layers.{n}.qkv": of("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            f"layers.{n}.o": of("self_attn.o_proj"),
-            f"layers.{n}.post_norm": of("post_attention_layernorm"),
-            f"layers.{n}.gate": of("mlp.gate_proj"),
-            f"layers.{n}.up": of("mlp.up_proj"),
-            f"layers.{n}.down": of("mlp.down_proj"),
+            f"layers.{n}.input_norm": of("input_layernorm.weight"),
+            f"layers.{n}.qkv": of(f"{q}.weight", f"{k}.weight", f"{v}.weight"),
+            f"layers.{n}.o": of("self_attn.o_proj.weight"),
+            f"layers.{n}.post_norm": of("post_attention_layernorm.weight"),
+            f"layers.{n}.gate": of("mlp.gate_proj.weight"),
+            f"layers.{n}.up": of("mlp.up_proj.weight"),
+            f"layers.{n}.down": of("mlp.down_proj.weight"),
         }
+        if f"model.layers.{n}.{q}.bias" in layer:
+            weights[f"layers.{n}.qkv_bias"] = of(f"{q}.bias", f"{k}.bias", f"{v}.bias")
     return weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_fused_by_rows(tmp_path: Path, dtype: str, tied: bool) -> None:
-    model = {"dtype": dtype, "tie_word_embeddings": tied, "head_dim": 24}
+@pytest.mark.parametrize("tied, family", [(False, "Llama"), (True, "Llama"), (False, "Qwen2")])
+def test_weights_are_fused_by_rows(tmp_path: Path, dtype: str, tied: bool, family: str) -> None:
+    model = {"dtype": dtype, "tie_word_embeddings": tied, "head_dim": 24, "family": family}
     write_tiny_llama(tmp_path, **model)
     state = load_file(tmp_path / "model.safetensors")
     assert ("lm_head.weight" in state) != tied

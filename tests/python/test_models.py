@@ -85,7 +85,7 @@ def test_rotary_frequencies_are_those_of_transformers(case: str, head_dim: int) 
     [
         ({"architectures": "absent"}, "names no architecture"),
         ({"architectures": []}, "names no architecture"),
-        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is not supported; supp"),
+        ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supported; supp"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
@@ -123,4 +123,33 @@ def test_full_attention_in_every_layer_is_no_trait() -> None:
 
 
 def test_supported_architectures() -> None:
-    assert supported_architectures() == ("LlamaForCausalLM",)
+    assert supported_architectures() == (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+    )
+
+
+def test_qwen2_has_a_bias_on_q_k_and_v() -> None:
+    model = parse(architectures=["Qwen2ForCausalLM"], num_hidden_layers=1)
+    assert model.qkv_bias and model.spec_arguments("bfloat16")["qkv_bias"]
+    assert model.architecture == "Qwen2ForCausalLM"
+    weights = model_adapter(CONFIG).checkpoint_weights(model)
+    biases = {name: weight for name, weight in weights.items() if name.endswith(".bias")}
+    assert [weight.shape for weight in biases.values()] == [(4096,), (1024,), (1024,)]
+    targets = [target for weight in biases.values() for target in weight.targets]
+    assert {target.name for target in targets} == {"layers.0.qkv_bias"}
+    assert [target.row_begin for target in targets] == [0, 4096, 5120]
+    assert not parse().qkv_bias
+
+
+def test_windows_that_a_model_does_not_use_are_no_trait() -> None:
+    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
+    assert parse(**qwen2, use_sliding_window=False).num_layers == 32
+    assert parse(**qwen2).num_layers == 32  # their default
+    with pytest.raises(ValueError, match=r"sliding_window=131072 .* for Qwen2ForCausalLM"):
+        parse(**qwen2, use_sliding_window=True)
+    mistral = {"architectures": ["MistralForCausalLM"], "num_key_value_heads": "absent"}
+    assert parse(**mistral, sliding_window=None).num_kv_heads == 8
+    with pytest.raises(ValueError, match=r"sliding_window=4096 .* for MistralForCausalLM"):
+        parse(**mistral)  # their default

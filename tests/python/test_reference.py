@@ -15,7 +15,7 @@ from tiny_models import tiny_llama
 
 
 def fused_weights(model: Any) -> dict[str, NDArray[np.float32]]:
-    """A transformers Llama by the names of `_core.Weights`."""
+    """A transformers Llama or Qwen2 by the names of `_core.Weights`."""
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     weights = {
         "embed": state["model.embed_tokens.weight"],
@@ -42,10 +42,12 @@ def fused_weights(model: Any) -> dict[str, NDArray[np.float32]]:
     return weights
 
 
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+@pytest.mark.parametrize(
+    "tie_word_embeddings, family", [(False, "Llama"), (True, "Llama"), (False, "Qwen2")]
+)
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("bfloat16", 0.12)])
-def test_llama_logits(dtype: str, atol: float, tie_word_embeddings: bool) -> None:
-    model = tiny_llama(dtype=dtype, tie_word_embeddings=tie_word_embeddings)
+def test_llama_logits(dtype: str, atol: float, tie_word_embeddings: bool, family: str) -> None:
+    model = tiny_llama(family=family, dtype=dtype, tie_word_embeddings=tie_word_embeddings)
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     spec = _core.ModelSpec(
@@ -59,6 +61,7 @@ def test_llama_logits(dtype: str, atol: float, tie_word_embeddings: bool) -> Non
         rope_inv_freq=(10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).tolist(),
         rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=tie_word_embeddings,
+        qkv_bias=family == "Qwen2",
         dtype=dtype,
     )
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 30)

@@ -1,4 +1,4 @@
-"""Tiny random Llamas against `transformers`: logits of every position, greedy tokens.
+"""Tiny random models against `transformers`: logits of every position, greedy tokens.
 
 The CPU computes in float32; a GPU in bfloat16, beside transformers on that GPU if torch has it."""
 
@@ -46,8 +46,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.06,
         "rope_scaling": LLAMA3_ROPE,
     },
+    "mistral": {"family": "Mistral", "sliding_window": None},
+    "qwen2-d64": {
+        "family": "Qwen2",
+        "hidden_size": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "initializer_range": 0.08,
+    },
 }
-ON_GPU = {"head-dim", "llama2-d64", "llama3-d128"}  # of head_dim 64 and 128
+ON_GPU = {"head-dim", "llama2-d64", "llama3-d128", "qwen2-d64"}  # of head_dim 64 and 128
 TOLERANCE = 2e-4  # largest difference of float32 logits, in standard deviations of them
 TORCH = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,9 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog, again and again and again.",
@@ -29,6 +30,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 def tiny_llama(
     *,
+    family: str = "Llama",
     seed: int = 0,
     dtype: str = "float32",
     vocab_size: int = 160,
@@ -40,10 +42,13 @@ def tiny_llama(
     initializer_range: float = 0.15,
     **config: Any,
 ) -> LlamaForCausalLM:
-    """A random Llama whose logits have a standard deviation of about 1; norms are random too."""
+    """A random Llama whose logits have a standard deviation of about 1.
+
+    Norms and biases are random too. `family`: or another of transformers' with the same structure.
+    """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -57,8 +62,8 @@ def tiny_llama(
         )
     )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(getattr(torch, dtype))
 
