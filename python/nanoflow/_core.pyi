@@ -92,6 +92,7 @@ class ModelSpec:
         rope_inv_freq: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         rms_norm_eps: typing.SupportsFloat | typing.SupportsIndex = 9.999999747378752e-06,
         tie_word_embeddings: bool = False,
+        qkv_bias: bool = False,
         dtype: str = "bfloat16",
     ) -> None: ...
     @property
@@ -110,6 +111,8 @@ class ModelSpec:
     def num_kv_heads(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
+    @property
+    def qkv_bias(self) -> bool: ...
     @property
     def rms_norm_eps(self) -> float: ...
     @property

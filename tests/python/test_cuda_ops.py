@@ -103,28 +103,56 @@ def test_norms(
     _core.run_op("rms_norm", cpu, x=x, out=on_cpu, weight=weight, eps=EPS)
     assert differing(out, on_cpu) < 5e-3  # mean squares summed in another order
 
-    residual = randn(rng, dtype, rows, hidden)
-    total = reference.rounded(decode(x) + decode(residual), dtype)
-    out = sliced(poisoned(x.shape, dtype))
-    _core.run_op("add_rms_norm", gpu, x=x, residual=residual, out=out, weight=weight, eps=EPS)
-    np.testing.assert_array_equal(decode(residual), total)
-    TOLERANCES[dtype].check(out, reference.rms_norm(total, decode(weight), EPS, dtype))
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias, accumulate", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("depth, columns", [(64, 96), (576, 960), (4096, 1024)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gemm_adds_bias_and_old_values(
+    gpu: _core.Backend,
+    rng: Rng,
+    dtype: str,
+    rows: int,
+    depth: int,
+    columns: int,
+    has_bias: bool,
+    accumulate: bool,
+) -> None:
+    x, bias = randn(rng, dtype, rows, depth), randn(rng, dtype, columns)
+    weight = encode(rng.standard_normal((columns, depth), np.float32) / np.sqrt(depth), dtype)
+    before = randn(rng, dtype, rows, columns)
+    out = sliced(before if accumulate else poisoned(before.shape, dtype))
+    operands = {"bias": bias} if has_bias else {}
+    _core.run_op(
+        "gemm", gpu, x=sliced(x), weight=weight, out=out, accumulate=accumulate, **operands
+    )
+    expected = reference.gemm(decode(x), decode(weight), decode(bias) if has_bias else 0.0)
+    TOLERANCES[dtype].check(out, expected + (decode(before) if accumulate else 0.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inner", (64, 1536, 14336))
+@pytest.mark.parametrize("depth, columns", [(64, 96), (576, 1536), (4096, 1792)])
 @pytest.mark.parametrize("rows", ROWS)
-def test_silu_mul(
-    gpu: _core.Backend, cpu: _core.Backend, rng: Rng, dtype: str, rows: int, inner: int
+def test_gemm_silu_mul(
+    gpu: _core.Backend,
+    cpu: _core.Backend,
+    rng: Rng,
+    dtype: str,
+    rows: int,
+    depth: int,
+    columns: int,
 ) -> None:
-    gate_up = encode(6 * rng.standard_normal((rows, 2 * inner), np.float32), dtype)
-    gate_up[0, 0] = encode(np.array([-200.0]), dtype)[0]
-    out, on_cpu = poisoned((rows, inner), dtype), poisoned((rows, inner), dtype)
-    _core.run_op("silu_mul", gpu, gate_up=sliced(gate_up), out=sliced(out))
-    _core.run_op("silu_mul", gpu, gate_up=gate_up, out=out)
-    TOLERANCES[dtype].check(out, reference.silu_mul(decode(gate_up)))
-    _core.run_op("silu_mul", cpu, gate_up=gate_up, out=on_cpu)
-    assert differing(out, on_cpu) < 1e-3
+    x = randn(rng, dtype, rows, depth)
+    scale = 3 / np.sqrt(depth)  # products from -15 to 15
+    weight = encode(scale * rng.standard_normal((2 * columns, depth), np.float32), dtype)
+    out, on_cpu = (poisoned((rows, columns), dtype) for _ in range(2))
+    out = sliced(out)
+    _core.run_op("gemm_silu_mul", gpu, x=sliced(x), weight=weight, out=out)
+    _core.run_op("gemm_silu_mul", cpu, x=x, weight=weight, out=on_cpu)
+    TOLERANCES[dtype].check(out, decode(on_cpu))
+    assert differing(out, on_cpu) < 2e-2  # float sums in another order
+    some = slice(None, None, 97)
+    TOLERANCES[dtype].check(out[some], reference.gemm_silu_mul(decode(x[some]), decode(weight)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,8 +297,12 @@ def test_a_row_does_not_depend_on_the_lane_or_on_other_rows(
     "op, operands, message",
     [
         ("rms_norm", {"x": (2, 60), "out": (2, 60), "weight": (60,), "eps": EPS}, "16 bytes"),
-        ("silu_mul", {"gate_up": (2, 24), "out": (2, 12)}, "16 bytes"),
-        ("silu_mul", {"gate_up": (2, 32), "out": (2, 12)}, "gate_up needs twice its columns"),
+        ("gemm", {"x": (2, 64), "weight": (60, 64), "out": (2, 60)}, "multiples of 16"),
+        (
+            "gemm_silu_mul",
+            {"x": (2, 64), "weight": (32, 64), "out": (2, 24)},
+            "needs twice the columns of out",
+        ),
     ],
 )
 def test_what_a_gpu_refuses(
