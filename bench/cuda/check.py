@@ -5,6 +5,8 @@ Usage: python bench/cuda/check.py LIBRARY
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -22,31 +24,65 @@ def error_of(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the sums of a product."""
+
+    bias: bool = False
+    accumulate: bool = False
+    silu_mul: bool = False
+
+    def __call__(
+        self, sums: torch.Tensor, bias: torch.Tensor | None, old: torch.Tensor
+    ) -> torch.Tensor:
+        """In float64: sums is [T, N], bias [N], old what out held."""
+        if self.silu_mul:
+            groups = sums.view(sums.shape[0], -1, 2, 8)
+            sums = torch.nn.functional.silu(groups[:, :, 0]) * groups[:, :, 1]
+            sums = sums.reshape(old.shape)
+        if bias is not None:
+            sums = sums + bias.double()
+        return sums + old.double() if self.accumulate else sums
+
+
+EPILOGUES = [
+    Epilogue(),
+    Epilogue(bias=True),
+    Epilogue(accumulate=True),
+    Epilogue(bias=True, accumulate=True),
+    Epilogue(silu_mul=True),
+]
+
+
 def check_gemm(
     kernels: Kernels,
     kernel: int | None,
     shape: tuple[int, int, int],
     sms: int,
     types: tuple[torch.dtype, torch.dtype],
+    epilogue: Epilogue,
 ) -> str | None:
-    """What is wrong with out = x · weightᵀ inside wider buffers, or None."""
+    """What is wrong with a product inside wider buffers, or None."""
     rows, features, depth = shape
     x = torch.randn(rows, depth + 64, device="cuda").to(types[0])[:, :depth]
-    weight = torch.randn(features, depth, device="cuda").to(types[0])
-    buffer = poisoned((rows + 2, features + 32), types[1])
-    out = buffer[1 : rows + 1, :features]
-    kernels.gemm(x, weight, out, kernel, sms)
-    first = buffer.clone()
+    weight = (torch.randn(features, depth, device="cuda") * 0.1).to(types[0])
+    bias = torch.randn(features, device="cuda").to(types[0]) if epilogue.bias else None
+    columns = features // 2 if epilogue.silu_mul else features
+    old = torch.randn(rows, columns, device="cuda").to(types[1])
+    runs = []
     for _ in range(3):
-        out.fill_(float("nan"))
-        kernels.gemm(x, weight, out, kernel, sms)
-        if not torch.equal(first.nan_to_num(7.0), buffer.nan_to_num(7.0)):
-            return "differs between runs"
-    outside = buffer.clone()
-    outside[1 : rows + 1, :features] = float("nan")
-    if not outside.isnan().all():
+        buffer = poisoned((rows + 2, columns + 32), types[1])
+        out = buffer[1 : rows + 1, :columns]
+        if epilogue.accumulate:
+            out.copy_(old)
+        kernels.gemm(x, weight, out, kernel, sms, bias, epilogue.accumulate, epilogue.silu_mul)
+        runs.append(buffer)
+    if not all(torch.equal(runs[0].nan_to_num(7.0), r.nan_to_num(7.0)) for r in runs[1:]):
+        return "differs between runs"
+    error = error_of(out, epilogue(x.double() @ weight.double().T, bias, old))
+    out.fill_(float("nan"))
+    if not buffer.isnan().all():
         return "writes outside"
-    error = error_of(out, x.double() @ weight.double().T)
     return None if error < LIMIT[types[1]] else f"error {error:.2e}"
 
 
@@ -127,18 +163,24 @@ def main() -> int:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     names = kernels.gemm_names()
     shapes = [(rows, 960, 576) for rows in (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 2048)]
-    shapes += [(129, 4096, 1024), (300, 1544, 4096), (1024, 6144, 4096), (64, 4096, 14336)]
-    for types in ((bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)):
-        for kernel in (None, *range(len(names))):
-            for shape in shapes:
-                for sms in (kernels.sms, 24):
-                    name = "chosen" if kernel is None else names[kernel]
-                    what = f"gemm {name} {shape} {sms} SMs {types}"
-                    try:
-                        report(what, check_gemm(kernels, kernel, shape, sms, types))
-                    except NativeError as error:
-                        if kernel is None or "there is no kernel" not in str(error):
-                            report(what, str(error))
+    shapes += [(129, 4096, 1024), (300, 1552, 4096), (1024, 6144, 4096), (64, 4096, 14336)]
+    cases = itertools.product(
+        ((bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)),
+        EPILOGUES,
+        (None, *range(len(names))),
+        shapes,
+        (kernels.sms, 24),
+    )
+    for types, epilogue, kernel, shape, sms in cases:
+        if types[1] == f32 and epilogue != Epilogue():
+            continue
+        name = "chosen" if kernel is None else names[kernel]
+        what = f"gemm {name} {shape} {sms} SMs {types} {epilogue}"
+        try:
+            report(what, check_gemm(kernels, kernel, shape, sms, types, epilogue))
+        except NativeError as error:
+            if kernel is None or "there is no kernel" not in str(error):
+                report(what, str(error))
     decodes = [(1, length) for length in (1, 15, 16, 17, 63, 64, 65, 255, 1000, 8192)]
     mixed = [*decodes[:6], (5, 5), (16, 100), (17, 17), (128, 128), (129, 700), (512, 1031)]
     batches = {

@@ -26,6 +26,12 @@ const char* guarded(Fn&& fn) {
   }
 }
 
+GemmType type_of(int x_dtype, int out_dtype, int is_silu_mul) {
+  return {.x = static_cast<DType>(x_dtype),
+          .out = static_cast<DType>(out_dtype),
+          .is_silu_mul = is_silu_mul != 0};
+}
+
 }  // namespace
 
 extern "C" {
@@ -36,17 +42,18 @@ const char* nf_gemm_name(int kernel) {
   return traits_of(static_cast<GemmKernel>(kernel)).name.data();
 }
 
-int nf_choose_gemm(int rows, int features, int depth, int sms, int x_dtype, int out_dtype) {
-  return static_cast<int>(choose_gemm({rows, features, depth}, sms, static_cast<DType>(x_dtype),
-                                      static_cast<DType>(out_dtype)));
+int nf_choose_gemm(int rows, int features, int depth, int sms, int x_dtype, int out_dtype,
+                   int is_silu_mul) {
+  return static_cast<int>(
+      choose_gemm({rows, features, depth}, sms, type_of(x_dtype, out_dtype, is_silu_mul)));
 }
 
-const char* nf_gemm(int kernel, int x_dtype, int out_dtype, const GemmArguments* arguments) {
+const char* nf_gemm(int kernel, int x_dtype, int out_dtype, int is_silu_mul,
+                    const GemmArguments* arguments) {
   return guarded([&] {
     const GemmLauncher launch =
-        gemm_launcher(static_cast<GemmKernel>(kernel), static_cast<DType>(x_dtype),
-                      static_cast<DType>(out_dtype));
-    NF_CHECK(launch != nullptr, "there is no kernel ", nf_gemm_name(kernel), " for these dtypes");
+        gemm_launcher(static_cast<GemmKernel>(kernel), type_of(x_dtype, out_dtype, is_silu_mul));
+    NF_CHECK(launch != nullptr, "there is no kernel ", nf_gemm_name(kernel), " for this type");
     launch(*arguments);
   });
 }

@@ -15,9 +15,10 @@ GEMM_WORKSPACE = 64 << 20
 
 class GemmArguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
         *((name, ctypes.c_int) for name in ("rows", "features", "depth")),
         *((name, ctypes.c_int64) for name in ("x_stride", "weight_stride", "out_stride")),
+        ("accumulate", ctypes.c_bool),
         ("sms", ctypes.c_int),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_size_t),
@@ -98,10 +99,15 @@ class Kernels:
         return [self._native.nf_gemm_name(i).decode() for i in range(count)]
 
     def choose_gemm(
-        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, sms: int
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        sms: int,
+        silu_mul: bool = False,
     ) -> int:
         rows, depth = x.shape
-        types = DTYPES[x.dtype], DTYPES[out.dtype]
+        types = DTYPES[x.dtype], DTYPES[out.dtype], silu_mul
         return int(self._native.nf_choose_gemm(rows, weight.shape[0], depth, sms, *types))
 
     def gemm(
@@ -111,14 +117,21 @@ class Kernels:
         out: torch.Tensor,
         kernel: int | None = None,
         sms: int | None = None,
+        bias: torch.Tensor | None = None,
+        accumulate: bool = False,
+        silu_mul: bool = False,
     ) -> None:
-        """out = x @ weight.T by the given kernel, or the one that nanoflow chooses."""
+        """out = x @ weight.T by the given kernel, or the one that nanoflow chooses.
+
+        With `silu_mul`, out = silu(x @ gate.T) * (x @ up.T), eight rows of each in turn in weight.
+        """
         sms = sms or self.sms
         if kernel is None:
-            kernel = self.choose_gemm(x, weight, out, sms)
+            kernel = self.choose_gemm(x, weight, out, sms, silu_mul)
         arguments = GemmArguments(
             x.data_ptr(),
             weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             x.shape[0],
             weight.shape[0],
@@ -126,12 +139,13 @@ class Kernels:
             x.stride(0),
             weight.stride(0),
             out.stride(0),
+            accumulate,
             sms,
             self._workspace.data_ptr(),
             GEMM_WORKSPACE,
             stream(),
         )
-        types = DTYPES[x.dtype], DTYPES[out.dtype]
+        types = DTYPES[x.dtype], DTYPES[out.dtype], silu_mul
         self._check(self._native.nf_gemm(kernel, *types, ctypes.byref(arguments)))
 
     def attention_work(self, batch: AttentionBatch, heads: int, kv_heads: int) -> torch.Tensor:

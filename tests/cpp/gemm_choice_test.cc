@@ -8,7 +8,7 @@ namespace {
 constexpr int kSms = 132;
 
 GemmKernel choose(const GemmShape& shape, int sms = kSms) {
-  return choose_gemm(shape, sms, DType::kBF16, DType::kBF16);
+  return choose_gemm(shape, sms, {.x = DType::kBF16, .out = DType::kBF16});
 }
 
 TEST_CASE("the choice is the kernel with the least expected time") {
@@ -53,11 +53,15 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(traits_of(choose({.rows = 16, .features = 4096, .depth = 4096})).tile_rows == 16);
 }
 
-TEST_CASE("only general kernels are chosen for other dtypes than bfloat16") {
-  for (int rows : {1, 64, 256, 640, 1024}) {
-    const GemmShape shape{.rows = rows, .features = 128256, .depth = 4096};
-    CHECK(traits_of(choose_gemm(shape, kSms, DType::kBF16, DType::kF32)).is_general);
-    CHECK(traits_of(choose_gemm(shape, kSms, DType::kF16, DType::kF16)).is_general);
+TEST_CASE("only general kernels are chosen for other types than bfloat16 into bfloat16") {
+  const GemmType types[] = {{.x = DType::kBF16, .out = DType::kF32},
+                            {.x = DType::kF16, .out = DType::kF16},
+                            {.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = true}};
+  for (const GemmType& type : types) {
+    for (int rows : {1, 64, 256, 640, 1024}) {
+      const GemmShape shape{.rows = rows, .features = 128256, .depth = 4096};
+      CHECK(traits_of(choose_gemm(shape, kSms, type)).is_general);
+    }
   }
 }
 

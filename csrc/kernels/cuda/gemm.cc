@@ -59,9 +59,10 @@ int64_t slots_of(const GemmTraits& t, int sms) {
   return int64_t{std::max(sms / cluster, 1)} * cluster;
 }
 
-bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, DType x, DType out) {
+bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, const GemmType& type) {
   const GemmTraits& t = traits_of(kernel);
-  if (!t.is_general && !(x == DType::kBF16 && out == DType::kBF16)) return false;
+  const bool is_common = type.x == DType::kBF16 && type.out == DType::kBF16 && !type.is_silu_mul;
+  if (!t.is_general && !is_common) return false;
   if (shape.rows <= kFewRows) return t.tile_rows <= kFewRows;
   return !t.is_stream_k || t.tile_rows <= kFewRows ||
          tiles_of(t, shape) <= kStreamKWaves * slots_of(t, sms);
@@ -87,12 +88,12 @@ double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms) {
   return cost.fixed_us + std::max(multiply_us, memory_us);
 }
 
-GemmKernel choose_gemm(const GemmShape& shape, int sms, DType x, DType out) {
+GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type) {
   GemmKernel best = GemmKernel::k128x256;
   double best_us = std::numeric_limits<double>::infinity();
   for (int i = 0; i < kNumGemmKernels; ++i) {
     const auto kernel = static_cast<GemmKernel>(i);
-    if (!is_candidate(kernel, shape, sms, x, out)) continue;
+    if (!is_candidate(kernel, shape, sms, type)) continue;
     const double us = gemm_time_us(kernel, shape, sms);
     if (us < best_us) {
       best = kernel;

@@ -17,6 +17,12 @@ struct GemmShape {
   int depth;     // K
 };
 
+/// Which kernels can compute a product.
+struct GemmType {
+  DType x, out;
+  bool is_silu_mul = false;  // GemmSiluMul, of N rows of gate and up
+};
+
 /// Kernels that are compiled in, by their tile of rows × features. Cooperative: two warpgroups
 /// share a tile; ping-pong: each has its own.
 enum class GemmKernel : uint8_t {
@@ -37,13 +43,13 @@ struct GemmTraits {
   int tile_rows, tile_features;
   int cluster_rows, cluster_features;  // tiles that run side by side and share operands
   bool is_stream_k;
-  bool is_general;  // exists for every pair of dtypes, not only bfloat16 in and out
+  bool is_general;  // exists for every type of product, not only of bfloat16 into bfloat16
 };
 
 const GemmTraits& traits_of(GemmKernel kernel);
 
-/// The kernel that is expected to be fastest on `sms` SMs, among those that exist for the dtypes.
-GemmKernel choose_gemm(const GemmShape& shape, int sms, DType x, DType out);
+/// The kernel that is expected to be fastest on `sms` SMs, among those that exist for the type.
+GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type);
 
 /// The time of the choice's model, in microseconds: good for comparing kernels.
 double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms);

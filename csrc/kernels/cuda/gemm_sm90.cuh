@@ -4,13 +4,13 @@
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
 #include <cute/tensor.hpp>
-#include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/gemm/kernel/tile_scheduler.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
 #include "core/error.h"
+#include "kernels/cuda/gemm_epilogue.cuh"
 #include "kernels/cuda/gemm_sm90.h"
 
 namespace nanoflow::cuda {
@@ -19,12 +19,10 @@ namespace nanoflow::cuda {
 // multiply. A persistent grid takes the tiles in turn.
 struct Cooperative {  // both warpgroups share a tile
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
   using Scheduler = cutlass::gemm::PersistentScheduler;
 };
 struct Pingpong {  // each has its own tile: one's epilogue runs beside the other's products
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
   using Scheduler = cutlass::gemm::PersistentScheduler;
 };
 struct StreamK : Cooperative {  // the last wave's products are dealt out evenly, along K
@@ -36,14 +34,8 @@ using Alone = cute::Shape<cute::_1, cute::_1, cute::_1>;
 using PairOfRows = cute::Shape<cute::_2, cute::_1, cute::_1>;     // the same features
 using PairOfColumns = cute::Shape<cute::_1, cute::_2, cute::_1>;  // the same tokens
 
-// Which operand supplies the rows of the tensor cores' tile (128 at a time, cooperatively).
-enum class Rows {
-  kTokens,    // tile: tokens × features
-  kFeatures,  // tile: features × tokens, for few tokens; the product is computed transposed
-};
-
 template <class X, class Out, int kTileM, int kTileN, int kTileK, class Cluster, class Policy,
-          Rows kRows = Rows::kTokens>
+          Rows kRows = Rows::kTokens, Combine kCombine = Combine::kStore>
 struct GemmSm90 {
   static constexpr bool kTransposed = kRows == Rows::kFeatures;
   using KMajorA = cutlass::layout::RowMajor;
@@ -51,12 +43,10 @@ struct GemmSm90 {
   using OutLayout =
       std::conditional_t<kTransposed, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
-  static constexpr int kAlign = 16 / sizeof(X), kOutAlign = 16 / sizeof(Out);
+  static constexpr int kAlign = 16 / sizeof(X);
 
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, OutLayout, kOutAlign,
-      Out, OutLayout, kOutAlign, typename Policy::Epilogue>::CollectiveOp;
+  using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
+      GemmEpilogue<Out, cutlass::gemm::TagToStrideC_t<OutLayout>, kRows, kCombine>>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, X, KMajorA, kAlign, X, KMajorB, kAlign,
       float, Tile, Cluster,
@@ -93,11 +83,10 @@ struct GemmSm90 {
         {m, n, a.shape.depth, 1},
         {static_cast<const X*>(left), stride_of<typename Kernel::StrideA>(left_stride),
          static_cast<const X*>(right), stride_of<typename Kernel::StrideB>(right_stride)},
-        {{},
-         nullptr,
-         typename Kernel::StrideC{},
-         static_cast<Out*>(a.out),
-         stride_of<typename Kernel::StrideD>(a.out_stride)},
+        {.out = static_cast<Out*>(a.out),
+         .out_stride = a.out_stride,
+         .bias = static_cast<const Out*>(a.bias),
+         .accumulate = a.accumulate},
         hardware};
     if constexpr (cute::is_same_v<typename Policy::Scheduler, cutlass::gemm::StreamKScheduler>) {
       using Mode = decltype(arguments.scheduler.decomposition_mode);

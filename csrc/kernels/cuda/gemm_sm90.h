@@ -9,13 +9,16 @@
 
 namespace nanoflow::cuda {
 
-/// One launch of out = x · weightᵀ. Strides are of rows, in elements; columns are contiguous.
+/// One launch of out = x · weightᵀ + bias, or of GemmSiluMul. Strides are of rows, in elements;
+/// columns are contiguous.
 struct GemmArguments {
   const void* x;       // [T, K]
   const void* weight;  // [N, K]
-  void* out;           // [T, N]
+  const void* bias;    // [N] of out's dtype, or null
+  void* out;           // [T, N], of GemmSiluMul [T, N / 2]
   GemmShape shape;
   int64_t x_stride, weight_stride, out_stride;
+  bool accumulate;  // out += instead of out =
   int sms;          // CTAs that run at a time
   void* workspace;  // stream-K sums and flags, contents undefined
   size_t workspace_bytes;
@@ -25,17 +28,18 @@ struct GemmArguments {
 /// Enqueues the kernel; Error when the kernel cannot run these arguments.
 using GemmLauncher = void (*)(const GemmArguments&);
 
-/// The kernel for operands of `x` and results of `out`, or null where there is none.
-GemmLauncher gemm_launcher(GemmKernel kernel, DType x, DType out);
+/// The kernel for a type of product, or null where there is none.
+GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type);
 
-/// The launchers by translation unit (each file instantiates two or three kernels: compiling one
-/// takes 5 to 6 GB); null for kernels of another one.
+/// The launchers by translation unit (each file instantiates two or three kernels, which takes a
+/// compiler 2 to 4 GB); null for kernels of another one.
 GemmLauncher gemm_bf16_large(GemmKernel kernel);
 GemmLauncher gemm_bf16_medium(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);
 GemmLauncher gemm_bf16_f32(GemmKernel kernel);
+GemmLauncher gemm_bf16_silu_mul(GemmKernel kernel);
 GemmLauncher gemm_f16(GemmKernel kernel);
 GemmLauncher gemm_f16_f32(GemmKernel kernel);
-GemmLauncher gemm_f16_small(GemmKernel kernel, DType out);
+GemmLauncher gemm_f16_silu_mul(GemmKernel kernel);
 
 }  // namespace nanoflow::cuda

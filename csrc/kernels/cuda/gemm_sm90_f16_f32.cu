@@ -10,6 +10,8 @@ GemmLauncher gemm_f16_f32(GemmKernel kernel) {
       return GemmSm90<X, Out, 128, 256, 64, PairOfRows, Cooperative>::launch;
     case GemmKernel::k128x128:
       return GemmSm90<X, Out, 128, 128, 64, Alone, Pingpong>::launch;
+    case GemmKernel::k64x128StreamK:
+      return GemmSm90<X, Out, 128, 64, 128, Alone, StreamK, Rows::kFeatures>::launch;
     default:
       return nullptr;
   }

@@ -15,12 +15,11 @@ class CudaKernels : public Kernels {
 
   void run(const Embed& op, Lane& lane) override;
   void run(const RmsNorm& op, Lane& lane) override;
-  void run(const AddRmsNorm& op, Lane& lane) override;
   void run(const Gemm& op, Lane& lane) override;
+  void run(const GemmSiluMul& op, Lane& lane) override;
   void run(const RopeAppend& op, Lane& lane) override;
   void run(const PlanAttention& op, Lane& lane) override;
   void run(const Attention& op, Lane& lane) override;
-  void run(const SiluMul& op, Lane& lane) override;
   void run(const GatherRows& op, Lane& lane) override;
   void run(const Sample& op, Lane& lane) override;
   void run(const FillNormal& op, Lane& lane) override;

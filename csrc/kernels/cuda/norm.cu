@@ -20,10 +20,9 @@ constexpr int kThreadsPerSm = 2048;
 template <typename T>
 struct NormArgs {
   const T* x;
-  T* residual;  // null: no addition
   T* out;
   const T* weight;
-  int64_t x_stride, residual_stride, out_stride, rows;
+  int64_t x_stride, out_stride, rows;
   int packs;  // of a row
   float eps;
 };
@@ -58,15 +57,6 @@ __global__ void norm_kernel(const NormArgs<T> a) {
       const int pack = threadIdx.x + p * blockDim.x;
       if (pack >= a.packs) continue;
       x[p] = Pack<T>(a.x + row * a.x_stride + pack * kPack);
-      if (a.residual != nullptr) {
-        T* at = a.residual + row * a.residual_stride + pack * kPack;
-        const Pack<T> residual(at);
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) {
-          x[p].values[i] = from_float<T>(to_float(x[p].values[i]) + to_float(residual.values[i]));
-        }
-        x[p].store(at);
-      }
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         const float value = to_float(x[p].values[i]);
@@ -99,8 +89,8 @@ void launch_packs(const NormArgs<T>& args, const CudaLane& lane) {
 }
 
 template <typename T>
-void launch(const NormArgs<T>& args, std::string_view op, const CudaLane& lane) {
-  NF_CHECK(args.packs <= 4 * kMaxThreads, op, " on a GPU takes rows of at most ",
+void launch(const NormArgs<T>& args, const CudaLane& lane) {
+  NF_CHECK(args.packs <= 4 * kMaxThreads, RmsNorm::kName, " on a GPU takes rows of at most ",
            4 * kMaxThreads * kPack, " values, not ", args.packs * kPack);
   if (args.packs <= kUsualThreads) {
     launch_packs<T, 1>(args, lane);
@@ -122,39 +112,14 @@ void CudaKernels::run(const RmsNorm& op, Lane& lane) {
   dispatch_half(op.x.dtype(), RmsNorm::kName, [&](auto tag) {
     using T = typename decltype(tag)::type;
     launch(NormArgs<T>{.x = op.x.data<T>(),
-                       .residual = nullptr,
                        .out = op.out.data<T>(),
                        .weight = op.weight.data<T>(),
                        .x_stride = op.x.stride(0),
-                       .residual_stride = 0,
                        .out_stride = op.out.stride(0),
                        .rows = op.x.size(0),
                        .packs = static_cast<int>(op.x.size(1)) / kPack,
                        .eps = op.eps},
-           RmsNorm::kName, cuda_lane(lane));
-  });
-}
-
-void CudaKernels::run(const AddRmsNorm& op, Lane& lane) {
-  check_shapes(op);
-  check_packs(AddRmsNorm::kName, "x", op.x);
-  check_packs(AddRmsNorm::kName, "residual", op.residual);
-  check_packs(AddRmsNorm::kName, "out", op.out);
-  check_packs(AddRmsNorm::kName, "weight", op.weight);
-  if (op.x.size(0) == 0) return;
-  dispatch_half(op.x.dtype(), AddRmsNorm::kName, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    launch(NormArgs<T>{.x = op.x.data<T>(),
-                       .residual = op.residual.data<T>(),
-                       .out = op.out.data<T>(),
-                       .weight = op.weight.data<T>(),
-                       .x_stride = op.x.stride(0),
-                       .residual_stride = op.residual.stride(0),
-                       .out_stride = op.out.stride(0),
-                       .rows = op.x.size(0),
-                       .packs = static_cast<int>(op.x.size(1)) / kPack,
-                       .eps = op.eps},
-           AddRmsNorm::kName, cuda_lane(lane));
+           cuda_lane(lane));
   });
 }
 

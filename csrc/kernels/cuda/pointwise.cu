@@ -70,22 +70,6 @@ __global__ void gather_kernel(const int32_t* index, Rows x, Rows out, int pieces
 }
 
 template <typename T>
-__global__ void silu_mul_kernel(const T* gate_up, int64_t gate_up_stride, T* out,
-                                int64_t out_stride, int64_t rows, int pieces) {
-  for_pieces(rows, pieces, [&](int64_t row, int piece) {
-    const T* from = gate_up + row * gate_up_stride + piece * kPack;
-    const Pack<T> gate(from), up(from + static_cast<int64_t>(pieces) * kPack);
-    Pack<T> result;
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const float g = to_float(gate.values[i]);
-      result.values[i] = from_float<T>(g / (1.0f + __expf(-g)) * to_float(up.values[i]));
-    }
-    result.store(out + row * out_stride + piece * kPack);
-  });
-}
-
-template <typename T>
 struct Cache {
   T* data;
   int64_t page_stride, head_stride, token_stride;
@@ -193,23 +177,6 @@ void CudaKernels::run(const GatherRows& op, Lane& lane) {
   const int pieces = pieces_of(op.out);
   gather_kernel<<<grid_of(op.out.size(0), pieces, own), kThreads, 0, own.stream()>>>(
       op.index.data<int32_t>(), Rows(op.x), Rows(op.out), pieces);
-  NF_CUDA_CHECK(cudaGetLastError());
-}
-
-void CudaKernels::run(const SiluMul& op, Lane& lane) {
-  check_shapes(op);
-  check_packs(SiluMul::kName, "gate_up", op.gate_up);
-  check_packs(SiluMul::kName, "out", op.out);
-  const int64_t rows = op.out.size(0);
-  if (rows == 0) return;
-  const CudaLane& own = cuda_lane(lane);
-  const int pieces = pieces_of(op.out);
-  dispatch_half(op.out.dtype(), SiluMul::kName, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    silu_mul_kernel<<<grid_of(rows, pieces, own), kThreads, 0, own.stream()>>>(
-        op.gate_up.data<T>(), op.gate_up.stride(0), op.out.data<T>(), op.out.stride(0), rows,
-        pieces);
-  });
   NF_CUDA_CHECK(cudaGetLastError());
 }
 
