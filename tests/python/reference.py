@@ -52,6 +52,19 @@ def poisoned(shape: Sequence[int], dtype: str) -> NDArray[Any]:
     return encode(np.full(shape, np.nan), dtype)
 
 
+def randn(rng: np.random.Generator, dtype: str, *shape: int) -> NDArray[Any]:
+    return encode(rng.standard_normal(shape, np.float32), dtype)
+
+
+def with_gaps(array: NDArray[Any]) -> NDArray[Any]:
+    """The same rows, further apart in memory, as q is a part of qkv: at multiples of 16 bytes if
+    their length is one, as GPUs want it."""
+    before, after = (16, 8) if array.shape[1] % 8 == 0 else (3, 2)
+    wide = np.zeros((array.shape[0], before + array.shape[1] + after), array.dtype)
+    wide[:, before:-after] = array
+    return wide[:, before:-after]
+
+
 def embed(tokens: Ints, token_pool: Ints, table: Floats) -> Floats:
     rows: Floats = table[np.where(tokens >= 0, tokens, token_pool[-1 - np.minimum(tokens, -1)])]
     return rows

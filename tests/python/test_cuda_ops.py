@@ -1,4 +1,4 @@
-"""Ops on a GPU, in the sizes of real models, against NumPy and against the CPU backend."""
+"""What is particular to ops on a GPU; test_kernels.py and others test every op on every device."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import reference
-from conftest import TOLERANCES, has_cuda
+from conftest import has_cuda
 from nanoflow import _core
-from reference import decode, encode, poisoned
+from reference import decode, poisoned, randn
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
 
-DTYPES = ("bfloat16", "float16")
-ROWS = (1, 127, 128, 129, 700)
-HIDDEN = (64, 576, 2048, 4096, 5120, 8192, 16384)
 EPS = 1e-5
 
 Rng = np.random.Generator
@@ -33,21 +29,6 @@ def cpu() -> _core.Backend:
     return _core.Backend("cpu")
 
 
-def randn(rng: Rng, dtype: str, *shape: int) -> NDArray[Any]:
-    return encode(rng.standard_normal(shape, np.float32), dtype)
-
-
-def sliced(array: NDArray[Any]) -> NDArray[Any]:
-    """The same rows as a slice of wider ones, as q is of qkv."""
-    wide = np.zeros((array.shape[0], array.shape[1] + 24), array.dtype)
-    wide[:, 16:-8] = array
-    return wide[:, 16:-8]
-
-
-def differing(a: NDArray[Any], b: NDArray[Any]) -> float:
-    return float((decode(a) != decode(b)).mean())
-
-
 def test_the_backend_describes_itself(gpu: _core.Backend) -> None:
     assert gpu.device == "cuda:0"
     assert gpu.description.startswith("cuda:0 (") and "SMs)" in gpu.description
@@ -61,24 +42,6 @@ def test_a_gpu_that_is_not_there() -> None:
         _core.Backend("cuda", threads=2)
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, "float32"))
-@pytest.mark.parametrize("rows", ROWS)
-def test_embed_and_gather(gpu: _core.Backend, rng: Rng, dtype: str, rows: int) -> None:
-    table = randn(rng, dtype, 1000, 576)
-    pool = rng.integers(0, 1000, 64, np.int32)
-    tokens = rng.integers(-64, 1000, rows, np.int32)
-    out = poisoned((rows, 576), dtype)
-    _core.run_op("embed", gpu, tokens=tokens, token_pool=pool, table=table, out=out)
-    np.testing.assert_array_equal(decode(out), reference.embed(tokens, pool, decode(table)))
-
-    index = rng.integers(-1, 1000, rows, np.int32)
-    out = sliced(poisoned((rows, 576), dtype))
-    _core.run_op("gather_rows", gpu, x=table, index=index, out=out)
-    np.testing.assert_array_equal(
-        decode(out), np.where(index[:, None] < 0, 0, decode(table)[index])
-    )
-
-
 def test_rows_that_do_not_exist_read_as_nan(gpu: _core.Backend, rng: Rng) -> None:
     table, pool = randn(rng, "bfloat16", 10, 64), np.array([3, 10, -1], np.int32)
     out = poisoned((6, 64), "bfloat16")
@@ -88,122 +51,6 @@ def test_rows_that_do_not_exist_read_as_nan(gpu: _core.Backend, rng: Rng) -> Non
     np.testing.assert_array_equal(out[[0, 2]], table[[9, 3]])
     _core.run_op("gather_rows", gpu, x=table, index=np.array([10], np.int32), out=out[:1])
     assert np.isnan(decode(out[:1])).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("rows", ROWS)
-def test_norms(
-    gpu: _core.Backend, cpu: _core.Backend, rng: Rng, dtype: str, rows: int, hidden: int
-) -> None:
-    x, weight = randn(rng, dtype, rows, hidden), randn(rng, dtype, hidden)
-    out, on_cpu = poisoned(x.shape, dtype), poisoned(x.shape, dtype)
-    _core.run_op("rms_norm", gpu, x=sliced(x), out=out, weight=weight, eps=EPS)
-    TOLERANCES[dtype].check(out, reference.rms_norm(decode(x), decode(weight), EPS, dtype))
-    _core.run_op("rms_norm", cpu, x=x, out=on_cpu, weight=weight, eps=EPS)
-    assert differing(out, on_cpu) < 5e-3  # mean squares summed in another order
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_bias, accumulate", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("depth, columns", [(64, 96), (576, 960), (4096, 1024)])
-@pytest.mark.parametrize("rows", ROWS)
-def test_gemm_adds_bias_and_old_values(
-    gpu: _core.Backend,
-    rng: Rng,
-    dtype: str,
-    rows: int,
-    depth: int,
-    columns: int,
-    has_bias: bool,
-    accumulate: bool,
-) -> None:
-    x, bias = randn(rng, dtype, rows, depth), randn(rng, dtype, columns)
-    weight = encode(rng.standard_normal((columns, depth), np.float32) / np.sqrt(depth), dtype)
-    before = randn(rng, dtype, rows, columns)
-    out = sliced(before if accumulate else poisoned(before.shape, dtype))
-    operands = {"bias": bias} if has_bias else {}
-    _core.run_op(
-        "gemm", gpu, x=sliced(x), weight=weight, out=out, accumulate=accumulate, **operands
-    )
-    expected = reference.gemm(decode(x), decode(weight), decode(bias) if has_bias else 0.0)
-    TOLERANCES[dtype].check(out, expected + (decode(before) if accumulate else 0.0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("depth, columns", [(64, 96), (576, 1536), (4096, 1792)])
-@pytest.mark.parametrize("rows", ROWS)
-def test_gemm_silu_mul(
-    gpu: _core.Backend,
-    cpu: _core.Backend,
-    rng: Rng,
-    dtype: str,
-    rows: int,
-    depth: int,
-    columns: int,
-) -> None:
-    x = randn(rng, dtype, rows, depth)
-    scale = 3 / np.sqrt(depth)  # products from -15 to 15
-    weight = encode(scale * rng.standard_normal((2 * columns, depth), np.float32), dtype)
-    out, on_cpu = (poisoned((rows, columns), dtype) for _ in range(2))
-    out = sliced(out)
-    _core.run_op("gemm_silu_mul", gpu, x=sliced(x), weight=weight, out=out)
-    _core.run_op("gemm_silu_mul", cpu, x=x, weight=weight, out=on_cpu)
-    TOLERANCES[dtype].check(out, decode(on_cpu))
-    assert differing(out, on_cpu) < 2e-2  # float sums in another order
-    some = slice(None, None, 97)
-    TOLERANCES[dtype].check(out[some], reference.gemm_silu_mul(decode(x[some]), decode(weight)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, kv_heads", [(9, 3), (32, 8), (2, 2)])
-@pytest.mark.parametrize("head_dim, page_size", [(64, 16), (128, 64), (128, 1)])
-@pytest.mark.parametrize("rows", ROWS[:4])
-def test_rope_append(
-    gpu: _core.Backend,
-    rng: Rng,
-    dtype: str,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    rows: int,
-) -> None:
-    cache = reference.paged_cache(
-        rng, [rows], page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
-    )
-    cos_sin = reference.rope_table(10000.0 ** -np.linspace(0, 1, head_dim // 2), rows + 40)
-    positions = (np.arange(rows) + 40).astype(np.int32)
-    slots = cache.slots(0, np.arange(rows))
-    is_padding = np.arange(rows) % 5 == 4
-    slots[is_padding] = -1
-    positions[is_padding] = 10**6
-    cache.k_cache[:] = cache.v_cache[:] = poisoned((), dtype)
-    qkv = randn(rng, dtype, rows, (heads + 2 * kv_heads) * head_dim)
-    before = decode(qkv).reshape(rows, heads + 2 * kv_heads, head_dim)
-    _core.run_op(
-        "rope_append",
-        gpu,
-        qkv=qkv,
-        positions=positions,
-        kv_slots=slots,
-        cos_sin=cos_sin,
-        k_cache=cache.k_cache,
-        v_cache=cache.v_cache,
-    )
-    real = ~is_padding
-    after = decode(qkv).reshape(before.shape)
-    rotated = reference.rotate(before[real, :-kv_heads], cos_sin[positions[real]])
-    TOLERANCES[dtype].check(encode(after[real, :-kv_heads], dtype), rotated)
-    np.testing.assert_array_equal(after[:, -kv_heads:], before[:, -kv_heads:])
-    np.testing.assert_array_equal(after[is_padding], before[is_padding])
-    for view, appended in [
-        (cache.k_cache, after[:, heads : heads + kv_heads]),
-        (cache.v_cache, after[:, heads + kv_heads :]),
-    ]:
-        taken = decode(view[slots[real] // page_size, :, slots[real] % page_size])
-        np.testing.assert_array_equal(taken, appended[real])
-        assert np.isfinite(decode(view)).sum() == real.sum() * kv_heads * head_dim
 
 
 def sampling(rng: Rng, rows: int, **options: Any) -> dict[str, Any]:

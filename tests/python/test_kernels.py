@@ -1,7 +1,10 @@
-"""Embed, norms, GEMMs, rotation and gathers against NumPy, on every instruction set."""
+"""Embed, norms, rotation and gathers against NumPy, on every instruction set and on a GPU.
+
+On a GPU also against the CPU, value for value; see test_gemm.py for products."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,48 +12,63 @@ import pytest
 from numpy.typing import NDArray
 
 import reference
-from conftest import Tolerance
+from conftest import Tolerance, run_beside_cpu, skip_what_no_gpu_does
 from nanoflow import _core
-from reference import decode, encode, poisoned
+from reference import decode, encode, poisoned, randn, with_gaps
 
-ROWS = (1, 3, 17, 127)
-HIDDEN = (1, 24, 67, 576)
+ROWS = (1, 3, 127, 128, 129)
 EPS = 1e-5
+SANITIZER = pytest.mark.sanitizer
 
 Rng = np.random.Generator
 
+NORMS = [
+    *product(ROWS, (24, 576)),
+    (17, 1),
+    (17, 67),
+    (128, 2048),
+    (300, 4096),
+    (129, 5120),
+    (127, 8192),
+    (3, 16384),
+    pytest.param(5, 64, marks=SANITIZER),
+    pytest.param(129, 4096, marks=SANITIZER),
+]
 
-def randn(rng: Rng, dtype: str, *shape: int) -> NDArray[Any]:
-    return encode(rng.standard_normal(shape), dtype)
 
-
-def with_gaps(array: NDArray[Any]) -> NDArray[Any]:
-    """The same rows, further apart in memory."""
-    wide = np.zeros((array.shape[0], array.shape[1] + 5), array.dtype)
-    wide[:, 3:-2] = array
-    return wide[:, 3:-2]
-
-
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("hidden", [24, 67, pytest.param(576, marks=SANITIZER)])
+@pytest.mark.parametrize("rows", [*ROWS, 700])
 def test_embed_reads_the_table_and_the_pool(
-    backend: _core.Backend, dtype: str, rng: Rng, rows: int
+    backend: _core.Backend, dtype: str, rng: Rng, rows: int, hidden: int
 ) -> None:
-    table = randn(rng, dtype, 50, 24)
-    pool = rng.integers(0, 50, 8, np.int32)
-    tokens = rng.integers(-8, 50, rows, np.int32)
-    out = poisoned((rows, 24), dtype)
-    _core.run_op("embed", backend, tokens=tokens, token_pool=pool, table=table, out=out)
+    skip_what_no_gpu_does(backend, "any", hidden)
+    table = randn(rng, dtype, 1000, hidden)
+    pool = rng.integers(0, 1000, 64, np.int32)
+    tokens = rng.integers(-64, 1000, rows, np.int32)
+    out = poisoned((rows, hidden), dtype)
+    run_beside_cpu(backend, "embed", 0, tokens=tokens, token_pool=pool, table=table, out=out)
     np.testing.assert_array_equal(decode(out), reference.embed(tokens, pool, decode(table)))
 
 
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("hidden", [67, pytest.param(576, marks=SANITIZER)])
+@pytest.mark.parametrize("rows", [*ROWS, 700])
+def test_gather_rows(backend: _core.Backend, dtype: str, rng: Rng, rows: int, hidden: int) -> None:
+    skip_what_no_gpu_does(backend, "any", hidden)
+    x = randn(rng, dtype, 400, hidden)
+    index = rng.integers(-1, 400, rows, np.int32)
+    out = with_gaps(poisoned((rows, hidden), dtype))
+    run_beside_cpu(backend, "gather_rows", 0, x=with_gaps(x), index=index, out=out)
+    np.testing.assert_array_equal(decode(out), np.where(index[:, None] < 0, 0, decode(x)[index]))
+
+
+@pytest.mark.parametrize(("rows", "hidden"), NORMS)
 def test_rms_norm(
     backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng, rows: int, hidden: int
 ) -> None:
+    skip_what_no_gpu_does(backend, dtype, hidden)
     x, weight = randn(rng, dtype, rows, hidden), randn(rng, dtype, hidden)
-    out = poisoned((rows, hidden), dtype)
-    _core.run_op("rms_norm", backend, x=with_gaps(x), out=out, weight=weight, eps=EPS)
+    out = with_gaps(poisoned((rows, hidden), dtype))
+    run_beside_cpu(backend, "rms_norm", 5e-3, x=with_gaps(x), out=out, weight=weight, eps=EPS)
     tolerance.check(out, reference.rms_norm(decode(x), decode(weight), EPS, dtype))
 
 
@@ -70,27 +88,17 @@ def test_rms_norm_rounds_as_transformers_does(backend: _core.Backend, rng: Rng) 
     assert (out == expected).mean() > 0.999  # the rest: mean squares summed in another order
 
 
-@pytest.mark.parametrize("out_dtype", ["same", "float32"])
-@pytest.mark.parametrize("inner, columns", [(1, 5), (64, 96), (67, 33), (576, 130)])
-@pytest.mark.parametrize("rows", ROWS)
-def test_gemm(
-    backend: _core.Backend,
-    dtype: str,
-    tolerance: Tolerance,
-    rng: Rng,
-    rows: int,
-    inner: int,
-    columns: int,
-    out_dtype: str,
-) -> None:
-    x = randn(rng, dtype, rows, inner)
-    weight = encode(rng.standard_normal((columns, inner)) / np.sqrt(inner), dtype)
-    out = with_gaps(poisoned((rows, columns), dtype if out_dtype == "same" else "float32"))
-    _core.run_op("gemm", backend, x=with_gaps(x), weight=weight, out=out)
-    tolerance.check(out, reference.gemm(decode(x), decode(weight)))
-
-
-@pytest.mark.parametrize("head_dim, page_size", [(2, 5), (10, 16), (64, 16), (128, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size"),
+    [
+        (6, 2, 2, 5),
+        (6, 2, 10, 16),
+        (9, 3, 64, 16),
+        (32, 32, 128, 16),
+        (2, 2, 128, 1),
+        pytest.param(32, 8, 128, 64, marks=SANITIZER),
+    ],
+)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rope_append(
     backend: _core.Backend,
@@ -98,10 +106,12 @@ def test_rope_append(
     tolerance: Tolerance,
     rng: Rng,
     rows: int,
+    heads: int,
+    kv_heads: int,
     head_dim: int,
     page_size: int,
 ) -> None:
-    heads, kv_heads = 6, 2
+    skip_what_no_gpu_does(backend, dtype, head_dim)
     cache = reference.paged_cache(
         rng, [rows], page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
     )
@@ -114,10 +124,10 @@ def test_rope_append(
     cache.k_cache[:] = cache.v_cache[:] = poisoned((), dtype)
     qkv = randn(rng, dtype, rows, (heads + 2 * kv_heads) * head_dim)
     before = decode(qkv).reshape(rows, heads + 2 * kv_heads, head_dim)
-
-    _core.run_op(
-        "rope_append",
+    run_beside_cpu(
         backend,
+        "rope_append",
+        1e-3,  # products and sums may be fused
         qkv=qkv,
         positions=positions,
         kv_slots=slots,
@@ -140,91 +150,15 @@ def test_rope_append(
         assert np.isfinite(decode(view)).sum() == real.sum() * kv_heads * head_dim
 
 
-@pytest.mark.parametrize("has_bias, accumulate", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("rows", ROWS)
-def test_gemm_adds_bias_and_old_values(
-    backend: _core.Backend,
-    dtype: str,
-    tolerance: Tolerance,
-    rng: Rng,
-    rows: int,
-    has_bias: bool,
-    accumulate: bool,
+def test_norms_of_rows_are_the_same_at_any_width_and_split(
+    backend: _core.Backend, dtype: str, rng: Rng
 ) -> None:
-    x, bias = randn(rng, dtype, rows, 64), randn(rng, dtype, 96)
-    weight = encode(rng.standard_normal((96, 64)) / 8, dtype)
-    before = randn(rng, dtype, rows, 96)
-    out = before.copy() if accumulate else poisoned(before.shape, dtype)
-    operands = {"bias": bias} if has_bias else {}
-    _core.run_op("gemm", backend, x=x, weight=weight, out=out, accumulate=accumulate, **operands)
-    expected = reference.gemm(decode(x), decode(weight), decode(bias) if has_bias else 0.0)
-    tolerance.check(out, expected + (decode(before) if accumulate else 0.0))
-
-
-@pytest.mark.parametrize("inner, columns", [(1, 8), (64, 96), (67, 24), (576, 1536)])
-@pytest.mark.parametrize("rows", ROWS)
-def test_gemm_silu_mul(
-    backend: _core.Backend,
-    dtype: str,
-    tolerance: Tolerance,
-    rng: Rng,
-    rows: int,
-    inner: int,
-    columns: int,
-) -> None:
-    x = randn(rng, dtype, rows, inner)
-    weight = encode(rng.standard_normal((2 * columns, inner)) / np.sqrt(inner), dtype)
-    out = with_gaps(poisoned((rows, columns), dtype))
-    _core.run_op("gemm_silu_mul", backend, x=with_gaps(x), weight=weight, out=out)
-    tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight)))
-
-
-def silu_mul(backend: _core.Backend, gate: Any, up: Any) -> NDArray[np.float32]:
-    """silu(gate) * up of one row, as products with x = 1."""
-    weight = reference.interleave(np.asarray(gate, np.float32), np.asarray(up, np.float32))
-    out = poisoned((1, len(gate)), "float32")
-    x = np.ones((1, 1), np.float32)
-    _core.run_op("gemm_silu_mul", backend, x=x, weight=weight[:, None], out=out)
-    return out[0]
-
-
-def test_silu_is_accurate_over_the_whole_range(backend: _core.Backend) -> None:
-    gate = np.concatenate([np.linspace(-87, 200, 100004), [-0.0, 1e-40, -1e-30, 3e38]])
-    gate = gate.astype(np.float32)
-    out = silu_mul(backend, gate, np.ones_like(gate))
-    exact = decode(gate)
-    np.testing.assert_allclose(out, exact / (1 + np.exp(-exact)), rtol=4e-7, atol=1e-45)
-
-
-def test_silu_of_what_is_not_finite(backend: _core.Backend) -> None:
-    out = silu_mul(backend, [np.inf, np.nan, -1e30, 2] * 2, [1, 1, 1, np.nan] * 2)
-    np.testing.assert_array_equal(out, [np.inf, np.nan, 0, np.nan] * 2)
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_gather_rows(backend: _core.Backend, dtype: str, rng: Rng, rows: int) -> None:
-    x = randn(rng, dtype, 40, 67)
-    index = rng.integers(-1, 40, rows, np.int32)
-    out = poisoned((rows, 67), dtype)
-    _core.run_op("gather_rows", backend, x=with_gaps(x), index=index, out=out)
-    np.testing.assert_array_equal(decode(out), np.where(index[:, None] < 0, 0, decode(x)[index]))
-
-
-@pytest.mark.parametrize("op", ["rms_norm", "gemm_silu_mul", "gemm"])
-def test_rows_are_the_same_at_any_width_and_split(
-    backend: _core.Backend, dtype: str, rng: Rng, op: str
-) -> None:
-    x, weight = randn(rng, dtype, 37, 192), randn(rng, dtype, 80, 192)
-    columns = {"rms_norm": 192, "gemm_silu_mul": 40, "gemm": 80}[op]
+    skip_what_no_gpu_does(backend, dtype)
+    x, weight = randn(rng, dtype, 37, 192), randn(rng, dtype, 192)
 
     def run(rows: NDArray[Any], width: int) -> NDArray[Any]:
-        out = poisoned((len(rows), columns), dtype)
-        operands = {
-            "rms_norm": {"x": rows, "weight": weight[0], "eps": EPS},
-            "gemm_silu_mul": {"x": rows, "weight": weight},
-            "gemm": {"x": rows, "weight": weight},
-        }[op]
-        _core.run_op(op, backend, width=width, out=out, **operands)
+        out = poisoned(rows.shape, dtype)
+        _core.run_op("rms_norm", backend, width=width, x=rows, out=out, weight=weight, eps=EPS)
         return out
 
     whole = run(x, 1)
