@@ -29,6 +29,8 @@ BENCH = ROOT / "bench"
 SECTION_SECONDS = 600
 TAIL_LINES = 40  # of what a command prints, kept in the JSON
 MODEL = "llama-3.1-8b"
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda")
+SANITIZED = ("kernels", "gemm", "attention", "sampling", "cuda_engine", "cuda_sampling")
 WORKLOADS = ((512, 512), (512, 1024), (1024, 512))
 
 
@@ -41,12 +43,19 @@ class Step:
 
 
 def tests(options: argparse.Namespace) -> list[Step]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
-    steps = [Step([*pytest, str(ROOT / "tests" / "python")])]
+    steps = [Step([*PYTEST, str(ROOT / "tests" / "python")])]
     if options.build_dir is not None:
         ctest = ["ctest", "--test-dir", str(options.build_dir), "--output-on-failure"]
         steps.append(Step([*ctest, "-R", "cuda"]))
     return steps
+
+
+def sanitizer(options: argparse.Namespace) -> list[Step]:
+    """Small tests of every op and of whole steps."""
+    files = [str(ROOT / "tests" / "python" / f"test_{name}.py") for name in SANITIZED]
+    tests = [*PYTEST, "-m", "sanitizer", *files]
+    tools = [["--tool", tool, "--error-exitcode", "9"] for tool in ("memcheck", "racecheck")]
+    return [Step(["compute-sanitizer", *tool, *tests]) for tool in tools]
 
 
 def kernels(options: argparse.Namespace) -> list[Step]:
@@ -103,6 +112,7 @@ def start(options: argparse.Namespace) -> list[Step]:
 
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], list[Step]]] = {
     "tests": tests,
+    "sanitizer": sanitizer,
     "kernels": kernels,
     "throughput": throughput,
     "soak": soak,

@@ -30,7 +30,9 @@ SIZES: dict[str, Any] = {
 TIGHT = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 6}
 
 
-@pytest.mark.parametrize("vocabulary", [130, 128_256, 151_937])
+@pytest.mark.parametrize(
+    "vocabulary", [pytest.param(130, marks=pytest.mark.sanitizer), 128_256, 151_937]
+)
 def test_penalties_have_the_bits_of_the_cpu(rng: Rng, vocabulary: int) -> None:
     rows = 70
     case = random_case(rng, rows, vocabulary, rng.integers(0, 3000, rows).tolist())

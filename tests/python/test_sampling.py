@@ -140,7 +140,7 @@ def test_slots_take_samples_and_padding_rows_nothing(backend: _core.Backend) -> 
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("vocabulary", [50, 3000])
+@pytest.mark.parametrize("vocabulary", [50, pytest.param(3000, marks=pytest.mark.sanitizer)])
 def test_a_draw_inverts_the_filtered_distribution(
     backend: _core.Backend, vocabulary: int, filters: dict[str, Any]
 ) -> None:
