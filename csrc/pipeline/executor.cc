@@ -49,8 +49,12 @@ void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
   for (const LaneSpec& lane : plan.lanes) widths.push_back(lane.width);
   const std::vector<Lane*> lanes = lanes_of(widths, origin);
   const bool is_forked = lanes.front() != &origin;
+  jitter(origin);
   if (is_forked) origin.record(*forked_);
-  for (size_t i = 0; is_forked && i < lanes.size(); ++i) lanes[i]->wait(*forked_);
+  for (size_t i = 0; is_forked && i < lanes.size(); ++i) {
+    lanes[i]->wait(*forked_);
+    jitter(*lanes[i]);
+  }
   Kernels& kernels = backend_.kernels();
   for (const NanoOp& n : plan.ops) {
     Lane& lane = *lanes[n.lane];
@@ -68,9 +72,11 @@ void Executor::run(const Plan& plan, Lane& origin, int64_t* stamps) {
     }
   }
   for (size_t i = 0; is_forked && i < lanes.size(); ++i) {
+    jitter(*lanes[i]);
     lanes[i]->record(*joined_[i]);
     origin.wait(*joined_[i]);
   }
+  jitter(origin);
 }
 
 }  // namespace nanoflow
