@@ -34,6 +34,8 @@ class LLM:
 
     `LLM(model, **arguments)` takes the arguments of `nanoflow.config.EngineArgs`: vLLM's names and
     defaults. Close it, or use it as a context manager, to free its memory at a known time.
+    `limits` are its sizes, `memory` says where the device's memory went (`memory.table()`), and
+    `start_seconds` how long the phases of its start took.
     Raises TypeError on an argument that there is not, ValueError on a value that is wrong or not
     supported, FileNotFoundError when the model is not there, EngineError when the engine fails.
     """

@@ -71,6 +71,12 @@ def test_a_cpu_of_too_little_memory_says_what_to_lower(tmp_path: Path) -> None:
         start(tmp_path, load_format="dummy", device="cpu")
 
 
+def test_buffers_of_too_many_rows_say_what_to_lower(model: Path) -> None:
+    """Terabytes of them."""
+    with pytest.raises(_core.EngineError, match=r"lower max_num_batched_tokens \(2000000000\)"):
+        start(model, device="cpu", max_num_batched_tokens=2_000_000_000)
+
+
 @needs_gpu
 def test_auto_takes_a_gpu_for_models_that_it_runs(tmp_path: Path) -> None:
     write_config(tmp_path, **SHAPES["llama3-d64"])

@@ -15,6 +15,10 @@ std::string describe(cudaError_t error) {
 
 void fail_runtime(cudaError_t error, const char* call) {
   cudaGetLastError();
+  if (error == cudaErrorMemoryAllocation) {
+    fail<OutOfMemory>("CUDA: ", call, " failed: ", describe(error),
+                      "; lower gpu_memory_utilization to leave more memory to it");
+  }
   fail("CUDA: ", call, " failed: ", describe(error));
 }
 
