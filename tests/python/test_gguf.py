@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fake_weights import FakeWeights, read
 from nanoflow.bench.default_model import default_model
 from nanoflow.loading import open_checkpoint
-from nanoflow.loading.gguf import GgufFile
+from nanoflow.loading.gguf import GgufFile, dequantize
 from nanoflow.loading.gguf_config import hf_config, token_ids
 from tiny_models import tiny_llama, write_gguf
 
@@ -220,6 +220,17 @@ def test_a_kind_that_cannot_be_dequantised_is_named(tmp_path: Path) -> None:
         tensor.__class__(tensor.name, tensor.shape, "F32", path, odd, 0, tensor.mapping)._decode(
             odd.data
         )
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_threads_dequantise_what_one_would(kind: str) -> None:
+    values = np.random.default_rng(0).standard_normal((4099, 1024), np.float32)
+    quantisation = gguf.GGMLQuantizationType[kind]
+    rows = gguf.quants.quantize(values, quantisation)
+    assert rows.nbytes > 2 << 20  # two threads and more
+    np.testing.assert_array_equal(
+        dequantize(rows, quantisation), gguf.quants.dequantize(rows, quantisation)
+    )
 
 
 def test_a_directory_with_one_gguf_file_is_enough(tmp_path: Path) -> None:

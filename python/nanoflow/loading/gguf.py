@@ -8,8 +8,10 @@ rotate.
 from __future__ import annotations
 
 import mmap
+import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -47,8 +49,16 @@ _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
 _ROPE_FACTORS = "rope_freqs.weight"
 # Stored kinds that are handed on as they are; uint16 holds bfloat16 bits.
 _NATIVE: Mapping[gguf.GGMLQuantizationType, Any] = MappingProxyType(
-    {gguf.GGMLQuantizationType.F16: np.float16, gguf.GGMLQuantizationType.BF16: np.uint16}
+    {
+        gguf.GGMLQuantizationType.F32: np.float32,
+        gguf.GGMLQuantizationType.F16: np.float16,
+        gguf.GGMLQuantizationType.BF16: np.uint16,
+    }
 )
+
+
+_MAX_THREADS = min(8, os.cpu_count() or 1)
+_THREAD_BYTES = 1 << 20  # stored bytes that are worth a thread
 
 
 class _CheckedBytes:
@@ -111,7 +121,7 @@ class GgufTensor:
         if kind in _NATIVE:
             return np.require(rows.view(_NATIVE[kind]), None, ["C", "A"])
         try:
-            return np.require(gguf.quants.dequantize(rows, kind), None, ["C", "A"])
+            return dequantize(rows, kind)
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.path}: tensor {self.name} is stored as {self.dtype}, "
@@ -184,6 +194,22 @@ class GgufFile:
                 mapping=self._mapping,
             )
         return tensors
+
+
+def dequantize(rows: NDArray[Any], kind: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
+    """float32 values of rows, by as many threads as they are worth: NumPy lets them run at once."""
+    parts = np.array_split(rows, max(1, min(_MAX_THREADS, rows.nbytes // _THREAD_BYTES)))
+    if len(parts) == 1:
+        return np.require(gguf.quants.dequantize(rows, kind), np.float32, ["C", "A"])
+    values = np.empty(gguf.quants.quant_shape_from_byte_shape(rows.shape, kind), np.float32)
+    ends = np.cumsum([len(part) for part in parts])
+
+    def fill(part: NDArray[Any], end: int) -> None:
+        values[end - len(part) : end] = gguf.quants.dequantize(part, kind)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(fill, parts, ends))
+    return values
 
 
 def _half_split_order(rows: int, heads: int) -> NDArray[np.intp]:
