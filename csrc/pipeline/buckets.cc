@@ -9,9 +9,9 @@
 namespace nanoflow {
 namespace {
 
-constexpr int kFineBuckets = 8;     // a granule apart
-constexpr int kMediumBuckets = 16;  // granules up to which buckets are two apart
-constexpr int kMostExtra = 8;       // one row in so many may be added for a shared bucket
+constexpr int kFine = 16;      // granules up to which buckets are one apart
+constexpr int kMedium = 32;    // granules up to which they are two apart
+constexpr int kMostExtra = 8;  // one row in so many may be added for a shared bucket
 
 int sum(const std::vector<int>& values) { return std::accumulate(values.begin(), values.end(), 0); }
 
@@ -39,8 +39,8 @@ bool fits(const std::vector<int>& rows, const std::vector<int>& shares) {
 int bucket_of(int rows, int granularity, int limit) {
   NF_CHECK(rows >= 0 && rows <= limit, rows, " rows do not fit: the engine has room for ", limit);
   int step = granularity;
-  if (rows > kFineBuckets * granularity) step = 2 * granularity;
-  if (rows > kMediumBuckets * granularity) step = 4 * granularity;
+  if (rows > kFine * granularity) step = 2 * granularity;
+  if (rows > kMedium * granularity) step = 4 * granularity;
   return std::min(round_up(rows, step), limit);
 }
 

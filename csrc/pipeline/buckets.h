@@ -7,8 +7,8 @@ namespace nanoflow {
 // A plan, and the graph captured from it, serves one padded number of rows: few different ones
 // should do for all batches, at the price of few inert rows.
 
-/// What `rows` are padded to: a multiple of `granularity` up to 8 of it, of 2 × granularity up to
-/// 16, of 4 × granularity beyond; never more than `limit`. Error for more rows than that.
+/// What `rows` are padded to: a multiple of `granularity` up to 16 of it, of 2 × granularity up to
+/// 32, of 4 × granularity beyond; never more than `limit`. Error for more rows than that.
 int bucket_of(int rows, int granularity, int limit);
 
 /// What the rows of each segment are padded to; segments without rows stay empty. As a rule the

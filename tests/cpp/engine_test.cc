@@ -164,7 +164,14 @@ TEST_CASE("replayed graphs give the bits of eager steps, over changing mixes of 
         logits[enforce_eager].push_back(engine.submit(batch).wait().logits);
       }
     }
-    CHECK(engine.graph_stats().count == (enforce_eager ? 0 : 3));  // two of layers, one of the head
+    const int graphs = enforce_eager ? 0 : 3;  // two of layers, one of the head
+    CHECK(engine.graph_stats().count == graphs);
+    Batch timed = prompts[0];
+    timed.want_timings = true;
+    const StepResult result = engine.submit(timed).wait();
+    CHECK(result.logits == logits[enforce_eager].front());
+    CHECK(result.timings.back().name == "head sample");
+    CHECK(engine.graph_stats().count == graphs);
   }
   CHECK(logits[0] == logits[1]);
 }
