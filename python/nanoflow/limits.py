@@ -54,9 +54,10 @@ def derive_limits(
             f"({pages} pages of {args.block_size}, {source}); "
             + _what_to_change(args, memory, needed, page_bytes, held if asked == max_len else 0)
         )
-    useful = max_seqs * -(-max_len // args.block_size)
-    num_pages = args.num_gpu_blocks_override or min(pages, useful)
-    return EngineLimits(max_rows, max_seqs, max_len, args.block_size, num_pages)
+    if args.enable_prefix_caching is False and args.num_gpu_blocks_override is None:
+        # No more than what can run at once holds; with prefixes kept, every page is of use.
+        pages = min(pages, max_seqs * -(-max_len // args.block_size))
+    return EngineLimits(max_rows, max_seqs, max_len, args.block_size, pages)
 
 
 def check_free(args: EngineArgs, memory: MemoryUse, limits: EngineLimits, page_bytes: int) -> None:

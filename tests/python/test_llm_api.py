@@ -362,9 +362,11 @@ def test_sizes_follow_from_model_and_memory() -> None:
         )
 
     cache = (4 << 30) // 64_000
-    assert limits() == (2048, 256, 8192, 256 * 128 if cache > 256 * 128 else cache)
-    assert limits(max_num_seqs=2) == (2048, 2, 8192, 256)
-    assert limits(max_num_batched_tokens=100) == (100, 100, 8192, 12_800)
+    assert limits() == (2048, 256, 8192, cache)
+    assert limits(max_num_seqs=2) == (2048, 2, 8192, cache), "pages of ended requests are of use"
+    without = {"enable_prefix_caching": False}
+    assert limits(max_num_seqs=2, **without) == (2048, 2, 8192, 256)
+    assert limits(max_num_batched_tokens=100, **without) == (100, 100, 8192, 12_800)
     assert limits(max_num_seqs=3000)[:2] == (3000, 3000)
     assert limits(free=100_000_000) == (2048, 256, 8192, 625)
     assert limits(free=10_000_000) == (2048, 256, 3968, 62)

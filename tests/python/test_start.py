@@ -49,7 +49,8 @@ def test_a_gpu_that_cannot_be_used_is_an_error_that_says_why(model: Path) -> Non
 
 
 def test_the_start_is_told_in_numbers(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), start(model, device="cpu", max_num_seqs=4) as llm:
+    sizes = {"max_num_seqs": 4, "enable_prefix_caching": False}
+    with caplog.at_level(logging.INFO), start(model, device="cpu", **sizes) as llm:
         memory, limits = llm.memory, llm.limits
         assert list(llm.start_seconds) == ["open", "weights", "engine"]
         assert all(seconds > 0 for seconds in llm.start_seconds.values())
