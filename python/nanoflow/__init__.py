@@ -2,10 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from nanoflow.async_llm import AsyncLLM
 from nanoflow.errors import EngineError
 from nanoflow.llm import LLM
 from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
+
+AsyncLLMEngine = AsyncLLM  # its other name in vLLM
 
 try:
     __version__ = version("nanoflow")
@@ -14,6 +17,8 @@ except PackageNotFoundError:  # a checkout on the path that is not installed
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "EngineError",
     "Logprob",

@@ -11,7 +11,7 @@ import numpy as np
 from nanoflow.detokenizer import IncrementalDetokenizer
 from nanoflow.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoflow.prompts import Prompt, check_token_ids
-from nanoflow.request import Request
+from nanoflow.request import Request, TokenLogprobs
 from nanoflow.runtime import Runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.stop_strings import StopStrings
@@ -41,6 +41,10 @@ class Processor:
         self._seed = seed
         self._eos_token_ids = _eos_token_ids(runtime)
         self._defaults = _default_params(runtime.generation_config)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
 
     def get_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -90,7 +94,7 @@ class Processor:
         watcher = None
         if params.stop_strings:
             watcher = StopStrings(
-                self._detokenizer(ids, params),
+                self.detokenizer(ids, params),
                 params.stop_strings,
                 min_tokens=params.min_tokens,
                 keep_stop=params.include_stop_str_in_output,
@@ -107,12 +111,13 @@ class Processor:
     def output(self, request: Request, prompt: Prompt, params: SamplingParams) -> RequestOutput:
         """Of a finished request."""
         wants_logprobs = request.sampling.logprobs >= 0
-        logprobs = self._logprobs(request, params) if wants_logprobs else None
+        ids = request.output_token_ids
+        logprobs = self.logprobs(ids, request.logprobs, params) if wants_logprobs else None
         cumulative = sum(one.logprob for one in request.logprobs) if wants_logprobs else None
         completion = CompletionOutput(
             index=0,
             text=self._text(request, params),
-            token_ids=request.output_token_ids,
+            token_ids=ids,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             cumulative_logprob=cumulative,
@@ -145,7 +150,10 @@ class Processor:
             error=str(error),
         )
 
-    def _logprobs(self, request: Request, params: SamplingParams) -> list[dict[int, Logprob]]:
+    def logprobs(
+        self, ids: Sequence[int], found_of_each: Sequence[TokenLogprobs], params: SamplingParams
+    ) -> list[dict[int, Logprob]]:
+        """Of generated tokens, as an output shows them."""
         texts: dict[int, str | None] = {}
 
         def text_of(token: int) -> str | None:
@@ -156,7 +164,7 @@ class Processor:
             return texts[token]
 
         outputs = []
-        for token, found in zip(request.output_token_ids, request.logprobs, strict=True):
+        for token, found in zip(ids, found_of_each, strict=True):
             entries = {token: Logprob(found.logprob, found.rank, text_of(token))}
             top = zip(found.top.tolist(), found.top_logprobs.tolist(), strict=True)
             for rank, (other, logprob) in enumerate(top, start=1):
@@ -178,12 +186,11 @@ class Processor:
             return watcher.finish(ids[-1:] if keeps_last else ())
         if is_stop_token and not params.include_stop_str_in_output:
             ids = ids[:-1]
-        detokenizer = self._detokenizer(
-            request.prompt_token_ids[-_CONTEXT_TOKENS:].tolist(), params
-        )
+        detokenizer = self.detokenizer(request.prompt_token_ids[-_CONTEXT_TOKENS:].tolist(), params)
         return detokenizer.push(ids) + detokenizer.flush()
 
-    def _detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> IncrementalDetokenizer:
+    def detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> IncrementalDetokenizer:
+        """Of what follows a prompt. Raises ValueError as get_tokenizer()."""
         context = prompt[-_CONTEXT_TOKENS:]
         return IncrementalDetokenizer(self.get_tokenizer(), context, params.skip_special_tokens)
 

@@ -70,6 +70,8 @@ class Request:
     max_len: int  # prompt and generated tokens together, at most
     on_finish: Callable[[Request], None]  # must not block or raise
     stop_watcher: StopWatcher | None = None
+    # Called from the scheduler's thread with each token as it arrives, before `on_finish`.
+    on_token: Callable[[int], None] | None = None  # must not block or raise
 
     output_token_ids: list[int] = field(default_factory=list)  # complete once finished
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each, where they are wanted

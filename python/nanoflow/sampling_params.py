@@ -28,7 +28,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "prompt_logprobs": (None,),
     "spaces_between_special_tokens": (True,),
-    "output_kind": (RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY),
     "structured_outputs": (None,),
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
@@ -65,7 +64,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # of AsyncLLM's outputs
     structured_outputs: Any = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
@@ -139,6 +138,8 @@ class SamplingParams:
         ):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag}={getattr(self, flag)!r} must be True or False")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError(f"output_kind={self.output_kind!r} must be a RequestOutputKind")
         if isinstance(self.stop_token_ids, str | int):
             raise TypeError(f"stop_token_ids={self.stop_token_ids!r} must be a list of integers")
         for token in self.stop_token_ids or ():

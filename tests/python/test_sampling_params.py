@@ -58,7 +58,6 @@ def test_defaults_are_those_of_vllm() -> None:
         ("bad_words", ["x"], "bad_words"),
         ("structured_outputs", {"json": "{}"}, "structured_outputs"),
         ("spaces_between_special_tokens", False, "spaces_between_special_tokens"),
-        ("output_kind", RequestOutputKind.DELTA, "output_kind"),
         ("extra_args", {"a": 1}, "extra_args"),
     ],
 )

@@ -45,6 +45,7 @@ class _Inbox:
     """What other threads leave for the scheduler's; `changed` guards all of it."""
 
     step_listener: StepListener | None
+    on_turn: Callable[[], None] | None = None
     changed: threading.Condition = field(default_factory=threading.Condition)
     requests: list[Request] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
@@ -98,6 +99,18 @@ class SchedulerLoop:
     @step_listener.setter
     def step_listener(self, listener: StepListener | None) -> None:
         self._inbox.step_listener = listener
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What made the engine fail, if it has."""
+        return self._inbox.failure
+
+    def call_after_turns(self, on_turn: Callable[[], None]) -> None:
+        """`on_turn` is called in the loop's thread once after all that a turn tells requests.
+
+        It must not block or raise.
+        """
+        self._inbox.on_turn = on_turn
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queues requests in their order. Raises EngineError once the loop is closed."""
@@ -159,8 +172,10 @@ class _Worker:
         try:
             while self._take_inbox():
                 self._turn()
+                self._end_turn()
         except Exception as error:
             self._fail(error)
+        self._end_turn()
 
     def _take_inbox(self) -> bool:
         """Sleeps while there is nothing to do; False when the thread is to end."""
@@ -210,6 +225,10 @@ class _Worker:
             return
         if step.plan.is_empty or len(self._in_flight) >= self._steps_in_flight:
             self._complete(self._in_flight.popleft())
+
+    def _end_turn(self) -> None:
+        if self._inbox.on_turn is not None:
+            self._inbox.on_turn()
 
     def _complete(self, oldest: _StepInFlight) -> None:
         result = oldest.handle.wait()

@@ -65,6 +65,7 @@ class Slots:
         self.min_tokens: Ints = np.zeros(num_slots, np.int64)
         self.has_stop_strings = np.zeros(num_slots, np.bool_)
         self.is_length_certain = np.zeros(num_slots, np.bool_)
+        self.is_streamed = np.zeros(num_slots, np.bool_)
         # A row: stop tokens, end-of-sequence tokens, then what is only banned by min_tokens.
         self.end_ids = np.full((num_slots, 4), NO_TOKEN, np.int32)
         self.num_stop_ids: Ints = np.zeros(num_slots, np.int64)  # the first, which are stop reasons
@@ -109,6 +110,7 @@ class Slots:
         self.min_tokens[slot] = sampling.min_tokens
         self.has_stop_strings[slot] = request.stop_watcher is not None
         self.is_length_certain[slot] = request.is_length_certain
+        self.is_streamed[slot] = request.on_token is not None
         eos = sampling.eos_token_ids
         stop = tuple(i for i in sampling.stop_token_ids if sampling.ignore_eos or i not in eos)
         banned = tuple(dict.fromkeys(stop + eos))
@@ -158,6 +160,13 @@ class Slots:
                     top_logprobs=values[row, 1 : 1 + count].copy(),
                 )
             )
+
+    def stream(self, sampled: Ints, tokens: NDArray[np.int32]) -> None:
+        """Tells requests that want to know of the tokens they take."""
+        for row in np.flatnonzero(self.is_streamed[sampled]).tolist():
+            on_token = self.request(int(sampled[row])).on_token
+            assert on_token is not None
+            on_token(int(tokens[row]))
 
     def pages_of(self, slot: int) -> NDArray[np.int32]:
         return self.pages[slot, : self.num_pages[slot]]

@@ -176,6 +176,7 @@ class SchedulerState:
         slots.first_token_time[sampled[known == slots.prompt_len[sampled]]] = time
         if logprobs is not None:
             slots.take_logprobs(sampled, rows, logprobs)
+        slots.stream(sampled, tokens)
         for end in find_ends(slots, sampled, tokens):
             self.end(slots.request(end.slot).id, end.reason, time, stop_reason=end.stop_reason)
 
