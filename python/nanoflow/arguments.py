@@ -23,7 +23,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "load_format": "auto, safetensors, gguf, or dummy for random weights",
         "revision": "of the Hugging Face repository",
         "seed": "of everything random",
-        "gpu_memory_utilization": "share of a GPU's memory to use",
+        "gpu_memory_utilization": "share of all of a GPU's memory that this engine may use",
         "enforce_eager": "run without captured graphs",
         "max_model_len": "tokens of prompt and output together: 4096, 32k, or auto for what fits",
         "max_num_seqs": "requests that run at once",

@@ -11,6 +11,8 @@ from nanoflow.memory import MemoryUse
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30
 CPU_CACHE_SHARE = 0.4  # of the free memory, at most
+# Beside 512 decodes this leaves 1536 rows to prompts. The matrix products' rate grows little
+# beyond 1024 rows (bench/results/h100), but buffers do: 64 KiB a row for an 8B model.
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 # Requests are admitted by the pages they are predicted to need, so that this many are a bound of
 # tables and buffers, not a promise: no preemptions follow from a larger one. On a GPU of 80 GB the
