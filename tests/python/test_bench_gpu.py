@@ -191,6 +191,7 @@ def test_result_files_are_named_by_what_was_run(tmp_path):
 def test_counts_the_work_of_matrix_products():
     model = parse_config(
         {
+            "architectures": ["LlamaForCausalLM"],
             "vocab_size": 100,
             "hidden_size": 8,
             "intermediate_size": 10,

@@ -34,7 +34,7 @@ FUSED_SHAPES = [
     (17, 67, 40),
     (128, 576, 96),
     (300, 192, 480),
-    (16, 4096, 256),
+    (16, 4096, 64),
     pytest.param(129, 576, 160, marks=SANITIZER),
 ]
 # The share of values that sums in another order round to another side.
