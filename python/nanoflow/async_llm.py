@@ -12,6 +12,7 @@ from typing import Any
 
 from nanoflow.config import make_args
 from nanoflow.errors import EngineError
+from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
 from nanoflow.processor import Processor
@@ -36,6 +37,7 @@ class AsyncLLM:
         self.limits = self._runtime.limits
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
+        self._status = StatusLine(self._runtime.state.stats, is_on=not self.args.disable_log_stats)
         self._outbox = Outbox(self._runtime.loop.abort)
         self._runtime.loop.call_after_turns(self._outbox.flush)
         self._lock = threading.Lock()
@@ -70,6 +72,7 @@ class AsyncLLM:
             is_last = False
             while not is_last:
                 output = await stream.next()
+                self._status.tick()
                 is_last = output.finished
                 yield output
         finally:
@@ -91,6 +94,10 @@ class AsyncLLM:
     async def get_tokenizer(self) -> Tokenizer:
         """Raises ValueError when it was left out by skip_tokenizer_init."""
         return self._processor.get_tokenizer()
+
+    def get_metrics(self) -> list[Metric]:
+        """As LLM.get_metrics()."""
+        return make_metrics(self._runtime.state.stats(), str(self.args.model))
 
     async def reset_prefix_cache(self) -> bool:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""

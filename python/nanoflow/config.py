@@ -44,6 +44,7 @@ class EngineArgs:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool | None = None  # None is True
     async_scheduling: bool = True  # plan a step while the one before it runs
+    disable_log_stats: bool = False  # no status line every few seconds
 
     def __post_init__(self) -> None:
         self._check_supported()

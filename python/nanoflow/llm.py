@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -13,6 +14,7 @@ from typing import Any
 
 from nanoflow.config import make_args
 from nanoflow.errors import EngineError, InvalidLogitsError
+from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
 from nanoflow.processor import Processor
@@ -48,6 +50,7 @@ class LLM:
         self.start_seconds = self._runtime.start_seconds
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
+        self._status = StatusLine(self._runtime.state.stats, is_on=not self.args.disable_log_stats)
         self._finalizer = weakref.finalize(self, self._runtime.loop.close)
 
     def generate(
@@ -133,6 +136,10 @@ class LLM:
     def step_listener(self, listener: StepListener | None) -> None:
         self._runtime.loop.step_listener = listener
 
+    def get_metrics(self) -> list[Metric]:
+        """Of this moment: Counter, Gauge and Histogram of `nanoflow.metrics`, with vLLM's names."""
+        return make_metrics(self._runtime.state.stats(), str(self.args.model))
+
     def reset_prefix_cache(self) -> bool:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""
         self._runtime.loop.forget_prefixes()
@@ -203,7 +210,7 @@ class LLM:
         self._runtime.loop.submit(requests)
         try:
             for _ in requests:
-                request = done.get()
+                request = self._next(done)
                 if isinstance(request.error, EngineError) and (
                     len(requests) == 1 or not isinstance(request.error, InvalidLogitsError)
                 ):
@@ -212,6 +219,12 @@ class LLM:
         except BaseException:  # an interrupt, too: nobody waits for the rest any more
             self._runtime.loop.abort([request.id for request in requests])
             raise
+
+    def _next(self, done: queue.SimpleQueue[Request]) -> Request:
+        while True:
+            self._status.tick()
+            with contextlib.suppress(queue.Empty):
+                return done.get(timeout=STATUS_SECONDS)
 
     def _params_of_each(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int

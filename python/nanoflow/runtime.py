@@ -50,7 +50,7 @@ class Runtime:
     generation_config: Mapping[str, Any]  # as in generation_config.json
     tokenizer: Tokenizer | None
     loop: SchedulerLoop
-    state: SchedulerState  # the loop's: for its thread, or when it is closed
+    state: SchedulerState  # the loop's: for its thread, or when it is closed; stats() always
 
 
 def start_runtime(args: EngineArgs) -> Runtime:

@@ -195,6 +195,7 @@ class _Worker:
             try:
                 self._state.add(request)
             except ValueError as error:
+                self._state.counters.finished["error"] += 1
                 request.finish("error", now, error=error)
         if doomed is not None:
             spared = {request.id for request in requests[doomed:]}
@@ -235,6 +236,8 @@ class _Worker:
         time_done = perf_counter()
         self._arrived = oldest.step.number
         self._state.complete_step(oldest.step, result, time_done)
+        seconds = oldest.seconds + perf_counter() - time_done
+        self._state.counters.step_times.add(seconds)
         listener = self._inbox.step_listener
         if listener is None:
             return
@@ -249,7 +252,7 @@ class _Worker:
                 running=self._state.num_running,
                 waiting=self._state.num_waiting,
                 free_pages=self._state.pages.num_free,
-                scheduler_seconds=oldest.seconds + perf_counter() - time_done,
+                scheduler_seconds=seconds,
             )
         )
 

@@ -18,6 +18,7 @@ from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy, StepPlan
 from nanoflow.scheduler.prefix import ROOT, Prefix, page_keys
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
+from nanoflow.scheduler.stats import Counters, SchedulerStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class SchedulerState:
         self.pages = pages
         self._policy = policy
         self._forecast = Forecast()
+        self.counters = Counters()
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
         self._age_of: dict[str, int] = {}
         self._next_age = 0
@@ -61,6 +63,11 @@ class SchedulerState:
     @property
     def has_requests(self) -> bool:
         return bool(self._age_of)
+
+    def stats(self) -> SchedulerStats:
+        """May be called by any thread, which may then see some of a step's changes already."""
+        usage = 1 - self.pages.num_free / self.pages.num_pages
+        return self.counters.snapshot(self.num_running, max(0, self.num_waiting), usage)
 
     def open_requests(self) -> list[Request]:
         """All that have not finished."""
@@ -102,6 +109,7 @@ class SchedulerState:
                 self.slots.state[slot] = SlotState.ENDED
         if reason in ("stop", "length"):
             self._forecast.observe(len(request.output_token_ids))
+        self.counters.finished[reason] += 1
         request.finish(reason, time, stop_reason=stop_reason, error=error)
 
     def reclaim(self, completed_step: int) -> None:
@@ -139,6 +147,7 @@ class SchedulerState:
             self._forecast,
             self._find_prefix,
         )
+        self.counters.preemptions += len(plan.preempted)
         for slot in plan.preempted:
             self.slots.request(slot).num_preemptions += 1
             self._release(slot, SlotState.PREEMPTED)
@@ -173,7 +182,10 @@ class SchedulerState:
         known = slots.known[sampled]
         slots.tokens[sampled, known] = tokens
         slots.known[sampled] = known + 1
-        slots.first_token_time[sampled[known == slots.prompt_len[sampled]]] = time
+        first = sampled[known == slots.prompt_len[sampled]]
+        slots.first_token_time[first] = time
+        self.counters.prompt_tokens += int(slots.prompt_len[first].sum())
+        self.counters.generation_tokens += len(tokens)
         if logprobs is not None:
             slots.take_logprobs(sampled, rows, logprobs)
         slots.stream(sampled, tokens)
@@ -221,6 +233,9 @@ class SchedulerState:
         self.slots.assign(slot, request, self._age_of[request.id], prefix.pages)
         if request.num_preemptions == 0:
             request.num_cached_tokens = int(self.slots.computed[slot])
+            if self._shares_prefixes:
+                self.counters.prefix_queries += len(request.prompt_token_ids)
+                self.counters.prefix_hits += request.num_cached_tokens
 
     def _find_prefix(self, request: Request) -> Prefix:
         """Full pages that hold the first tokens of a waiting request: not the last one, whose row

@@ -1,0 +1,111 @@
+"""What is counted, over the fake engine and on a tiny model, and the line of status."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nanoflow.metrics as metrics
+from nanoflow import LLM, SamplingParams
+from nanoflow.metrics import Counter, Gauge, Histogram, Metric, StatusLine, make_metrics
+from test_loop import check_nothing_leaked, serve
+from tiny_models import write_tiny_llama
+
+
+def by_name(found: list[Metric]) -> dict[str, Any]:
+    """Values, and of request_success by reason."""
+    values: dict[str, Any] = {}
+    for metric in found:
+        assert metric.labels["engine"] == "0" and metric.labels["model_name"] == "tiny"
+        name = metric.name.removeprefix("nanoflow:")
+        if isinstance(metric, Counter | Gauge):
+            reason = metric.labels.get("finished_reason")
+            values[name if reason is None else f"{name}:{reason}"] = metric.value
+        else:
+            values[name] = metric
+    return values
+
+
+def test_every_token_and_end_is_counted(blind: None) -> None:
+    service = serve((0.5,), early=np.random.default_rng(0), invalid_seeds=frozenset({2}))
+    requests = [service.request(n, 1 + n % 20) for n in range(60)]
+    requests.append(service.request(7))  # an id in use, which fails
+    service.loop.submit(requests)
+    service.loop.abort(["50", "51"])
+    service.wait(61)
+    check_nothing_leaked(service)
+    values = by_name(make_metrics(service.state.stats(), "tiny"))
+    begun = [request for request in requests if request.output_token_ids]
+    assert values["generation_tokens"] == sum(len(r.output_token_ids) for r in begun)
+    assert values["prompt_tokens"] == sum(len(r.prompt_token_ids) for r in begun)
+    assert values["num_preemptions"] == sum(r.num_preemptions for r in requests) > 0
+    for reason in ("stop", "length", "abort", "error"):
+        expected = sum(request.finish_reason == reason for request in requests)
+        assert values[f"request_success:{reason}"] == expected > 0
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert values[name] == 0
+    times = values["scheduler_step_time_seconds"]
+    assert isinstance(times, Histogram)
+    assert times.count == service.engine.submitted == times.buckets["+Inf"]
+    assert times.sum > 0 and list(times.buckets.values()) == sorted(times.buckets.values())
+
+
+def test_an_llm_tells_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_llama(tmp_path / "tiny", tokenizer=True)
+    monkeypatch.chdir(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    seen: list[dict[str, Any]] = []
+    with LLM("tiny", max_model_len=64, block_size=8, max_num_seqs=4, device="cpu") as llm:
+        llm.step_listener = lambda _: seen.append(by_name(llm.get_metrics()))
+        prompts = ["again and again and again and again " * 2] * 6
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        values = by_name(llm.get_metrics())
+    assert values["prompt_tokens"] == sum(len(o.prompt_token_ids) for o in outputs)
+    assert values["generation_tokens"] == 48
+    assert values["request_success:length"] == 6
+    hits = sum(output.num_cached_tokens for output in outputs)
+    assert values["prefix_cache_hits"] == values["prompt_tokens_cached"] == hits > 0
+    assert values["prefix_cache_queries"] == values["prompt_tokens"]
+    assert max(value["num_requests_running"] for value in seen) == 4
+    assert max(value["num_requests_waiting"] for value in seen) == 2
+    assert 0 < max(value["kv_cache_usage_perc"] for value in seen) <= 1
+
+
+def test_a_line_of_status_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = serve()
+    service.loop.close()
+    now, stats = 100.0, service.state.stats()
+    monkeypatch.setattr(metrics, "perf_counter", lambda: now)
+    line, silent = StatusLine(lambda: stats), StatusLine(lambda: stats, is_on=False)
+
+    def tick(seconds: float, **changes: Any) -> list[str]:
+        nonlocal now, stats
+        now, stats = now + seconds, replace(stats, **changes)
+        caplog.clear()
+        line.tick()
+        silent.tick()
+        return caplog.messages
+
+    with caplog.at_level(logging.WARNING):
+        assert tick(50) == []
+    with caplog.at_level(logging.INFO):
+        assert tick(0) == []
+        assert tick(9.9) == []
+        changes = {"prompt_tokens": 1000, "generation_tokens": 50, "running": 3, "waiting": 2}
+        cache = {"kv_cache_usage": 0.125, "prefix_queries": 80, "prefix_hits": 20}
+        assert tick(0.1, preemptions=1, **changes, **cache) == [
+            "Avg prompt throughput: 100.0 tokens/s, Avg generation throughput: 5.0 tokens/s, "
+            "Running: 3 reqs, Waiting: 2 reqs, KV cache usage: 12.5%, "
+            "Prefix cache hit rate: 25.0%, Preemptions: 1"
+        ]
+        assert tick(5) == []
+        assert "Preemptions: 0" in tick(15)[0]
+        assert tick(100) == [], "an idle time is no time to average over"
+        assert len(tick(10)) == 1
