@@ -38,6 +38,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "enable_chunked_prefill": "split long prompts over several steps",
         "enable_prefix_caching": "share the KV cache of equal beginnings",
         "async_scheduling": "plan a step while the one before it runs",
+        "scheduling_policy": "fcfs, or priority: requests with a lower one go first",
         "disable_log_stats": "log no line of status every few seconds",
     }
 )

@@ -49,13 +49,16 @@ class AsyncLLM:
         prompt: PromptLike,
         sampling_params: SamplingParams | None,
         request_id: str,
+        *,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates for one prompt, with outputs as `sampling_params.output_kind` says.
 
         CUMULATIVE outputs hold all that has been generated so far, DELTA outputs what is new, and
         FINAL_ONLY gives one at the end. The last output alone is `finished`. A reader that is
         slower than the model gets fewer outputs, of more tokens each. When the task is cancelled,
-        or leaves the loop, the request is aborted.
+        or leaves the loop, the request is aborted. With scheduling_policy="priority", requests with
+        a lower `priority` go first.
         Raises ValueError on a prompt or parameters that cannot be run and on an id in use,
         TypeError on anything of a wrong type, EngineError with its cause when the engine fails.
         """
@@ -65,9 +68,11 @@ class AsyncLLM:
         params = self._processor.default_params() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise TypeError("sampling_params must be a SamplingParams, or None")
+        self.args.check_priority(priority)
         stream = self._open(request_id, prompts[0], params)
         try:
             request = await asyncio.to_thread(self._make_request, prompts[0], params, stream)
+            request.priority = priority
             self._submit(stream, request)
             is_last = False
             while not is_last:

@@ -44,6 +44,7 @@ class EngineArgs:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool | None = None  # None is True
     async_scheduling: bool = True  # plan a step while the one before it runs
+    scheduling_policy: str = "fcfs"  # or priority: requests with a lower one go first
     disable_log_stats: bool = False  # no status line every few seconds
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class EngineArgs:
     def _check_supported(self) -> None:
         supported: dict[str, tuple[Any, ...]] = {
             "trust_remote_code": (False,),
+            "scheduling_policy": ("fcfs", "priority"),
             "tensor_parallel_size": (1,),
             "quantization": (None,),
             "enable_chunked_prefill": (True,),
@@ -80,6 +82,15 @@ class EngineArgs:
             if value not in values:
                 known = " and ".join(map(repr, values))
                 raise ValueError(f"{name}={value!r} is not supported yet; supported: {known}")
+
+    def check_priority(self, priority: int) -> None:
+        """Raises ValueError, or TypeError, on a priority that a request cannot have."""
+        if type(priority) is not int:
+            raise TypeError(f"priority={priority!r} must be an integer")
+        if priority != 0 and self.scheduling_policy != "priority":
+            raise ValueError(f"priority={priority} needs scheduling_policy='priority'")
+        if not -(2**31) <= priority < 2**31:
+            raise ValueError(f"priority={priority} must be from {-(2**31)} to {2**31 - 1}")
 
     @staticmethod
     def _check_rows(max_num_seqs: int, max_num_batched_tokens: int) -> None:

@@ -59,16 +59,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Generates for one prompt or many; outputs are in the order of the prompts.
 
         A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
         `sampling_params`: one for all, one for each, or None for `get_default_sampling_params()`.
+        `priority`: of each; with scheduling_policy="priority", lower ones go first.
         A prompt that cannot be run fails alone: its output has finish_reason "error" and says why
         in `error`, and a warning is logged. ValueError is raised when no prompt can be run,
         TypeError on anything of a wrong type, EngineError when the engine fails.
         """
-        return self._run(parse_prompts(prompts), sampling_params, use_tqdm)
+        return self._run(parse_prompts(prompts), sampling_params, use_tqdm, priority)
 
     def chat(
         self,
@@ -165,8 +167,14 @@ class LLM:
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         params = self._params_of_each(sampling_params, len(prompts))
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        if len(priorities) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts but {len(priorities)} priorities")
+        for one in priorities:
+            self.args.check_priority(one)
         done: queue.SimpleQueue[Request] = queue.SimpleQueue()
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         index_of: dict[str, int] = {}
@@ -183,6 +191,7 @@ class LLM:
                 errors[index] = error
                 outputs[index] = self._processor.failed_output(number, prompt, error)
                 continue
+            request.priority = priorities[index]
             index_of[request.id] = index
             requests.append(request)
         if errors:

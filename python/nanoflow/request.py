@@ -70,6 +70,7 @@ class Request:
     max_len: int  # prompt and generated tokens together, at most
     on_finish: Callable[[Request], None]  # must not block or raise
     stop_watcher: StopWatcher | None = None
+    priority: int = 0  # int32; lower ones go first
     # Called from the scheduler's thread with each token as it arrives, before `on_finish`.
     on_token: Callable[[int], None] | None = None  # must not block or raise
 

@@ -34,9 +34,9 @@ class Slots:
     def __init__(self, num_slots: int, max_model_len: int, page_size: int) -> None:
         self.page_size = page_size
         self.requests: list[Request | None] = [None] * num_slots
-        self.running: Ints = np.empty(0, np.int64)  # slots that run, oldest request first
+        self.running: Ints = np.empty(0, np.int64)  # slots that run, by age
         self.state = np.full(num_slots, SlotState.FREE, np.int8)
-        self.age: Ints = np.zeros(num_slots, np.int64)  # number of the request, ascending
+        self.age: Ints = np.zeros(num_slots, np.int64)  # of the request: lower ones go first
 
         self.prompt_len: Ints = np.zeros(num_slots, np.int64)
         self.prefill_len: Ints = np.zeros(num_slots, np.int64)
@@ -73,7 +73,7 @@ class Slots:
         self.num_banned_ids: Ints = np.zeros(num_slots, np.int64)  # all of them
 
     def assign(self, slot: int, request: Request, age: int, pages: Sequence[int] = ()) -> None:
-        """Gives a free slot to a request; `age` must be above that of all running requests.
+        """Gives a free slot to a request of an age that no running one has.
 
         `pages` are full and hold its first tokens already.
         """
@@ -81,7 +81,8 @@ class Slots:
         prompt_len, length = len(request.prompt_token_ids), request.num_tokens
         self.requests[slot] = request
         self.state[slot] = SlotState.RUNNING
-        self.running = np.append(self.running, slot)
+        at = np.searchsorted(self.age[self.running], age)
+        self.running = np.insert(self.running, at, slot)
         self.age[slot] = age
         self.prompt_len[slot] = prompt_len
         self.prefill_len[slot] = self.known[slot] = length

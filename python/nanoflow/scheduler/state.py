@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from nanoflow.scheduler.policy import Policy, StepPlan
 from nanoflow.scheduler.prefix import ROOT, Prefix, page_keys
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 from nanoflow.scheduler.stats import Counters, SchedulerStats
+from nanoflow.scheduler.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class SchedulerState:
         self._policy = policy
         self._forecast = Forecast()
         self.counters = Counters()
-        self._waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
-        self._age_of: dict[str, int] = {}
+        self._waiting = WaitingQueue()
+        self._age_of: dict[str, int] = {}  # by priority, then number: who is lower goes first
         self._next_age = 0
         self._free_slots = list(range(len(slots.requests)))[::-1]
         self._slot_of: dict[str, int] = {}  # running and preempted
@@ -71,15 +71,15 @@ class SchedulerState:
 
     def open_requests(self) -> list[Request]:
         """All that have not finished."""
-        return [*self._waiting.values(), *map(self.slots.request, self._slot_of.values())]
+        return [*self._waiting, *map(self.slots.request, self._slot_of.values())]
 
     def add(self, request: Request) -> None:
-        """Queues a request behind all others. Raises ValueError on an id in use."""
+        """Queues a request behind all of its priority. Raises ValueError on an id in use."""
         if request.id in self._age_of:
             raise ValueError(f"request id {request.id!r} is in use")
-        self._age_of[request.id] = self._next_age
+        self._age_of[request.id] = (request.priority << 32) + self._next_age
         self._next_age += 1
-        self._waiting[request.id] = request
+        self._waiting.add(request)
 
     def abort(self, request_id: str, time: float) -> None:
         """Finishes a request with what has arrived. An unknown or finished one is left alone."""
@@ -97,7 +97,7 @@ class SchedulerState:
         """Finishes a request, if it is here; what its steps in flight still sample is dropped."""
         if self._age_of.pop(request_id, None) is None:
             return
-        request = self._waiting.pop(request_id, None)
+        request = self._waiting.pop(request_id)
         if request is None:
             slot = self._slot_of.pop(request_id)
             request = self.slots.request(slot)
@@ -131,10 +131,9 @@ class SchedulerState:
             slots.free(slot)
             self._free_slots.append(slot)
         self._leaving = still_leaving
-        # Who ran before is older than all that have not, and the youngest were preempted first.
+        # Who ran before is older than its equals that have not; the youngest were preempted first.
         for request in sorted(back, key=lambda r: self._age_of[r.id], reverse=True):
-            self._waiting[request.id] = request
-            self._waiting.move_to_end(request.id, last=False)
+            self._waiting.add(request, is_first=True)
 
     def start_step(self) -> Step:
         """Plans the next step and books its pages, slots and tokens. Its plan may be empty."""
@@ -209,8 +208,8 @@ class SchedulerState:
         for name, slot in self._slot_of.items():
             assert slots.request(slot).id == name
             assert slots.state[slot] in (SlotState.RUNNING, SlotState.PREEMPTED)
-        assert self._age_of.keys() == self._waiting.keys() | self._slot_of.keys()
-        ages = [self._age_of[name] for name in self._waiting]
+        assert self._age_of.keys() == {r.id for r in self._waiting} | self._slot_of.keys()
+        ages = [self._age_of[request.id] for request in self._waiting]
         assert ages == sorted(ages), "the queue is not by age"
         running = slots.running
         stored, known = slots.computed[running], slots.known[running]
@@ -223,7 +222,7 @@ class SchedulerState:
         """Nobody overtakes a preempted request whose last token is in flight."""
         if any(self.slots.state[slot] == SlotState.PREEMPTED for slot in self._leaving):
             return ()
-        return iter(self._waiting.values())
+        return iter(self._waiting)
 
     def _admit(self, slot: int, request: Request, prefix: Prefix) -> None:
         self._waiting.pop(request.id)

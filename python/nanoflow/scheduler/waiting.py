@@ -1,0 +1,43 @@
+"""The requests that wait, the most urgent first."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from nanoflow.request import Request
+
+
+class WaitingQueue:
+    """By priority, the lowest first, and among equals in the order of arrival. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, Request] = {}
+        self._priorities: list[int] = []  # that requests here have, ascending
+        self._of_priority: dict[int, OrderedDict[str, Request]] = {}
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in self._priorities:
+            yield from self._of_priority[priority].values()
+
+    def add(self, request: Request, *, is_first: bool = False) -> None:
+        """Behind, or before, those of its priority."""
+        queue = self._of_priority.get(request.priority)
+        if queue is None:
+            queue = self._of_priority[request.priority] = OrderedDict()
+            insort(self._priorities, request.priority)
+        queue[request.id] = self._requests[request.id] = request
+        if is_first:
+            queue.move_to_end(request.id, last=False)
+
+    def pop(self, request_id: str) -> Request | None:
+        """Takes a request out, if it is here."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            queue = self._of_priority[request.priority]
+            del queue[request_id]
+            if not queue:
+                del self._of_priority[request.priority]
+                self._priorities.remove(request.priority)
+        return request
