@@ -55,6 +55,15 @@ def test_every_token_and_end_is_counted(blind: None) -> None:
     assert times.sum > 0 and list(times.buckets.values()) == sorted(times.buckets.values())
 
 
+def test_requests_that_fail_with_the_engine_are_counted() -> None:
+    service = serve(fail_at=4)
+    service.loop.submit([service.request(n, ignore_eos=True) for n in range(20)])
+    service.wait(20)
+    service.loop.close()
+    values = by_name(make_metrics(service.state.stats(), "tiny"))
+    assert values["request_success:error"] == 20
+
+
 def test_an_llm_tells_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_llama(tmp_path / "tiny", tokenizer=True)
     monkeypatch.chdir(tmp_path)

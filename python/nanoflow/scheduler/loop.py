@@ -265,4 +265,5 @@ class _Worker:
         now = perf_counter()
         for request in self._state.open_requests() + requests:
             if request.finish_reason is None:
+                self._state.counters.finished["error"] += 1
                 request.finish("error", now, error=inbox.closed_error())
