@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.config import make_args
-from nanoflow.errors import EngineError
 from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
@@ -125,9 +124,7 @@ class AsyncLLM:
 
     async def check_health(self) -> None:
         """Raises EngineError with its cause when the engine has failed."""
-        failure = self._runtime.loop.failure
-        if failure is not None:
-            raise EngineError(f"the engine has failed and is closed: {failure}") from failure
+        self._runtime.loop.check_health()
 
     def shutdown(self) -> None:
         """Aborts what is running and stops the engine. May be called more than once.

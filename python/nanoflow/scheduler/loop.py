@@ -105,6 +105,11 @@ class SchedulerLoop:
         """What made the engine fail, if it has."""
         return self._inbox.failure
 
+    def check_health(self) -> None:
+        """Raises EngineError with its cause when the engine has failed."""
+        if self._inbox.failure is not None:
+            raise self._inbox.closed_error()
+
     def call_after_turns(self, on_turn: Callable[[], None]) -> None:
         """`on_turn` is called in the loop's thread once after all that a turn tells requests.
 
@@ -166,7 +171,6 @@ class _Worker:
         self._state = state
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
-        self._arrived = 0  # the last step that was waited for
 
     def run(self) -> None:
         try:
@@ -214,7 +218,7 @@ class _Worker:
         come: the same requests give the same steps.
         """
         begin = perf_counter()
-        self._state.reclaim(self._arrived)
+        self._state.reclaim(self._state.arrived_step)
         step = self._state.start_step()
         if not step.plan.is_empty:
             batch = self._make_batch(**build_batch(self._state.slots, step))
@@ -234,7 +238,6 @@ class _Worker:
     def _complete(self, oldest: _StepInFlight) -> None:
         result = oldest.handle.wait()
         time_done = perf_counter()
-        self._arrived = oldest.step.number
         self._state.complete_step(oldest.step, result, time_done)
         seconds = oldest.seconds + perf_counter() - time_done
         self._state.counters.step_times.add(seconds)

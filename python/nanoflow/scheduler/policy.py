@@ -9,7 +9,7 @@ import numpy as np
 
 from nanoflow.request import Request
 from nanoflow.scheduler.deal import Dealer
-from nanoflow.scheduler.forecast import Forecast, Outlook
+from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
 
@@ -88,10 +88,9 @@ class Policy:
         prefills = _running_prefills(slots, prefilling)
         if not (preempted or stalled):
             spare = free_pages - _pages_of_prefills_to_come(slots, running)
-            room = free_pages + retired_pages + int(slots.num_pages[running].sum())
-            outlook = forecast.outlook(slots, running)
+            room = free_pages + lacked + retired_pages
             found = ((request, find_prefix(request)) for request in waiting)
-            fitting = _fitting(found, forecast, outlook, room + lacked)
+            fitting = _fitting(found, forecast, slots, running, room)
             prefills += self._admissible(slots, prefills, fitting, free_slots, spare, budget)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
         return self._deal(slots, decodes, prefills, budget, free_pages, preempted)
@@ -219,12 +218,19 @@ class Policy:
 
 
 def _fitting(
-    waiting: Iterable[tuple[Request, Prefix]], forecast: Forecast, outlook: Outlook, num_pages: int
+    waiting: Iterable[tuple[Request, Prefix]],
+    forecast: Forecast,
+    slots: Slots,
+    running: Ints,
+    room: int,
 ) -> Iterator[tuple[Request, Prefix]]:
     """Those of `waiting`, from the first on, that are expected to end without lack of pages.
 
-    One that would run alone fits always. A page that n requests share counts n times on both sides.
+    `room`: pages that nobody holds. One that would run alone fits always. A page that n requests
+    share counts n times on both sides. Nothing is computed before somebody asks for the first.
     """
+    outlook = forecast.outlook(slots, running)
+    num_pages = room + int(slots.num_pages[running].sum())
     for request, prefix in waiting:
         is_alone = len(outlook) == 0
         outlook.add(request.num_tokens, forecast.steps_left(request))

@@ -50,7 +50,7 @@ class SchedulerState:
         self._slot_of: dict[str, int] = {}  # running and preempted
         self._leaving: list[int] = []  # slots that steps in flight may still name
         self._last_step = 0  # started
-        self._arrived_step = 0  # whose tokens have arrived
+        self.arrived_step = 0  # whose tokens have arrived
 
     @property
     def num_waiting(self) -> int:
@@ -119,7 +119,7 @@ class SchedulerState:
         again with them.
         """
         self.pages.reclaim(completed_step)
-        arrived = min(completed_step, self._arrived_step)
+        arrived = min(completed_step, self.arrived_step)
         slots, still_leaving, back = self.slots, [], []
         for slot in self._leaving:
             if slots.last_step[slot] > arrived:
@@ -166,7 +166,7 @@ class SchedulerState:
 
     def complete_step(self, step: Step, result: StepResult, time: float) -> None:
         """Takes the sampled tokens of a step, in order, and finishes requests that they end."""
-        self._arrived_step = step.number
+        self.arrived_step = step.number
         slots, tokens, logprobs = self.slots, result.tokens, result.logprobs
         sampled = step.plan.slots[step.samples]
         state = slots.state[sampled]
