@@ -1,22 +1,9 @@
-#include "kernels/cuda/gemm_sm90.cuh"
+#include "kernels/cuda/gemm_sm90_silu_mul.cuh"
 
 namespace nanoflow::cuda {
 
 GemmLauncher gemm_f16_silu_mul(GemmKernel kernel) {
-  using T = cutlass::half_t;
-  switch (kernel) {
-    case GemmKernel::k128x256:
-      return GemmSm90<T, T, 128, 256, 64, PairOfRows, Cooperative, Rows::kTokens,
-                      Combine::kSiluMul>::launch;
-    case GemmKernel::k128x128:
-      return GemmSm90<T, T, 128, 128, 64, Alone, Pingpong, Rows::kTokens,
-                      Combine::kSiluMul>::launch;
-    case GemmKernel::k64x128StreamK:
-      return GemmSm90<T, T, 128, 64, 128, Alone, StreamK, Rows::kFeatures,
-                      Combine::kSiluMul>::launch;
-    default:
-      return nullptr;
-  }
+  return silu_mul_launcher<cutlass::half_t>(kernel);
 }
 
 }  // namespace nanoflow::cuda
