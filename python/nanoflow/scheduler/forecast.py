@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 
 import numpy as np
@@ -23,9 +24,7 @@ class Forecast:
 
     def __init__(self) -> None:
         self._ended: deque[int] = deque([PRIOR_TOKENS], maxlen=WINDOW)
-        self._sorted: Ints = np.array(self._ended)
-        self._mean_of_longer = self._sorted.astype(np.float64)
-        self._is_stale = False
+        self._is_stale = True
 
     def observe(self, generated: int) -> None:
         """A request has ended by itself after so many tokens."""
@@ -34,59 +33,71 @@ class Forecast:
 
     def outlook(self, slots: Slots, running: Ints) -> Outlook:
         """What `running` slots will hold."""
+        self._refresh()
         stored = np.maximum(slots.computed[running], slots.prefill_len[running])
         generated = stored - slots.prompt_len[running]
         most = slots.max_len[running] - slots.prompt_len[running]
-        expected = self._expected(generated, most, slots.is_length_certain[running])
+        longer = np.searchsorted(self._sorted, generated, side="right")
+        guess = np.where(longer < len(self._sorted), self._means[longer], 2 * generated)
+        expected = np.minimum(np.maximum(guess, generated + 1), most)
+        expected = np.where(slots.is_length_certain[running], most, expected)
         return Outlook(slots.page_size, stored, expected - generated)
 
     def steps_left(self, request: Request) -> int:
         """Tokens that a waiting request is expected to generate yet."""
-        generated = np.array([len(request.output_token_ids)])
-        most = np.array([request.max_len - len(request.prompt_token_ids)])
-        certain = np.array([request.is_length_certain])
-        return int((self._expected(generated, most, certain) - generated)[0])
-
-    def _expected(
-        self, generated: Ints, most: Ints, is_certain: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    ) -> Ints:
-        """Tokens that requests will have generated when they end: at least one more, if allowed."""
-        if self._is_stale:
-            self._sorted = np.sort(np.array(self._ended))
-            total = np.cumsum(self._sorted[::-1])[::-1]
-            self._mean_of_longer = total / np.arange(len(total), 0, -1)
-            self._is_stale = False
-        longer = np.searchsorted(self._sorted, generated, side="right")
+        generated = len(request.output_token_ids)
+        most = request.max_len - len(request.prompt_token_ids)
+        if request.is_length_certain:
+            return most - generated
+        self._refresh()
+        longer = bisect_right(self._sorted_list, generated)
         # One that has outlived all is expected to be in the middle of its life.
-        means = np.append(self._mean_of_longer, 0)[longer]
-        guess = np.where(longer < len(self._sorted), np.ceil(means).astype(np.int64), 2 * generated)
-        expected: Ints = np.minimum(np.maximum(guess, generated + 1), most)
-        return np.where(is_certain, most, expected)
+        guess = int(self._means[longer]) if longer < len(self._sorted_list) else 2 * generated
+        return min(max(guess, generated + 1), most) - generated
+
+    def _refresh(self) -> None:
+        """Sorts the lengths of those that have ended."""
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        self._sorted_list = sorted(self._ended)
+        self._sorted = np.array(self._sorted_list)
+        count = len(self._sorted)
+        total = np.cumsum(self._sorted[::-1])[::-1]
+        # [count + 1] of those from each on; the last is of none
+        self._means = np.append(-(-total // np.arange(count, 0, -1)), 0)
 
 
 class Outlook:
-    """Pages held over the coming steps, in each of which every request stores one token more."""
+    """Pages held over the coming steps, in each of which every request stores one token more.
+
+    Requests are taken to fill half of their last page.
+    """
 
     def __init__(self, page_size: int, stored: Ints, steps_left: Ints) -> None:
+        """Of requests that have stored so many tokens, prompts as if prefilled."""
         self._page_size = page_size
-        self._stored = stored  # [R] tokens, prompts as if prefilled
-        self._left = steps_left  # [R] until it ends and gives its pages back
+        latest_first = np.argsort(-steps_left)
+        self._left: Ints = steps_left[latest_first]  # [R] until it ends and gives its pages back
+        # [R] What it and those that end later or then hold at the moment it ends
+        count = np.arange(1, len(self._left) + 1)
+        held = stored[latest_first] + page_size // 2
+        self._held: Ints = np.cumsum(held) + count * self._left
+        self._later: Ints = np.append(0, np.cumsum(held))  # [R + 1] of those before, now
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._left)
 
     def add(self, stored: int, steps_left: int) -> None:
         """One more request that starts with so many tokens."""
-        self._stored = np.append(self._stored, stored)
-        self._left = np.append(self._left, steps_left)
+        stored += self._page_size // 2
+        at = int(np.searchsorted(-self._left, -steps_left))
+        own = self._later[at] + stored + (at + 1) * steps_left
+        after = self._held[at:] + stored + self._left[at:]
+        self._held = np.concatenate([self._held[:at], [own], after])
+        self._later = np.concatenate([self._later[: at + 1], self._later[at:] + stored])
+        self._left = np.concatenate([self._left[:at], [steps_left], self._left[at:]])
 
     def peak(self) -> int:
-        """Most pages held at a time; requests are taken to fill half of their last page."""
-        if len(self._stored) == 0:
-            return 0
-        latest_first = np.argsort(-self._left)
-        left = self._left[latest_first]
-        count = np.arange(1, len(left) + 1)
-        # At the moment a request ends, those that end later or then are there, grown as much.
-        tokens = np.cumsum(self._stored[latest_first]) + count * left
-        return int(np.max(tokens + count * (self._page_size // 2))) // self._page_size
+        """Most pages held at a time."""
+        return int(self._held.max(initial=0)) // self._page_size

@@ -18,6 +18,10 @@ class PageState(IntEnum):
     RETIRED = 2  # no request's any more, but a step on its way may still read or write it
 
 
+# As plain numbers: members of an enum are looked up slowly.
+_FREE, _GRANTED, _RETIRED = map(int, PageState)
+
+
 class PageAllocator:
     """Grants pages, and takes them back once no step can touch them. Not thread-safe.
 
@@ -39,7 +43,7 @@ class PageAllocator:
         self._free_keyed: OrderedDict[int, None] = OrderedDict()  # granted from the beginning on
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._state = np.full(num_pages, PageState.FREE, dtype=np.int8)
+        self._state = np.full(num_pages, _FREE, dtype=np.int8)
         self._users = np.zeros(num_pages, np.int32)  # requests that hold it
         self._last_step = np.zeros(num_pages, np.int64)  # that uses it, of those that let it go
         self._retired: list[tuple[int, Pages]] = []  # (last step, pages)
@@ -61,7 +65,7 @@ class PageAllocator:
             for page in oldest:
                 del self._page_of[self._key_of.pop(page)]
             pages = np.concatenate([pages, np.array(oldest, np.int32)])
-        self._state[pages] = PageState.GRANTED
+        self._state[pages] = _GRANTED
         self._users[pages] = 1
         self._last_step[pages] = 0
         return pages
@@ -84,44 +88,43 @@ class PageAllocator:
 
     def num_held(self, pages: Sequence[int]) -> int:
         """How many of these pages requests hold, so that sharing them takes no free one."""
-        return int(np.count_nonzero(self._state[list(pages)] == PageState.GRANTED))
+        return int(np.count_nonzero(self._state[list(pages)] == _GRANTED))
 
     def share(self, pages: Sequence[int]) -> None:
         """Gives pages that find() has named to one more request."""
         for page in pages:
-            if self._state[page] == PageState.FREE:
+            if self._state[page] == _FREE:
                 del self._free_keyed[page]
-            elif self._state[page] == PageState.RETIRED:
+            elif self._state[page] == _RETIRED:
                 self.num_retired -= 1
-        self._state[list(pages)] = PageState.GRANTED
+        self._state[list(pages)] = _GRANTED
         self._users[list(pages)] += 1
 
     def retire(self, pages: Pages, step: int) -> None:
         """A request gives up pages that its steps up to number `step` use."""
         if len(pages) == 0:
             return
-        if not np.all(self._state[pages] == PageState.GRANTED):
+        if not np.all(self._state[pages] == _GRANTED):
             raise ValueError(f"cannot retire pages that are not granted: {pages}")
-        self._users[pages] -= 1
-        self._last_step[pages] = np.maximum(self._last_step[pages], step)
-        left = pages[self._users[pages] == 0]
-        self._state[left] = PageState.RETIRED
-        self.num_retired += len(left)
-        for last in np.unique(self._last_step[left]).tolist():
-            self._retired.append((last, left[self._last_step[left] == last]))
+        users, last = self._users[pages] - 1, np.maximum(self._last_step[pages], step)
+        self._users[pages], self._last_step[pages] = users, last
+        if users.any():
+            pages, last = pages[users == 0], last[users == 0]
+        self._state[pages] = _RETIRED
+        self.num_retired += len(pages)
+        for number in set(last.tolist()):
+            self._retired.append((number, pages[last == number]))
 
     def reclaim(self, completed_step: int) -> None:
         """Frees what was retired with a step number up to `completed_step`."""
         waiting = []
         for step, pages in self._retired:
             # Some may have been shared since, and perhaps retired again with a later step.
-            pages = pages[
-                (self._state[pages] == PageState.RETIRED) & (self._last_step[pages] == step)
-            ]
+            pages = pages[(self._state[pages] == _RETIRED) & (self._last_step[pages] == step)]
             if step > completed_step:
                 waiting.append((step, pages))
                 continue
-            self._state[pages] = PageState.FREE
+            self._state[pages] = _FREE
             self.num_retired -= len(pages)
             self._free(pages)
         self._retired = waiting
@@ -138,14 +141,14 @@ class PageAllocator:
         """Asserts that every page is exactly one of free, granted and retired."""
         blank = self._blank[: self._num_blank]
         free = np.concatenate([blank, np.array(list(self._free_keyed), np.int32)])
-        retired = np.flatnonzero(self._state == PageState.RETIRED)
+        retired = np.flatnonzero(self._state == _RETIRED)
         listed = np.concatenate([np.empty(0, np.int32), *(pages for _, pages in self._retired)])
         counts = np.bincount(self._state, minlength=len(PageState))
-        assert counts[PageState.FREE] == self.num_free == len(np.unique(free))
-        assert counts[PageState.RETIRED] == self.num_retired
+        assert counts[_FREE] == self.num_free == len(np.unique(free))
+        assert counts[_RETIRED] == self.num_retired
         assert np.all(np.isin(retired, listed)), "a retired page would never come back"
-        assert np.all(self._state[free] == PageState.FREE)
-        assert np.array_equal(self._users > 0, self._state == PageState.GRANTED)
+        assert np.all(self._state[free] == _FREE)
+        assert np.array_equal(self._users > 0, self._state == _GRANTED)
         assert {page: key for key, page in self._page_of.items()} == self._key_of
         assert all(page in self._key_of for page in self._free_keyed)
         assert not any(page in self._key_of for page in blank.tolist())
@@ -157,9 +160,11 @@ class PageAllocator:
     def _free(self, pages: Pages) -> None:
         """Puts pages among the free ones, the last first: a beginning is found more often."""
         if self._key_of:
-            keyed = [page for page in pages[::-1].tolist() if page in self._key_of]
+            listed = pages.tolist()
+            keyed = [page for page in reversed(listed) if page in self._key_of]
             self._free_keyed.update(dict.fromkeys(keyed))
             if keyed:
-                pages = pages[~np.isin(pages, keyed)]
+                blank = [page for page in listed if page not in self._key_of]
+                pages = np.array(blank, np.int32)
         self._blank[self._num_blank : self._num_blank + len(pages)] = pages
         self._num_blank += len(pages)

@@ -23,7 +23,8 @@ class Prefix:
 
 def page_keys(tokens: NDArray[np.int32], page_size: int, parent: bytes = ROOT) -> Iterator[bytes]:
     """A key for each full page of `tokens`, which follow the page with key `parent`."""
-    for begin in range(0, len(tokens) - page_size + 1, page_size):
-        page = tokens[begin : begin + page_size]
-        parent = blake2b(parent + page.tobytes(), digest_size=_KEY_BYTES).digest()
+    content, size = tokens.tobytes(), tokens.itemsize * page_size
+    for begin in range(0, len(content) - size + 1, size):
+        page = content[begin : begin + size]
+        parent = blake2b(parent + page, digest_size=_KEY_BYTES).digest()
         yield parent

@@ -81,8 +81,8 @@ class Slots:
         prompt_len, length = len(request.prompt_token_ids), request.num_tokens
         self.requests[slot] = request
         self.state[slot] = SlotState.RUNNING
-        at = np.searchsorted(self.age[self.running], age)
-        self.running = np.insert(self.running, at, slot)
+        at = int(np.searchsorted(self.age[self.running], age))
+        self.running = np.concatenate([self.running[:at], [slot], self.running[at:]])
         self.age[slot] = age
         self.prompt_len[slot] = prompt_len
         self.prefill_len[slot] = self.known[slot] = length

@@ -220,7 +220,7 @@ class SchedulerState:
 
     def _admissible(self) -> Iterator[Request] | Sequence[Request]:
         """Nobody overtakes a preempted request whose last token is in flight."""
-        if any(self.slots.state[slot] == SlotState.PREEMPTED for slot in self._leaving):
+        if np.any(self.slots.state[self._leaving] == SlotState.PREEMPTED):
             return ()
         return iter(self._waiting)
 
