@@ -33,6 +33,13 @@ NO_GPU = ("needs an NVIDIA driver", "does not exist", "cannot be used", "cannot 
 TOKENS = 8
 
 
+def write_model(folder: Path) -> Path:
+    """A model for load_format="dummy"."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    return folder
+
+
 def answer(model: Path, device: str) -> str:
     """The device that generated TOKENS tokens. Raises EngineError where it cannot be used."""
     with LLM(
@@ -59,11 +66,11 @@ def main() -> None:
     if megabytes > options.max_mb:
         raise SystemExit(f"the package has {megabytes:.1f} MB, more than {options.max_mb}")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        model = write_model(Path(folder))
         for device in ("auto", "cpu"):
-            print(f"device={device!r}: answers on {answer(Path(folder), device)}")
+            print(f"device={device!r}: answers on {answer(model, device)}")
         try:
-            print(f"device='cuda': answers on {answer(Path(folder), 'cuda')}")
+            print(f"device='cuda': answers on {answer(model, 'cuda')}")
         except EngineError as error:
             print(f"device='cuda': {error}")
             if not any(reason in str(error) for reason in NO_GPU):

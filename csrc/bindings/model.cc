@@ -1,10 +1,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <string>
 
 #include "bindings/array.h"
 #include "bindings/register.h"
+#include "model/model_folder.h"
 #include "model/spec.h"
 #include "model/weights.h"
 
@@ -91,6 +93,9 @@ void register_model(py::module_& m) {
       .def_property_readonly("bytes", &Weights::bytes)
       .def_property_readonly("spec", &Weights::spec)
       .def_property_readonly("backend", &Weights::backend);
+  m.def("write_model", &write_model, py::arg("weights"), py::arg("folder"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Writes complete weights of a CPU backend as C++ reads them; see model/model_folder.h.");
 }
 
 }  // namespace nanoflow

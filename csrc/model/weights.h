@@ -58,6 +58,8 @@ class Weights {
   Layer layer(int index) const;
   /// Names, dtypes and shapes, in order.
   const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
+  /// The tensor of an entry.
+  Tensor tensor(int entry) const { return arena_.tensor(entry); }
 
  private:
   /// Where the rows of a name lie: row i is row begin + i / group * stride + i % group of an entry.

@@ -6,6 +6,7 @@ nanoflow's engine: what runs on the device, one step at a time.
 from __future__ import annotations
 
 import collections.abc
+import os
 import typing
 
 import numpy
@@ -33,6 +34,7 @@ __all__: list[str] = [
     "cuda_problem",
     "run_op",
     "time_op",
+    "write_model",
 ]
 
 class EngineError(RuntimeError):
@@ -454,4 +456,9 @@ def time_op(
 ) -> float:
     """
     Microseconds of a run of an op that is repeated for so many seconds, the first half of them dropped: what it takes under sustained load. Operands and errors as run_op; the arrays are overwritten on the CPU and left alone by a GPU.
+    """
+
+def write_model(weights: Weights, folder: os.PathLike | str | bytes) -> None:
+    """
+    Writes complete weights of a CPU backend as C++ reads them; see model/model_folder.h.
     """

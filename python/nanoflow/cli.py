@@ -12,6 +12,7 @@ from nanoflow.bench.command import add_bench_arguments
 from nanoflow.bench.default_model import DefaultModelError
 from nanoflow.chat import add_chat_arguments
 from nanoflow.errors import EngineError
+from nanoflow.export_command import add_export_arguments
 from nanoflow.plan_command import add_plan_arguments
 
 
@@ -22,6 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_bench_arguments(commands.add_parser("bench", help="measure throughput"))
     add_chat_arguments(commands.add_parser("chat", help="talk to a model in the terminal"))
     add_plan_arguments(commands.add_parser("plan", help="show what a schedule does with a step"))
+    add_export_arguments(
+        commands.add_parser("export-spec", help="write a model as programs in C++ read it")
+    )
     return parser
 
 

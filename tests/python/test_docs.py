@@ -14,7 +14,14 @@ from tiny_models import write_tiny_llama
 ROOT = Path(__file__).parents[2]
 MAIN_JOB = "pip install . && python -m nanoflow.bench"
 TESTS = "pip install '.[test]' && pytest"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "third_party/README.md")
+EMBEDDING = "tests/cpp/embed/README.md"
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "third_party/README.md",
+    EMBEDDING,
+)
 
 
 def read(name: str) -> str:
@@ -44,6 +51,11 @@ def test_readme_example_runs(tmp_path, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
     exec(example.replace("path/to/model", str(model)), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_page_on_embedding_shows_the_program():
+    (program,) = re.findall(r"```cpp\n(.*?)```", read(EMBEDDING), re.DOTALL)
+    assert program == read("tests/cpp/embed/main.cc")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

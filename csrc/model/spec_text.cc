@@ -1,0 +1,109 @@
+#include "model/spec_text.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <type_traits>
+#include <vector>
+
+#include "core/error.h"
+
+namespace nanoflow {
+namespace {
+
+/// Calls visit(name, field) for every field of a spec: what to_text() and SpecReader know of it.
+template <typename Spec, typename Visit>
+void visit_fields(Spec& spec, Visit&& visit) {
+  visit("vocab_size", spec.vocab_size);
+  visit("hidden_size", spec.hidden_size);
+  visit("intermediate_size", spec.intermediate_size);
+  visit("num_layers", spec.num_layers);
+  visit("num_heads", spec.num_heads);
+  visit("num_kv_heads", spec.num_kv_heads);
+  visit("head_dim", spec.head_dim);
+  visit("rms_norm_eps", spec.rms_norm_eps);
+  visit("tie_word_embeddings", spec.tie_word_embeddings);
+  visit("qkv_bias", spec.qkv_bias);
+  visit("dtype", spec.dtype);
+  visit("rope_inv_freq", spec.rope_inv_freq);
+}
+
+template <typename T>
+std::string number_text(T value) {
+  std::array<char, 32> buffer;
+  const auto [end, error] = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value);
+  return {buffer.data(), end};
+}
+
+std::string value_text(int value) { return number_text(value); }
+std::string value_text(float value) { return number_text(value); }
+std::string value_text(bool value) { return value ? "true" : "false"; }
+std::string value_text(DType value) { return std::string(to_string(value)); }
+
+template <typename T>
+std::string value_text(const std::vector<T>& values) {
+  std::string text;
+  for (const T& value : values) text += (text.empty() ? "" : " ") + value_text(value);
+  return text;
+}
+
+template <typename T>
+  requires std::is_arithmetic_v<T>
+void parse_value(std::string_view text, T& value) {
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  NF_CHECK(error == std::errc() && stop == end, "'", text, "' is not a number of its kind");
+}
+
+void parse_value(std::string_view text, bool& value) {
+  NF_CHECK(text == "true" || text == "false", "'", text, "' is neither true nor false");
+  value = text == "true";
+}
+
+void parse_value(std::string_view text, DType& value) { value = parse_dtype(text); }
+
+template <typename T>
+void parse_value(std::string_view text, std::vector<T>& values) {
+  values.clear();
+  while (!text.empty()) {
+    const size_t length = std::min(text.find(' '), text.size());
+    parse_value(text.substr(0, length), values.emplace_back());
+    text.remove_prefix(std::min(length + 1, text.size()));
+  }
+}
+
+std::string between_spaces(std::string_view name) { return " " + std::string(name) + " "; }
+
+}  // namespace
+
+std::string to_text(const ModelSpec& spec) {
+  std::string text;
+  visit_fields(spec, [&](const char* name, const auto& field) {
+    text += std::string(name) + " " + value_text(field) + "\n";
+  });
+  return text;
+}
+
+void SpecReader::read(std::string_view name, std::string_view value) {
+  NF_CHECK(seen_.find(between_spaces(name)) == std::string::npos, name, " is given twice");
+  bool is_known = false;
+  visit_fields(spec_, [&](std::string_view known, auto& field) {
+    if (known != name) return;
+    parse_value(value, field);
+    is_known = true;
+  });
+  NF_CHECK(is_known, name, " is no field of a model that this nanoflow knows");
+  seen_ += std::string(name) + " ";
+}
+
+ModelSpec SpecReader::finish() const {
+  std::string missing;
+  visit_fields(spec_, [&](const char* name, const auto&) {
+    if (seen_.find(between_spaces(name)) == std::string::npos) missing += " " + std::string(name);
+  });
+  NF_CHECK(missing.empty(), "fields are missing:", missing);
+  spec_.check();
+  return spec_;
+}
+
+}  // namespace nanoflow

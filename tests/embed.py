@@ -1,0 +1,81 @@
+"""Build the program of tests/cpp/embed against an installed nanoflow, and compare what it generates
+from an exported model with what Python generates.
+
+Usage: python tests/embed.py BUILD_DIR   (a folder where CMake has built nanoflow; it needs nanoflow
+       in Python, CMake and Ninja)
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import installed
+
+from nanoflow import LLM, SamplingParams
+from nanoflow.cli import main as nanoflow
+
+PROJECT = Path(__file__).parent / "cpp" / "embed"
+PROMPTS = [[5, 6, 7], [9], [*range(20, 110)]]  # the last takes two pages
+STEPS = 40
+LLM_ARGUMENTS = {"load_format": "dummy", "skip_tokenizer_init": True, "device": "cpu"}
+
+
+def generate_in_python(model: Path) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
+    with LLM(model, **LLM_ARGUMENTS) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False
+        )
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def build_program(build_dir: Path, scratch: Path) -> Path:
+    """Installs nanoflow below `scratch` and builds the consumer's project against it."""
+    prefix, build = scratch / "prefix", scratch / "build"
+    configure = ["cmake", "-G", "Ninja", "-S", PROJECT, "-B", build]
+    configure += [f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"]
+    for command in (
+        ["cmake", "--install", build_dir, "--prefix", prefix],
+        configure,
+        ["cmake", "--build", build],
+    ):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return build / "generate"
+
+
+def run_program(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, text=True, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("build_dir", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model = installed.write_model(scratch / "model")
+        exported = scratch / "exported"
+        if nanoflow(["export-spec", str(model), str(exported), "--load-format", "dummy"]):
+            raise SystemExit("the model could not be exported")
+        program = build_program(options.build_dir, scratch)
+        prompts = [",".join(map(str, ids)) for ids in PROMPTS]
+        done = run_program(program, exported, STEPS, *prompts)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+        expected = generate_in_python(model)
+        if found != expected:
+            raise SystemExit(f"C++ generated {found}, Python {expected}")
+        print(f"C++ and Python generate the same {sum(map(len, found))} tokens")
+        failed = run_program(program, scratch, STEPS, *prompts)
+        if failed.returncode != 1 or "`nanoflow export-spec MODEL FOLDER`" not in failed.stderr:
+            raise SystemExit(f"without a model: status {failed.returncode}, {failed.stderr!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
