@@ -1,6 +1,7 @@
 #include "pipeline/engine.h"
 
 #include <pybind11/functional.h>
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <functional>
@@ -19,13 +20,14 @@ void register_config(py::module_& m) {
   const EngineConfig defaults;
   py::class_<EngineConfig>(m, "EngineConfig", "Capacities of an engine.")
       .def(py::init([](int max_num_batched_tokens, int max_num_seqs, int max_model_len,
-                       int page_size, int num_pages, int row_granularity, int jitter_us,
-                       bool enforce_eager) {
+                       int page_size, int num_pages, int host_slots, int row_granularity,
+                       int jitter_us, bool enforce_eager) {
              return EngineConfig{.max_num_batched_tokens = max_num_batched_tokens,
                                  .max_num_seqs = max_num_seqs,
                                  .max_model_len = max_model_len,
                                  .page_size = page_size,
                                  .num_pages = num_pages,
+                                 .host_slots = host_slots,
                                  .row_granularity = row_granularity,
                                  .jitter_us = jitter_us,
                                  .enforce_eager = enforce_eager};
@@ -34,6 +36,7 @@ void register_config(py::module_& m) {
            py::arg("max_num_seqs") = defaults.max_num_seqs,
            py::arg("max_model_len") = defaults.max_model_len,
            py::arg("page_size") = defaults.page_size, py::arg("num_pages") = defaults.num_pages,
+           py::arg("host_slots") = defaults.host_slots,
            py::arg("row_granularity") = defaults.row_granularity,
            py::arg("jitter_us") = defaults.jitter_us,
            py::arg("enforce_eager") = defaults.enforce_eager)
@@ -42,6 +45,7 @@ void register_config(py::module_& m) {
       .def_readonly("max_model_len", &EngineConfig::max_model_len)
       .def_readonly("page_size", &EngineConfig::page_size)
       .def_readonly("num_pages", &EngineConfig::num_pages)
+      .def_readonly("host_slots", &EngineConfig::host_slots)
       .def_readonly("enforce_eager", &EngineConfig::enforce_eager);
 }
 
@@ -52,11 +56,41 @@ void register_graph_stats(py::module_& m) {
       .def_readonly("seconds", &GraphStats::seconds, "Spent capturing since the engine was made.");
 }
 
+using Ints = py::array_t<int32_t, py::array::c_style>;
+
+PageCopies page_copies(const Ints& pages, const Ints& slots) {
+  return {.pages = {pages.data(), pages.data() + pages.size()},
+          .slots = {slots.data(), slots.data() + slots.size()}};
+}
+
+CopyHandle copy_pages(Engine& engine, CopyDirection direction, const Ints& pages,
+                      const Ints& slots) {
+  PageCopies copies = page_copies(pages, slots);
+  const py::gil_scoped_release release;
+  return engine.copy_pages(direction, std::move(copies));
+}
+
+py::array_t<uint8_t> host_pool(const py::object& self) {
+  const auto& engine = self.cast<const Engine&>();
+  const auto slots = static_cast<py::ssize_t>(engine.config().host_slots);
+  const auto bytes = static_cast<py::ssize_t>(engine.host_slot_bytes());
+  // A view: the engine is its base, and lives as long.
+  return py::array_t<uint8_t>({slots, bytes}, reinterpret_cast<uint8_t*>(engine.host_pool()), self);
+}
+
+void register_copies(py::module_& m) {
+  py::class_<CopyHandle>(m, "CopyHandle", "Pages on their way to or from the host pool.")
+      .def("is_done", &CopyHandle::is_done)
+      .def("wait", &CopyHandle::wait, py::call_guard<py::gil_scoped_release>(),
+           "Blocks until they are copied; the seconds that it took. Raises what made it fail.");
+}
+
 }  // namespace
 
 void register_engine(py::module_& m) {
   register_config(m);
   register_graph_stats(m);
+  register_copies(m);
   py::class_<Engine>(m, "Engine", "The model on one device: steps in, sampled tokens out.")
       .def(py::init([](const EngineConfig& config, std::shared_ptr<Weights> weights,
                        const Schedule& schedule,
@@ -71,6 +105,22 @@ void register_engine(py::module_& m) {
            "Queues a step and returns at once. Raises EngineError on a bad batch and while two "
            "steps "
            "are in flight.")
+      .def(
+          "store_pages",
+          [](Engine& engine, const Ints& pages, const Ints& slots) {
+            return copy_pages(engine, CopyDirection::kStore, pages, slots);
+          },
+          py::arg("pages"), py::arg("slots"),
+          "Copies pages, as the steps submitted so far leave them, into slots of the host pool.")
+      .def(
+          "load_pages",
+          [](Engine& engine, const Ints& pages, const Ints& slots) {
+            return copy_pages(engine, CopyDirection::kLoad, pages, slots);
+          },
+          py::arg("pages"), py::arg("slots"),
+          "Copies slots of the host pool into pages at once; later steps begin behind it.")
+      .def_property_readonly("host_pool", &host_pool,
+                             "uint8 [host_slots, bytes of a slot]: the pool itself.")
       .def_property_readonly("completed_steps", &Engine::completed_steps)
       .def("set_schedule", &Engine::set_schedule, py::arg("schedule"), "From the next step on.")
       .def_property_readonly("schedule", &Engine::schedule)

@@ -85,6 +85,8 @@ class Backend {
   virtual std::unique_ptr<Lane> make_lane(int width) = 0;
   /// Lanes that run side by side, each on its own part of the device where that can be arranged.
   virtual std::vector<std::unique_ptr<Lane>> make_lanes(const std::vector<int>& widths);
+  /// A lane that only copies, beside all others: it takes as little of the device as can be.
+  virtual std::unique_ptr<Lane> make_copy_lane() { return make_lane(1); }
   virtual std::unique_ptr<Event> make_event() = 0;
   /// Enqueues a copy between any two of host and device memory.
   virtual void copy(void* to, const void* from, size_t bytes, Lane& lane) = 0;

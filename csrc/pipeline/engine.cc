@@ -1,5 +1,7 @@
 #include "pipeline/engine.h"
 
+#include <array>
+#include <deque>
 #include <utility>
 
 #include "core/error.h"
@@ -16,6 +18,7 @@ void check(const EngineConfig& config, const ModelSpec& spec, bool chooses_pages
   positive("max_num_seqs", config.max_num_seqs);
   positive("max_model_len", config.max_model_len);
   positive("page_size", config.page_size);
+  NF_CHECK(config.host_slots >= 0, "engine config: host_slots must not be negative");
   NF_CHECK(config.row_granularity >= 0 && config.jitter_us >= 0,
            "engine config: row_granularity and jitter_us must not be negative");
   if (config.num_pages == 0 && chooses_pages) return;
@@ -36,6 +39,12 @@ const StepResult& StepHandle::wait() const {
   return state_->result;
 }
 
+bool CopyHandle::is_done() const { return state_->is_done(); }
+double CopyHandle::wait() const {
+  state_->wait();
+  return state_->seconds;
+}
+
 class Engine::Impl {
  public:
   Impl(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
@@ -45,6 +54,7 @@ class Engine::Impl {
   Worker worker;
   std::shared_ptr<const Schedule> schedule;
   uint64_t submitted = 0;
+  std::array<std::deque<std::shared_ptr<CopyState>>, 2> copies;  // unfinished, by direction
 };
 
 Engine::Engine(const EngineConfig& config, std::shared_ptr<Weights> weights,
@@ -73,6 +83,27 @@ StepHandle Engine::submit(Batch batch) {
   impl_->worker.enqueue(state);
   return StepHandle(state);
 }
+
+CopyHandle Engine::copy_pages(CopyDirection direction, PageCopies copies) {
+  const HostPool& pool = impl_->worker.host_pool();
+  NF_CHECK(pool.num_slots() > 0, "the engine has no host pool; make it with host_slots");
+  if (const std::exception_ptr error = impl_->worker.error()) std::rethrow_exception(error);
+  pool.validate(copies);
+  auto& in_flight = impl_->copies[static_cast<size_t>(direction)];
+  while (!in_flight.empty() && in_flight.front()->is_done()) in_flight.pop_front();
+  NF_CHECK(in_flight.size() < kMaxCopiesInFlight, in_flight.size(),
+           " copies are in flight; wait for the first before another copy_pages()");
+  auto state = std::make_shared<CopyState>();
+  state->copies = std::move(copies);
+  state->direction = direction;
+  in_flight.push_back(state);
+  impl_->worker.enqueue(state);
+  return CopyHandle(state);
+}
+
+std::byte* Engine::host_pool() const { return impl_->worker.host_pool().data(); }
+
+size_t Engine::host_slot_bytes() const { return impl_->worker.host_pool().slot_bytes(); }
 
 uint64_t Engine::completed_steps() const { return impl_->worker.completed_steps(); }
 

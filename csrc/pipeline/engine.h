@@ -21,6 +21,7 @@ struct EngineConfig {
   int max_model_len = 2048;           // positions of a request
   int page_size = 64;                 // tokens of a KV page
   int num_pages = 0;           // pages of the KV cache; 0: chosen when all else has its memory
+  int host_slots = 0;          // pages that the host pool holds
   int row_granularity = 0;     // rows of a segment are padded to a multiple; 0 = the backend's
   int jitter_us = 0;           // idle up to this long around every event, to expose races
   bool enforce_eager = false;  // never capture graphs
@@ -56,6 +57,31 @@ struct StepResult {
   StepLogprobs logprobs;          // when asked for
 };
 
+/// Full pages of the KV cache and slots of the host pool: pages[i] and slots[i] belong together.
+struct PageCopies {
+  std::vector<int32_t> pages, slots;
+};
+
+enum class CopyDirection {
+  kStore,  // from pages into slots
+  kLoad,   // from slots into pages
+};
+
+class CopyState;
+
+/// Copies on their way. Copyable; any thread may wait.
+class CopyHandle {
+ public:
+  explicit CopyHandle(std::shared_ptr<CopyState> state) : state_(std::move(state)) {}
+  bool is_done() const;
+  /// Blocks until all are copied and returns the seconds that the copying itself took; rethrows
+  /// what made it fail.
+  double wait() const;
+
+ private:
+  std::shared_ptr<CopyState> state_;
+};
+
 class StepState;
 
 /// A step on its way. Copyable; any thread may wait.
@@ -72,10 +98,12 @@ class StepHandle {
   std::shared_ptr<StepState> state_;
 };
 
-/// The model on one device: steps in, sampled tokens out. submit() is called from one thread.
+/// The model on one device: steps in, sampled tokens out. submit() and copy_pages() are called from
+/// one thread.
 class Engine {
  public:
   static constexpr int kMaxStepsInFlight = 2;
+  static constexpr int kMaxCopiesInFlight = 8;  // calls of copy_pages, in each direction
 
   /// Takes complete weights (Error otherwise), allocates workspaces, lanes and then the KV cache on
   /// their backend. Where the config leaves num_pages open, `choose_pages` says it as soon as all
@@ -87,6 +115,15 @@ class Engine {
   /// Checks the batch, queues it and returns at once. Throws Error on a bad batch (nothing is
   /// queued) and when kMaxStepsInFlight steps have not completed yet.
   StepHandle submit(Batch batch);
+  /// Queues copies and returns at once. A store sees what the steps submitted so far write. Steps
+  /// submitted from now on begin when a load is done; it does not wait for those before it, so that
+  /// neither they nor copies on their way may touch its pages and slots. Throws Error on a page or
+  /// slot that there is not, and with kMaxCopiesInFlight unfinished.
+  CopyHandle copy_pages(CopyDirection direction, PageCopies copies);
+  /// Slots of the host pool, one after another: [host_slots, host_slot_bytes()].
+  std::byte* host_pool() const;
+  /// Bytes from slot to slot, a multiple of 4096; so are their addresses.
+  size_t host_slot_bytes() const;
   /// Steps that have completed, successfully or not: everything they read or wrote may be reused.
   uint64_t completed_steps() const;
   /// From the next step on. Throws Error when the schedule does not fit the backend's width.

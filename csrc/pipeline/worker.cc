@@ -43,24 +43,6 @@ std::vector<T> entries(const Buffer& buffer, size_t count) {
 
 }  // namespace
 
-void StepState::finish(std::exception_ptr error) {
-  const std::lock_guard lock(mutex_);
-  error_ = std::move(error);
-  done_ = true;
-  changed_.notify_all();
-}
-
-bool StepState::is_done() const {
-  const std::lock_guard lock(mutex_);
-  return done_;
-}
-
-void StepState::wait() const {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return done_; });
-  if (error_ != nullptr) std::rethrow_exception(error_);
-}
-
 Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
                const Schedule& schedule, const std::function<int()>& choose_pages)
     : config_(config),
@@ -70,6 +52,7 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
       executor_(backend_, config.jitter_us),
       origin_(backend_.make_lane(backend_.width())),
       cache_(weights_->spec(), backend_, fix_pages(schedule, choose_pages), config.page_size),
+      host_pool_(backend_, cache_, config.host_slots, config.jitter_us),
       decoder_(weights_, workspace_.bind(cache_)),
       plans_(kCachedPlans, [this](const Schedule& schedule, const PlanKey& key) {
         return build(schedule, key);
@@ -109,9 +92,13 @@ Worker::~Worker() {
   }
 }
 
-void Worker::enqueue(std::shared_ptr<StepState> state) {
+void Worker::enqueue(std::shared_ptr<StepState> state) { enqueue_task(std::move(state)); }
+
+void Worker::enqueue(std::shared_ptr<CopyState> state) { enqueue_task(std::move(state)); }
+
+void Worker::enqueue_task(Task task) {
   const std::lock_guard lock(mutex_);
-  queue_.push_back(std::move(state));
+  queue_.push_back(std::move(task));
   changed_.notify_all();
 }
 
@@ -122,20 +109,32 @@ std::exception_ptr Worker::error() const {
 
 void Worker::loop() {
   for (;;) {
-    std::shared_ptr<StepState> state;
+    Task task;
     {
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
       if (queue_.empty()) return;
-      state = std::move(queue_.front());
+      task = std::move(queue_.front());
       queue_.pop_front();
     }
-    try {
-      if (const std::exception_ptr earlier = error()) std::rethrow_exception(earlier);
-      issue(state);
-    } catch (...) {
-      complete(*state, -1, std::current_exception());
-    }
+    std::visit([this](const auto& state) { start(state); }, task);
+  }
+}
+
+void Worker::start(const std::shared_ptr<StepState>& state) {
+  try {
+    if (const std::exception_ptr earlier = error()) std::rethrow_exception(earlier);
+    issue(state);
+  } catch (...) {
+    complete(*state, -1, std::current_exception());
+  }
+}
+
+void Worker::start(const std::shared_ptr<CopyState>& state) {
+  try {
+    host_pool_.run(state, *origin_);
+  } catch (...) {
+    state->finish(std::current_exception());
   }
 }
 

@@ -9,19 +9,22 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <variant>
 #include <vector>
 
 #include "model/decoder.h"
+#include "pipeline/completion.h"
 #include "pipeline/engine.h"
 #include "pipeline/executor.h"
+#include "pipeline/host_pool.h"
 #include "pipeline/kv_cache.h"
 #include "pipeline/plan_cache.h"
 #include "pipeline/workspace.h"
 
 namespace nanoflow {
 
-/// What a StepHandle shares with the worker. `result` is written before `done` and read after it.
-class StepState {
+/// What a StepHandle shares with the worker. `result` is written before it is done and read after.
+class StepState : public Completion {
  public:
   uint64_t step = 0;
   Batch batch;
@@ -29,16 +32,6 @@ class StepState {
   std::vector<std::shared_ptr<const Plan>> plans;  // where the batch asks for timings
   Buffer stamps;  // two int64 a NanoOp of the plans, nanoseconds, likewise
   StepResult result;
-
-  void finish(std::exception_ptr error);
-  bool is_done() const;
-  void wait() const;  // rethrows the error
-
- private:
-  mutable std::mutex mutex_;
-  mutable std::condition_variable changed_;
-  bool done_ = false;
-  std::exception_ptr error_;
 };
 
 /// One rank: its KV cache, workspace and executor, and the thread that issues steps in order.
@@ -52,12 +45,15 @@ class Worker {
 
   /// Queues a validated step. At most kMaxStepsInFlight may be unfinished.
   void enqueue(std::shared_ptr<StepState> state);
+  /// Queues validated copies behind the steps before them.
+  void enqueue(std::shared_ptr<CopyState> state);
   uint64_t completed_steps() const { return completed_.load(std::memory_order_acquire); }
   /// The first error of any step; later steps are refused.
   std::exception_ptr error() const;
 
   const EngineConfig& config() const { return config_; }
   const Workspace& workspace() const { return workspace_; }
+  const HostPool& host_pool() const { return host_pool_; }
   /// Builds and validates; throws Error naming every finding. Any thread.
   std::shared_ptr<const Plan> build(const Schedule& schedule, const PlanKey& key) const;
   GraphStats graph_stats() const;
@@ -66,7 +62,11 @@ class Worker {
   static constexpr size_t kCachedPlans = 128;
 
   int fix_pages(const Schedule& schedule, const std::function<int()>& choose_pages);
+  using Task = std::variant<std::shared_ptr<StepState>, std::shared_ptr<CopyState>>;
+  void enqueue_task(Task task);
   void loop();
+  void start(const std::shared_ptr<StepState>& state);
+  void start(const std::shared_ptr<CopyState>& state);
   void issue(const std::shared_ptr<StepState>& state);
   void run_plans(StepState& state, const PlanKey& key);
   /// Runs a plan eagerly at first and when it is timed, else its graph.
@@ -89,6 +89,7 @@ class Worker {
   };
   std::array<LogprobsHost, Engine::kMaxStepsInFlight> logprobs_host_;
   KvCache cache_;  // made when all of the above has taken its memory
+  HostPool host_pool_;
   Decoder decoder_;
 
   PlanCache plans_;
@@ -96,7 +97,7 @@ class Worker {
   std::atomic<uint64_t> completed_{0};
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
-  std::deque<std::shared_ptr<StepState>> queue_;
+  std::deque<Task> queue_;
   std::exception_ptr error_;
   GraphStats graph_stats_;
   bool stopping_ = false;

@@ -15,6 +15,7 @@ import numpy.typing
 __all__: list[str] = [
     "Backend",
     "Batch",
+    "CopyHandle",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -352,12 +353,15 @@ class EngineConfig:
         max_model_len: typing.SupportsInt | typing.SupportsIndex = 2048,
         page_size: typing.SupportsInt | typing.SupportsIndex = 64,
         num_pages: typing.SupportsInt | typing.SupportsIndex = 0,
+        host_slots: typing.SupportsInt | typing.SupportsIndex = 0,
         row_granularity: typing.SupportsInt | typing.SupportsIndex = 0,
         jitter_us: typing.SupportsInt | typing.SupportsIndex = 0,
         enforce_eager: bool = False,
     ) -> None: ...
     @property
     def enforce_eager(self) -> bool: ...
+    @property
+    def host_slots(self) -> int: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -389,6 +393,16 @@ class GraphStats:
         Spent capturing since the engine was made.
         """
 
+class CopyHandle:
+    """
+    Pages on their way to or from the host pool.
+    """
+    def is_done(self) -> bool: ...
+    def wait(self) -> float:
+        """
+        Blocks until they are copied; the seconds that it took. Raises what made it fail.
+        """
+
 class Engine:
     """
     The model on one device: steps in, sampled tokens out.
@@ -405,6 +419,14 @@ class Engine:
         With num_pages=0, `choose_pages` is called once all but the KV cache has its memory.
         """
     def graph_stats(self) -> GraphStats: ...
+    def load_pages(
+        self,
+        pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        slots: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ) -> CopyHandle:
+        """
+        Copies slots of the host pool into pages at once; later steps begin behind it.
+        """
     def plans(
         self,
         segment_rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -417,6 +439,14 @@ class Engine:
         """
         From the next step on.
         """
+    def store_pages(
+        self,
+        pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        slots: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ) -> CopyHandle:
+        """
+        Copies pages, as the steps submitted so far leave them, into slots of the host pool.
+        """
     def submit(self, batch: Batch) -> StepHandle:
         """
         Queues a step and returns at once. Raises EngineError on a bad batch and while two steps are in flight.
@@ -425,6 +455,11 @@ class Engine:
     def completed_steps(self) -> int: ...
     @property
     def config(self) -> EngineConfig: ...
+    @property
+    def host_pool(self) -> numpy.typing.NDArray[numpy.uint8]:
+        """
+        uint8 [host_slots, bytes of a slot]: the pool itself.
+        """
     @property
     def schedule(self) -> Schedule: ...
     @property

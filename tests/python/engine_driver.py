@@ -49,6 +49,7 @@ def load_engine(
     jitter_us: int = 0,
     row_granularity: int = 0,
     enforce_eager: bool = False,
+    host_slots: int = 0,
     random_weights: bool = False,
 ) -> _core.Engine:
     """Of a checkpoint, or of a config.json alone with weights of random_models.py."""
@@ -65,6 +66,7 @@ def load_engine(
         max_model_len=max_model_len,
         page_size=PAGE_SIZE,
         num_pages=16 * max_model_len // PAGE_SIZE,
+        host_slots=host_slots,
         jitter_us=jitter_us,
         row_granularity=row_granularity,
         enforce_eager=enforce_eager,

@@ -61,6 +61,11 @@ class CudaBackend : public Backend {
     return lanes;
   }
 
+  std::unique_ptr<Lane> make_copy_lane() override {
+    NF_CUDA_CHECK(cudaSetDevice(device_.index));
+    return std::make_unique<CudaLane>(device_);
+  }
+
   std::unique_ptr<Event> make_event() override { return make_cuda_event(device_.index); }
 
   void copy(void* to, const void* from, size_t bytes, Lane& lane) override {

@@ -50,6 +50,12 @@ CudaLane::CudaLane(const DeviceInfo& device, int width)
       workspace_(allocate_device(device.index, kWorkspaceBytes)),
       stream_(make_stream()) {}
 
+CudaLane::CudaLane(const DeviceInfo& device)
+    : device_(device),
+      width_(1),
+      workspace_(allocate_device(device.index, 0)),
+      stream_(make_stream()) {}
+
 CudaLane::CudaLane(const DeviceInfo& device, std::unique_ptr<GreenContext> partition)
     : device_(device),
       width_(partition->sm_count()),

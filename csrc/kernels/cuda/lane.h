@@ -28,6 +28,8 @@ class CudaLane : public Lane {
 
   /// A lane of the whole device whose kernels are to fill `width` SMs.
   CudaLane(const DeviceInfo& device, int width);
+  /// A lane that only copies and stamps, which has no workspace.
+  explicit CudaLane(const DeviceInfo& device);
   /// A lane of a partition, with all of its SMs.
   CudaLane(const DeviceInfo& device, std::unique_ptr<GreenContext> partition);
   ~CudaLane() override;  // runs what is queued
