@@ -232,8 +232,8 @@ def test_flags_that_do_not_fit_are_told_in_one_line(model, capsys, flags, messag
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("latency",),
-        ("throughput", "--dataset-name", "sharegpt"),
+        ("soak",),
+        ("throughput", "--dataset-name", "burstgpt"),
         ("throughput", "--num-prompt", "5"),
         ("throughput", "--lora-path", "x"),
     ],

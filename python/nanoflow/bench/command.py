@@ -13,10 +13,11 @@ from nanoflow.bench.default_model import default_model
 from nanoflow.bench.first_run import first_run
 from nanoflow.bench.result import result_path
 from nanoflow.bench.throughput_run import measure_workload
-from nanoflow.bench.workload import add_workload_arguments, make_workload
+from nanoflow.bench.workload import NUM_PROMPTS, add_workload_arguments, make_workload
 from nanoflow.errors import EngineError
 
 STEADY_SECONDS = 20.0
+NUM_PROMPTS_STEADY = 4000  # what is left of them at the window's end is dropped
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def _add_throughput(commands: Any) -> None:
         "--steady-start",
         action="store_true",
         help="fill the batch with requests of evenly spread progress, measure the steady state "
-        "that follows, and end",
+        f"that follows, and end (--num-prompts is then {NUM_PROMPTS_STEADY} by default)",
     )
     add("--steady-seconds", type=float, default=STEADY_SECONDS, help=f"(default: {STEADY_SECONDS})")
     add(
@@ -60,7 +61,8 @@ def run_first_run(options: argparse.Namespace) -> None:
 
 def run_throughput(options: argparse.Namespace) -> None:
     """Raises ValueError on flags that do not fit together, or a workload that does not fit."""
-    workload = make_workload(options)
+    count = NUM_PROMPTS_STEADY if options.steady_start else NUM_PROMPTS
+    workload = make_workload(options, count)
     arguments = {"model": default_model()} if not hasattr(options, "model") else {}
     arguments |= engine_arguments(options)
     found, text = measure_workload(options, workload, arguments)

@@ -106,10 +106,15 @@ def _lengths(path: Path, number: int, row: Sequence[str], columns: tuple[int, in
 
 
 def sample_trace(
-    trace: Sequence[Lengths], count: int, max_total: int, rng: np.random.Generator
+    trace: Sequence[Lengths],
+    count: int,
+    max_total: int,
+    rng: np.random.Generator,
+    *,
+    oversample: bool = True,
 ) -> list[Lengths]:
     """`count` requests of the trace in random order, without those longer than `max_total` tokens
-    or with an empty side; a trace with fewer is repeated.
+    or with an empty side; a trace with fewer is repeated, or with `oversample` off given once.
     """
     usable = [
         lengths
@@ -119,6 +124,8 @@ def sample_trace(
     if not usable:
         raise ValueError(f"none of {len(trace)} requests of the trace fits into {max_total} tokens")
     order = rng.permutation(len(usable))
+    if not oversample:
+        count = min(count, len(usable))
     return [usable[order[index % len(usable)]] for index in range(count)]
 
 
@@ -127,12 +134,18 @@ def random_requests(
     vocab_size: int,
     special_ids: Collection[int],
     rng: np.random.Generator,
+    *,
+    prefix_len: int = 0,
 ) -> list[Request]:
-    """Prompts of uniformly random tokens of the vocabulary, special ones left out."""
+    """Prompts of uniformly random tokens of the vocabulary, special ones left out.
+
+    All begin with the same `prefix_len` tokens, which the lengths do not count.
+    """
     tokens = np.setdiff1d(np.arange(vocab_size), np.fromiter(special_ids, np.int64))
     if tokens.size == 0:
         raise ValueError(f"all {vocab_size} tokens of the vocabulary are special")
+    prefix = rng.choice(tokens, size=prefix_len).tolist() if prefix_len else []
     return [
-        Request(rng.choice(tokens, size=request.input).tolist(), request.output)
+        Request(prefix + rng.choice(tokens, size=request.input).tolist(), request.output)
         for request in lengths
     ]

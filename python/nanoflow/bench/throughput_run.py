@@ -15,7 +15,7 @@ from nanoflow.bench.fill import fill_lengths, running_requests
 from nanoflow.bench.gpu_profile import ProfileError, Profiler
 from nanoflow.bench.steady_run import SETTLE_SECONDS, SteadyMeasurement, measure_steady
 from nanoflow.bench.telemetry import Telemetry
-from nanoflow.bench.workload import Workload
+from nanoflow.bench.workload import Target, Workload
 from nanoflow.llm import LLM
 
 
@@ -43,14 +43,14 @@ def measure_workload(
     with Telemetry(device) as telemetry, LLM(**arguments) as llm:
         phases = {"load": perf_counter() - begin}
         runner = _Runner(llm, options)
-        lengths = runner.draw(workload, workload.num_prompts)
+        requests = runner.draw(workload, workload.num_prompts)
         if options.num_warmups > 0:
             few = runner.draw(workload, options.num_warmups)
             phases["warm_up"] = runner.whole(few).seconds
         if options.steady_start:
-            done = runner.steady(lengths, profiler, no_profile)
+            done = runner.steady(requests, profiler, no_profile)
         else:
-            done = runner.whole(lengths)
+            done = runner.whole(requests)
         power = telemetry.power(done.begin, done.begin + done.seconds)
         found = {
             **result.circumstances(
@@ -71,11 +71,17 @@ def measure_workload(
     return found, [*done.text, llm.memory.table()]
 
 
+def target_of(llm: LLM) -> Target:
+    tokenizer = None if llm.args.skip_tokenizer_init else llm.get_tokenizer()
+    return Target(llm.limits.max_model_len, llm.vocab_size, tokenizer)
+
+
 class _Runner:
-    """Runs requests of given lengths; their tokens are random."""
+    """Draws requests and runs them."""
 
     def __init__(self, llm: LLM, options: argparse.Namespace) -> None:
         self._llm = llm
+        self._target = target_of(llm)
         self._rng = np.random.default_rng(llm.args.seed)
         self._steady_seconds: float = options.steady_seconds
         self._how: dict[str, Any] = {
@@ -84,11 +90,11 @@ class _Runner:
             "seed": llm.args.seed,
         }
 
-    def draw(self, workload: Workload, count: int) -> list[Lengths]:
-        return workload.draw(count, self._llm.limits.max_model_len, self._rng)
+    def draw(self, workload: Workload, count: int) -> list[Request]:
+        return workload.draw(count, self._target, self._rng)
 
-    def whole(self, lengths: list[Lengths]) -> _Outcome:
-        run = throughput.measure(self._llm, self._requests(lengths), **self._how)
+    def whole(self, requests: list[Request]) -> _Outcome:
+        run = throughput.measure(self._llm, requests, **self._how)
         return _Outcome(
             rates=throughput.to_json(run),
             kernels=result.kernels(None, "only with --steady-start"),
@@ -100,15 +106,16 @@ class _Runner:
         )
 
     def steady(
-        self, lengths: list[Lengths], profiler: Profiler | None, no_profile: str | None
+        self, requests: list[Request], profiler: Profiler | None, no_profile: str | None
     ) -> _Outcome:
         limits = self._llm.limits
+        lengths = [Lengths(len(one.prompt_token_ids), one.output_len) for one in requests]
         count = running_requests(lengths, limits)
         fill = fill_lengths(lengths, count, limits.max_num_batched_tokens, self._rng)
         run = measure_steady(
             self._llm,
-            self._requests(fill),
-            self._requests(lengths),
+            random_requests(fill, self._target.vocab_size, self._target.special_ids, self._rng),
+            requests,
             seconds=self._steady_seconds,
             profiler=profiler,
             **self._how,
@@ -123,12 +130,6 @@ class _Runner:
             tokens_per_second=run.state.tokens_per_second,
             phases={"fill": run.fill_seconds, "window": run.state.seconds},
         )
-
-    def _requests(self, lengths: list[Lengths]) -> list[Request]:
-        special_ids = (
-            () if self._llm.args.skip_tokenizer_init else self._llm.get_tokenizer().special_ids
-        )
-        return random_requests(lengths, self._llm.vocab_size, special_ids, self._rng)
 
 
 def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None, str | None]:
