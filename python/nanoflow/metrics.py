@@ -62,6 +62,10 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
         "generation_tokens": stats.generation_tokens,
         "prefix_cache_queries": stats.prefix_queries,
         "prefix_cache_hits": stats.prefix_hits,
+        # Of requests that have ended: what admission took them to generate, and what they did.
+        "forecast_generation_tokens": stats.forecast.expected,
+        "forecast_generation_tokens_actual": stats.forecast.actual,
+        "forecast_generation_tokens_error": stats.forecast.error,
     }
     cumulative = list(accumulate(stats.step_counts))
     bounds = [*map(str, STEP_TIME_BOUNDS), "+Inf"]

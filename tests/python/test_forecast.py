@@ -73,7 +73,7 @@ def test_lengths_are_expected_as_those_that_ended_were() -> None:
 def test_wrong_guesses_cost_preemptions_but_nothing_else(seed: int) -> None:
     setup = Setup(num_slots=16, page_size=4, num_pages=30, max_model_len=100, max_rows=40)
     for _ in range(WINDOW):
-        setup.state._forecast.observe(1)  # so it expects next to nothing
+        setup.state.admission.forecast.observe(1)  # so it expects next to nothing
     rng = np.random.default_rng(seed)
     items = [request(n, int(rng.integers(1, 20)), 100) for n in range(12)]
     setup.add(*items)

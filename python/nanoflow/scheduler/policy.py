@@ -13,6 +13,8 @@ from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
 
+# Of all pages: kept from admission, as the forecast guesses how full the last pages will be.
+RESERVE = 0.005
 FindPrefix = Callable[[Request], Prefix]
 
 
@@ -48,8 +50,8 @@ class _Prefill:
 class Policy:
     """Decodes first, then prefill chunks until the step has max_num_batched_tokens rows.
 
-    Requests are admitted in their order while there are a slot, pages for their whole prefill, and,
-    by the forecast, pages for all that run with them until they end.
+    Requests are admitted in the order in which they are offered while there are a slot, pages for
+    their whole prefill, and, by the forecast, pages for all that run with them until they end.
     A request that lacks a page for its next row sits the step out; unless pages on their way back
     will do, the youngest of those younger than it are preempted. So the oldest request always gets
     on, and as the cache holds at least one request of full length, every request finishes.
@@ -235,7 +237,7 @@ def _fitting(
         is_alone = len(outlook) == 0
         outlook.add(request.num_tokens, forecast.steps_left(request))
         num_pages += prefix.num_held
-        if not is_alone and outlook.peak() > num_pages:
+        if not is_alone and outlook.peak() > num_pages - int(RESERVE * num_pages):
             return
         yield request, prefix
 

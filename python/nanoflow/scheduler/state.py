@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from nanoflow.errors import InvalidLogitsError
 from nanoflow.request import FinishReason, Request
+from nanoflow.scheduler.admission import Admission
 from nanoflow.scheduler.ends import find_ends
 from nanoflow.scheduler.engine import StepResult
-from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy, StepPlan
-from nanoflow.scheduler.prefix import ROOT, Prefix, page_keys
+from nanoflow.scheduler.prefix import Prefix, PrefixFinder
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 from nanoflow.scheduler.stats import Counters, SchedulerStats
 from nanoflow.scheduler.waiting import WaitingQueue
@@ -38,10 +38,10 @@ class SchedulerState:
     ) -> None:
         """`shares_prefixes`: requests that begin alike share the full pages of their beginning."""
         self.slots = slots
-        self._shares_prefixes = shares_prefixes
         self.pages = pages
+        self._prefixes = PrefixFinder(slots, pages) if shares_prefixes else None
         self._policy = policy
-        self._forecast = Forecast()
+        self.admission = Admission(pages.num_pages, len(slots.requests), slots.page_size)
         self.counters = Counters()
         self._waiting = WaitingQueue()
         self._age_of: dict[str, int] = {}  # by priority, then number: who is lower goes first
@@ -108,7 +108,8 @@ class SchedulerState:
             else:
                 self.slots.state[slot] = SlotState.ENDED
         if reason in ("stop", "length"):
-            self._forecast.observe(len(request.output_token_ids))
+            self.admission.forecast.observe(len(request.output_token_ids))
+            self.counters.forecast.add(request.expected_tokens, len(request.output_token_ids))
         self.counters.finished[reason] += 1
         request.finish(reason, time, stop_reason=stop_reason, error=error)
 
@@ -143,8 +144,8 @@ class SchedulerState:
             self._free_slots,
             self.pages.num_free,
             self.pages.num_retired,
-            self._forecast,
-            self._find_prefix,
+            self.admission.forecast,
+            self._prefixes.find if self._prefixes is not None else lambda _: Prefix(),
         )
         self.counters.preemptions += len(plan.preempted)
         for slot in plan.preempted:
@@ -160,8 +161,8 @@ class SchedulerState:
         self._grant(plan.slots, slots.pages_for(stored) - slots.num_pages[plan.slots])
         slots.computed[plan.slots] = stored
         slots.last_step[plan.slots] = self._last_step
-        if self._shares_prefixes:
-            self._register_full_pages()
+        if self._prefixes is not None:
+            self._prefixes.register_full_pages()
         return Step(self._last_step, plan, stored >= slots.prefill_len[plan.slots])
 
     def complete_step(self, step: Step, result: StepResult, time: float) -> None:
@@ -222,51 +223,21 @@ class SchedulerState:
         """Nobody overtakes a preempted request whose last token is in flight."""
         if np.any(self.slots.state[self._leaving] == SlotState.PREEMPTED):
             return ()
-        return iter(self._waiting)
+        return self.admission.offer(self._waiting, self.num_running)
 
     def _admit(self, slot: int, request: Request, prefix: Prefix) -> None:
         self._waiting.pop(request.id)
+        self.admission.charge(request)
         assert self._free_slots.pop() == slot
         self._slot_of[request.id] = slot
         self.pages.share(prefix.pages)
         self.slots.assign(slot, request, self._age_of[request.id], prefix.pages)
         if request.num_preemptions == 0:
+            request.expected_tokens = self.admission.forecast.steps_left(request)
             request.num_cached_tokens = int(self.slots.computed[slot])
-            if self._shares_prefixes:
+            if self._prefixes is not None:
                 self.counters.prefix_queries += len(request.prompt_token_ids)
                 self.counters.prefix_hits += request.num_cached_tokens
-
-    def _find_prefix(self, request: Request) -> Prefix:
-        """Full pages that hold the first tokens of a waiting request: not the last one, whose row
-        gives the next token."""
-        if not self._shares_prefixes:
-            return Prefix()
-        full = (request.num_tokens - 1) // self.slots.page_size
-        if len(request.page_keys) < full:
-            tokens = np.concatenate(
-                [request.prompt_token_ids, np.array(request.output_token_ids, np.int32)]
-            )
-            self._extend_keys(request, tokens)
-        pages = self.pages.find(request.page_keys[:full])
-        return Prefix(pages, self.pages.num_held(pages))
-
-    def _extend_keys(self, request: Request, tokens: NDArray[np.int32]) -> None:
-        """Keys for all full pages of a request's tokens."""
-        size, keys = self.slots.page_size, request.page_keys
-        keys.extend(page_keys(tokens[len(keys) * size :], size, keys[-1] if keys else ROOT))
-
-    def _register_full_pages(self) -> None:
-        """Lets later steps find the pages that the steps ordered so far fill with known tokens."""
-        slots = self.slots
-        running = slots.running
-        full = np.minimum(slots.computed[running], slots.known[running]) // slots.page_size
-        more = full > slots.num_shared[running]
-        for slot, end in zip(running[more].tolist(), full[more].tolist(), strict=True):
-            request = slots.request(slot)
-            self._extend_keys(request, slots.tokens[slot, : end * slots.page_size])
-            for page in range(int(slots.num_shared[slot]), end):
-                self.pages.register(int(slots.pages[slot, page]), request.page_keys[page])
-            slots.num_shared[slot] = end
 
     def _release(self, slot: int, state: SlotState) -> None:
         self.pages.retire(self.slots.pages_of(slot), int(self.slots.last_step[slot]))

@@ -17,6 +17,9 @@ class WaitingQueue:
         self._priorities: list[int] = []  # that requests here have, ascending
         self._of_priority: dict[int, OrderedDict[str, Request]] = {}
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def __iter__(self) -> Iterator[Request]:
         for priority in self._priorities:
             yield from self._of_priority[priority].values()

@@ -1,0 +1,229 @@
+"""How well admission fills the KV cache, and how often its predictions fail, in a simulation.
+
+Usage: python bench/admission.py [--workloads 512/512 512/1024 chat] [--output-json FILE]
+
+The scheduler is the real one; the engine is a clock that answers at once. A step takes as long as
+a roofline says for Llama-3.1-8B on one H100: products at 700 TFLOP/s, or the weights read once, and
+then the KV cache read at 3 TB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from nanoflow.bench import environment
+from nanoflow.request import Request, Sampling
+from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.pages import PageAllocator
+from nanoflow.scheduler.policy import Policy
+from nanoflow.scheduler.slots import Slots
+from nanoflow.scheduler.state import SchedulerState, Step
+
+PAGE_SIZE = 64
+EOS = 1
+PARAMETERS, KV_BYTES_PER_TOKEN = 8.0e9, 131_072
+FLOPS, BYTES_PER_SECOND = 700e12, 3.0e12
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of prompts and outputs; `is_certain` when the scheduler knows the latter."""
+
+    prompts: np.ndarray
+    outputs: np.ndarray
+    is_certain: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What complete_step() reads of a step's result."""
+
+    tokens: np.ndarray
+    logprobs: None = None
+
+
+@dataclass
+class Row:
+    """One run; steady state is what lies between the first end and the last admission."""
+
+    workload: str
+    requests: int
+    steps: int
+    simulated_seconds: float
+    total_tokens_per_second: float  # prompts and outputs, over the whole run
+    steady_steps: int
+    steady_pages_granted: float  # share of all, mean
+    steady_running: float  # mean
+    preempted: float  # share of requests that gave way at least once
+    preemptions: int
+    predicted_peak: float  # share of pages, by the forecast for those running, mean in steady state
+    expected_tokens: float  # a request, by the forecast when it began, mean
+    actual_tokens: float
+    forecast_error_tokens: float  # mean of the differences, whatever their signs
+    scheduler_ms: float  # mean of a step
+
+
+def make_workload(name: str, count: int) -> Workload:
+    """`P/D`: as many of each, known to the scheduler. `P/D:eos`: the same lengths, not known.
+    `chat`: log-normal lengths about those of ShareGPT (mean 246 and 322), not known."""
+    rng = np.random.default_rng(SEED)
+    if name == "chat":
+        prompts = rng.lognormal(np.log(130), 1.1, count).clip(1, 2048)
+        outputs = rng.lognormal(np.log(230), 0.8, count).clip(1, 2048)
+        return Workload(prompts.astype(np.int64), outputs.astype(np.int64), False)
+    lengths, _, kind = name.partition(":")
+    prompt, output = map(int, lengths.split("/"))
+    return Workload(np.full(count, prompt), np.full(count, output), kind != "eos")
+
+
+def make_requests(workload: Workload) -> Iterable[Request]:
+    rng = np.random.default_rng(SEED)
+    for number, (prompt, output) in enumerate(
+        zip(workload.prompts.tolist(), workload.outputs.tolist(), strict=True)
+    ):
+        certain = workload.is_certain
+        sampling = Sampling(1.0, 1.0, 0, 0.0, number, 0, (), (EOS,), ignore_eos=certain)
+        max_len = prompt + (output if certain else 2048)
+        tokens = rng.integers(2, 1000, prompt, dtype=np.int32)
+        yield Request(str(number), tokens, sampling, max_len, lambda request: None)
+
+
+class Simulation:
+    def __init__(self, workload: Workload, options: argparse.Namespace) -> None:
+        self.workload = workload
+        self.slots = Slots(options.max_num_seqs, 4096, PAGE_SIZE)
+        self.num_pages = options.kv_tokens // PAGE_SIZE
+        self.state = SchedulerState(
+            Policy(Dealer([], options.max_num_seqs), options.max_num_batched_tokens),
+            self.slots,
+            PageAllocator(self.num_pages),
+            shares_prefixes=False,
+        )
+        self.seconds = self.scheduler_seconds = 0.0
+        self.held: list[int] = []
+        self.running: list[int] = []
+        self.peaks: list[float] = []
+        self.waiting: list[int] = []
+
+    def run(self) -> None:
+        in_flight: list[Step] = []
+        requests = list(make_requests(self.workload))
+        for request in requests:
+            self.state.add(request)
+        while self.state.has_requests or in_flight:
+            begin = perf_counter()
+            self.state.reclaim(self.state.arrived_step)
+            step = self.state.start_step()
+            self.scheduler_seconds += perf_counter() - begin
+            if not step.plan.is_empty:
+                in_flight.append(step)
+            if in_flight and (len(in_flight) == 2 or step.plan.is_empty):
+                self.complete(in_flight.pop(0))
+        self.preempted = sum(request.num_preemptions > 0 for request in requests)
+
+    def complete(self, step: Step) -> None:
+        slots = self.slots
+        sampled = step.plan.slots[step.samples]
+        numbers = np.array([int(slots.request(slot).id) for slot in sampled.tolist()], np.int64)
+        generated = slots.known[sampled] - slots.prompt_len[sampled] + 1
+        is_last = generated >= self.workload.outputs[numbers]
+        self.seconds += self.duration(step)
+        begin = perf_counter()
+        tokens = np.where(is_last, EOS, 5).astype(np.int32)
+        self.state.complete_step(step, Result(tokens), self.seconds)
+        self.scheduler_seconds += perf_counter() - begin
+        self.held.append(self.num_pages - self.state.pages.num_free)
+        self.running.append(self.state.num_running)
+        self.waiting.append(self.state.num_waiting)
+        outlook = self.state.admission.forecast.outlook(slots, slots.running)
+        self.peaks.append(outlook.peak() / self.num_pages)
+
+    def duration(self, step: Step) -> float:
+        rows = int(step.plan.rows.sum())
+        products = max(2 * PARAMETERS * rows / FLOPS, 2 * PARAMETERS / BYTES_PER_SECOND)
+        read = int(self.slots.computed[step.plan.slots].sum()) * KV_BYTES_PER_TOKEN
+        return products + read / BYTES_PER_SECOND
+
+
+def measure(name: str, options: argparse.Namespace) -> Row:
+    workload = make_workload(name, options.num_prompts)
+    run = Simulation(workload, options)
+    run.run()
+    counters = run.state.counters
+    steps = len(run.held)
+    first_end = int(workload.outputs.min())
+    steady = slice(options.steady_from or first_end, int(np.argmin(np.array(run.waiting) > 0)))
+    tokens = int(workload.prompts.sum() + workload.outputs.sum())
+    return Row(
+        workload=name,
+        requests=options.num_prompts,
+        steps=steps,
+        simulated_seconds=run.seconds,
+        total_tokens_per_second=tokens / run.seconds,
+        steady_steps=len(run.held[steady]),
+        steady_pages_granted=float(np.mean(run.held[steady])) / run.num_pages,
+        steady_running=float(np.mean(run.running[steady])),
+        preempted=run.preempted / options.num_prompts,
+        preemptions=counters.preemptions,
+        predicted_peak=float(np.mean(run.peaks[steady])),
+        expected_tokens=counters.forecast.expected / options.num_prompts,
+        actual_tokens=counters.forecast.actual / options.num_prompts,
+        forecast_error_tokens=counters.forecast.error / options.num_prompts,
+        scheduler_ms=run.scheduler_seconds / steps * 1e3,
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        default=["512/512", "512/1024", "1024/512", "512/1024:eos", "chat"],
+        help="P/D, P/D:eos or chat",
+    )
+    parser.add_argument("--num-prompts", type=int, default=4000)
+    parser.add_argument("--kv-tokens", type=int, default=464_896)
+    parser.add_argument("--max-num-seqs", type=int, default=1024)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--steady-from", type=int, help="step; default: the shortest output")
+    parser.add_argument("--output-json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    rows = [measure(name, options) for name in options.workloads]
+    for row in rows:
+        print(
+            f"{row.workload:>12}: {row.steps} steps, {row.total_tokens_per_second:.0f} tokens/s, "
+            f"steady: {row.steady_pages_granted:.1%} of pages, {row.steady_running:.0f} running; "
+            f"preempted {row.preempted:.2%}; predicted peak {row.predicted_peak:.1%}, "
+            f"tokens {row.expected_tokens:.0f} for {row.actual_tokens:.0f} "
+            f"(+-{row.forecast_error_tokens:.0f}); "
+            f"{row.scheduler_ms:.2f} ms a step"
+        )
+    if options.output_json is not None:
+        report = {
+            "benchmark": "admission",
+            "command": environment.command_line(),
+            "commit": environment.commit(),
+            "versions": environment.versions(),
+            "device": environment.cpu_model(),
+            "seed": SEED,
+            "model": "roofline of Llama-3.1-8B on one H100: 700 TFLOP/s, 3 TB/s; nothing was run",
+            "kv_tokens": options.kv_tokens,
+            "results": [asdict(row) for row in rows],
+        }
+        options.output_json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""How fast requests begin while many wait, so that they do not all end together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanoflow.request import Request
+from nanoflow.scheduler.forecast import Forecast
+from nanoflow.scheduler.waiting import WaitingQueue
+
+# A queue is long when it holds this many times what the cache holds of requests at their ends:
+# then the time that it takes to get to a steady flow is made up for.
+LONG_QUEUE = 2.5
+
+
+class Admission:
+    """Offers waiting requests to the policy, a few at a time while the queue is long.
+
+    Requests that begin together and are equally long grow and end together: the cache then is full
+    only at the end of their lives. In a steady flow each is at another point of its life, and half
+    as many again fit. So a request costs its share of all pages times the steps that it holds them
+    (or of all slots, where that is more), and every step pays for one step: as many begin as a
+    cache that is always full serves. Whether they fit is for the forecast to say.
+    """
+
+    def __init__(self, num_pages: int, num_slots: int, page_size: int) -> None:
+        self.forecast = Forecast()
+        self._num_tokens = num_pages * page_size
+        self._num_slots = num_slots
+        self._half_page = page_size // 2
+        self._credit = 1.0  # steps that may be charged; the last request may overdraw it
+        self._is_pacing = False
+
+    def offer(self, waiting: WaitingQueue, running: int) -> Iterator[Request]:
+        """Those of `waiting` that may begin in this step, in order; one at least if none runs."""
+        first = next(iter(waiting), None)
+        if first is None:
+            return
+        # What could not be used is made up for by one request: more would end together.
+        self._credit = min(self._credit, self._cost(first)) + 1
+        self._is_pacing = self._is_long(waiting, first)
+        credit = self._credit
+        for request in waiting:
+            if self._is_pacing and credit <= 0 and running > 0:
+                return
+            credit -= self._cost(request)
+            yield request
+
+    def charge(self, request: Request) -> None:
+        """A request that was offered begins."""
+        if self._is_pacing:
+            self._credit -= self._cost(request)
+
+    def _is_long(self, waiting: WaitingQueue, first: Request) -> bool:
+        tokens_at_end = first.num_tokens + self.forecast.steps_left(first)
+        at_once = min(self._num_slots, self._num_tokens / tokens_at_end)
+        return len(waiting) > LONG_QUEUE * at_once
+
+    def _cost(self, request: Request) -> float:
+        """In steps of the whole cache."""
+        steps = self.forecast.steps_left(request)
+        mean_tokens = request.num_tokens + steps / 2 + self._half_page
+        return steps * max(mean_tokens / self._num_tokens, 1 / self._num_slots)

@@ -1,0 +1,102 @@
+"""How fast requests begin while many wait."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nanoflow.scheduler import admission
+from nanoflow.scheduler.admission import Admission
+from nanoflow.scheduler.waiting import WaitingQueue
+from test_policy import Setup, request
+
+
+def pages_held(count: int) -> tuple[float, int]:
+    """Share of the pages that equal requests hold from the end of the first life on, while some
+    wait, and how many were preempted."""
+    setup = Setup(num_slots=64, page_size=4, num_pages=200, max_model_len=64, max_rows=64)
+    setup.add(*(request(n, 16, 60, ignore_eos=True) for n in range(count)))
+    held, preempted = [], 0
+    while setup.state.has_requests:
+        preempted += len(setup.turn().preempted)
+        if setup.state.num_waiting and setup.state.counters.finished["length"]:
+            held.append(1 - setup.state.pages.num_free / setup.num_pages)
+    setup.finish()
+    return float(np.mean(held)), preempted
+
+
+def test_equal_requests_given_at_once_fill_the_cache_in_a_steady_flow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paced, preempted = pages_held(120)
+    monkeypatch.setattr(admission, "LONG_QUEUE", float("inf"))
+    in_phase, _ = pages_held(120)
+    assert preempted == 0
+    assert paced > 0.8 > 0.7 > in_phase
+
+
+def offered(pace: Admission, waiting: WaitingQueue, running: int) -> list[str]:
+    return [item.id for item in pace.offer(waiting, running)]
+
+
+def queue(count: int) -> WaitingQueue:
+    waiting = WaitingQueue()
+    for number in range(count):
+        waiting.add(request(number, 16, 60, ignore_eos=True))
+    return waiting
+
+
+def test_all_are_offered_while_the_queue_is_short() -> None:
+    pace = Admission(num_pages=75, num_slots=64, page_size=4)  # five at their ends
+    waiting = queue(12)
+    assert offered(pace, waiting, running=3) == [str(n) for n in range(12)]
+    waiting.add(request(12, 16, 60, ignore_eos=True))
+    assert len(offered(pace, waiting, running=3)) < 13
+
+
+def test_as_many_begin_as_a_full_cache_serves() -> None:
+    pace = Admission(num_pages=75, num_slots=64, page_size=4)
+    waiting = queue(1000)
+    begun = 0
+    for _ in range(500):
+        for item in list(pace.offer(waiting, running=3)):
+            waiting.pop(item.id)
+            pace.charge(item)
+            begun += 1
+    tokens_times_steps = 44 * (16 + 44 / 2 + 2)
+    assert begun == pytest.approx(500 * 75 * 4 / tokens_times_steps, rel=0.05)
+
+
+def test_slots_bound_the_pace_where_pages_abound() -> None:
+    pace = Admission(num_pages=10_000, num_slots=4, page_size=4)
+    waiting = queue(1000)
+    begun = 0
+    for _ in range(500):
+        for item in list(pace.offer(waiting, running=3)):
+            waiting.pop(item.id)
+            pace.charge(item)
+            begun += 1
+    assert begun == pytest.approx(500 * 4 / 44, rel=0.05)
+
+
+def test_one_is_offered_when_none_runs_whatever_it_costs() -> None:
+    pace = Admission(num_pages=15, num_slots=64, page_size=4)
+    waiting = queue(100)
+    for _ in range(3):
+        for item in list(pace.offer(waiting, running=1)):
+            waiting.pop(item.id)
+            pace.charge(item)
+    assert offered(pace, waiting, running=1) == []
+    assert offered(pace, waiting, running=0)[:1] == [next(iter(waiting)).id]
+
+
+def test_the_forecast_is_held_against_what_came() -> None:
+    setup = Setup(num_pages=200)
+    setup.add(*(request(n, 8, 20 + n, ignore_eos=True) for n in range(4)))
+    setup.add(request(4, 8, 20))
+    setup.finish()
+    counted = setup.state.stats().forecast
+    exact = sum(12 + n for n in range(4))
+    assert counted.actual >= exact
+    assert counted.expected - exact <= 12, "one request's length was a guess"
+    assert counted.error == abs(counted.expected - counted.actual)
