@@ -34,6 +34,7 @@ class AsyncLLM:
         self.args = make_args({"model": model, **arguments})
         self._runtime = start_runtime(self.args)
         self.limits = self._runtime.limits
+        self.memory = self._runtime.memory
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
         self._status = StatusLine(self._runtime.state.stats, is_on=not self.args.disable_log_stats)
@@ -116,6 +117,11 @@ class AsyncLLM:
     def model_config(self) -> ModelConfig:
         """The model's dimensions and traits."""
         return self._runtime.model
+
+    @property
+    def device_description(self) -> str:
+        """The device and how it is used, in words."""
+        return self._runtime.device
 
     @property
     def errored(self) -> bool:

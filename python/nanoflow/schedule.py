@@ -17,16 +17,14 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     """A schedule for a device of `width` threads or SMs.
 
     sequential: one op after the other, over all rows and the whole device.
-    nano: the same with all rows cut in halves: what nano-batches cost before anything overlaps.
+    nano: the nano-batches of overlap, nothing beside anything: what they cost by themselves.
     overlap: attention of one half beside o, mlp and the next layer's qkv of the other half.
     Raises ValueError on another name.
     """
     if name == "sequential":
         return Schedule(name, [LaneSpec("all", width)])
     if name == "nano":
-        halves = StageSpec([0.5], "all")
-        stages = dict.fromkeys(("qkv", "attn", "o", "mlp"), halves)
-        return Schedule(name, [LaneSpec("all", width)], stages)
+        return without_overlap(built_in_schedule("overlap", width), width)
     if name == "overlap":
         memory = max(1, round(width * _MEMORY_SHARE))
         lanes = [LaneSpec("compute", max(1, width - memory)), LaneSpec("memory", memory)]
@@ -35,6 +33,12 @@ def built_in_schedule(name: str, width: int) -> Schedule:
         order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
         return Schedule(name, lanes, stages, order)
     raise ValueError(f"schedule {name!r} is unknown; known: {', '.join(BUILT_IN)}, or a JSON file")
+
+
+def without_overlap(schedule: Schedule, width: int) -> Schedule:
+    """The same nano-batches on one lane, as wide as the device; its id is "nano"."""
+    stages = {name: StageSpec(stage.split, "all") for name, stage in schedule.stages.items()}
+    return Schedule("nano", [LaneSpec("all", width)], stages)
 
 
 def find_schedule(schedule: str | Path | Schedule, width: int) -> Schedule:

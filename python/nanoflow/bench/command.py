@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from nanoflow._core import Schedule
 from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.bench.ablation import ablate, ablation_schedules, draw_ablations
+from nanoflow.bench.ablation import table as ablation_table
 from nanoflow.bench.ceiling import gemm_ceiling_tflops
 from nanoflow.bench.default_model import default_model
 from nanoflow.bench.first_run import first_run
-from nanoflow.bench.result import result_path
+from nanoflow.bench.latency import add_latency_arguments
+from nanoflow.bench.result import result_path, write
+from nanoflow.bench.serve import add_serve_arguments
+from nanoflow.bench.startup import add_startup_arguments
 from nanoflow.bench.throughput_run import measure_workload
-from nanoflow.bench.workload import NUM_PROMPTS, add_workload_arguments, make_workload
+from nanoflow.bench.workload import (
+    NUM_PROMPTS,
+    Workload,
+    add_workload_arguments,
+    make_workload,
+)
 from nanoflow.errors import EngineError
 
 STEADY_SECONDS = 20.0
@@ -26,6 +36,15 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser, ["model"])
     commands = parser.add_subparsers(title="commands", metavar="")
     _add_throughput(commands)
+    add_latency_arguments(
+        commands.add_parser("latency", help="one batch at a time, with vLLM's flags")
+    )
+    add_serve_arguments(
+        commands.add_parser("serve", help="requests that arrive one by one, with vLLM's flags")
+    )
+    add_startup_arguments(
+        commands.add_parser("startup", help="processes that start, with vLLM's flags")
+    )
 
 
 def _add_throughput(commands: Any) -> None:
@@ -49,6 +68,13 @@ def _add_throughput(commands: Any) -> None:
         help="on a GPU: time the longest matrix product alone and, after --steady-start, all "
         "kernels of some steps (needs torch)",
     )
+    add(
+        "--ablate",
+        action="store_true",
+        help="run sequential, the schedule's nano-batches without overlap, and the schedule "
+        "(default: overlap), and compare",
+    )
+    add("--plot", type=Path, metavar="PNG", help="draw what --ablate finds")
     add("--output-json", type=Path, metavar="FILE", help="write the result")
     add("--result-dir", type=Path, metavar="DIR", help="write it to DIR/GPU/WORKLOAD-SCHEDULE.json")
     add("--commit", help="what the result says was measured (default: as git says)")
@@ -63,12 +89,37 @@ def run_throughput(options: argparse.Namespace) -> None:
     """Raises ValueError on flags that do not fit together, or a workload that does not fit."""
     count = NUM_PROMPTS_STEADY if options.steady_start else NUM_PROMPTS
     workload = make_workload(options, count)
+    if options.plot is not None and not options.ablate:
+        raise ValueError("--plot draws what --ablate finds: add it")
     arguments = {"model": default_model()} if not hasattr(options, "model") else {}
     arguments |= engine_arguments(options)
+
+    def run(schedule: Schedule | None = None) -> dict[str, Any]:
+        chosen = {} if schedule is None else {"schedule": schedule}
+        found = _run_once(options, workload, arguments | chosen)
+        if options.result_dir is not None:
+            write(result_path(options.result_dir, found), found)
+        return found
+
+    if options.ablate:
+        found = ablate(ablation_schedules(arguments), run)
+        print(ablation_table(found))
+        if options.plot is not None:
+            draw_ablations([found], options.plot)
+    else:
+        found = run()
+    if options.output_json is not None:
+        write(options.output_json, found)
+
+
+def _run_once(
+    options: argparse.Namespace, workload: Workload, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Measures and prints."""
     found, text = measure_workload(options, workload, arguments)
     if options.profile and found["gpu"] is not None:
         try:
-            found["gemm_ceiling_tflops"] = gemm_ceiling_tflops(str(arguments["device"]))
+            found["gemm_ceiling_tflops"] = gemm_ceiling_tflops(found["memory"]["device"])
         except EngineError as error:  # not enough memory, say: what was measured still counts
             found["gemm_ceiling_reason"] = str(error)
     print("\n".join(text))
@@ -76,12 +127,7 @@ def run_throughput(options: argparse.Namespace) -> None:
     phases = found["phase_seconds"].items()
     print("Phases: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases))
     _print_gpu(found)
-    paths = [options.output_json] if options.output_json else []
-    if options.result_dir is not None:
-        paths.append(result_path(options.result_dir, found))
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def _print_gpu(found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,14 @@ def result_path(folder: Path, result: dict[str, Any]) -> Path:
     kind = "-whole" if result["measured"] == "whole run" else ""
     name = f"{model}{result['workload']}-{result['schedule']}{kind}.json"
     return folder / gpu_folder(result["gpu"]) / name
+
+
+def write(path: Path, content: Any, *, appends: bool = False) -> None:
+    """As JSON; makes the folder. With `appends`, one line behind those of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=None if appends else 2) + "\n"
+    with path.open("a" if appends else "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def energy(

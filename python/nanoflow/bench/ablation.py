@@ -1,0 +1,94 @@
+"""`bench throughput --ablate`: what nano-batches cost, and what their overlap brings.
+
+The same requests under three schedules, as in the paper's ablation (figure 9): one op after the
+other; the nano-batches of the schedule in question, but nothing beside anything; that schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanoflow._core import Schedule
+from nanoflow.bench import environment
+from nanoflow.config import EngineArgs
+from nanoflow.runtime import make_backend
+from nanoflow.schedule import built_in_schedule, find_schedule, without_overlap
+
+Result = dict[str, Any]
+
+
+def ablation_schedules(arguments: Mapping[str, Any]) -> list[Schedule]:
+    """sequential, nano, and the LLM's schedule; "overlap" where its arguments name none.
+
+    Raises ValueError where that one overlaps nothing.
+    """
+    args = EngineArgs(**{"schedule": "overlap", **arguments})
+    width = make_backend(args).width
+    schedule = find_schedule(args.schedule, width)
+    if len(schedule.lanes) < 2:
+        raise ValueError(
+            f"--ablate needs a schedule of several lanes; {schedule.id!r} has "
+            f"{len(schedule.lanes)}, so nothing overlaps"
+        )
+    return [built_in_schedule("sequential", width), without_overlap(schedule, width), schedule]
+
+
+def ablate(schedules: Sequence[Schedule], measure: Callable[[Schedule], Result]) -> Result:
+    """Measures each and compares them with the first."""
+    runs = {schedule.id: measure(schedule) for schedule in schedules}
+    first = next(iter(runs.values()))
+    return {
+        "benchmark": "ablation",
+        "workload": first["workload"],
+        "model": first["model"],
+        "device": first["device"],
+        "command": environment.command_line(),
+        "total_tok_s": {name: rate(run) for name, run in runs.items()},
+        "relative": {name: rate(run) / rate(first) for name, run in runs.items()},
+        "runs": runs,
+    }
+
+
+def rate(run: Mapping[str, Any]) -> float:
+    """Total tokens a second: of the steady state where that was measured."""
+    key = "steady_total_tok_s" if run["measured"] == "steady state" else "total_tok_s"
+    return float(run[key])
+
+
+def table(found: Mapping[str, Any]) -> str:
+    lines = [
+        f"{'schedule':16}{'total tok/s':>12}{'relative':>10}{'output tok/s':>14}{'step ms':>9}"
+    ]
+    for name, run in found["runs"].items():
+        lines.append(
+            f"{name:16}{found['total_tok_s'][name]:12.0f}{found['relative'][name]:10.3f}"
+            f"{run['output_tok_s']:14.0f}{run['step_ms']:9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def draw_ablations(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Total tokens a second as a PNG: a group of bars for each result, one for each schedule."""
+    from matplotlib.figure import Figure  # slow to import, and needed here only
+
+    names = list(dict.fromkeys(name for one in found for name in one["total_tok_s"]))
+    figure = Figure(figsize=(2.5 + 2 * len(found), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        groups = [index for index, one in enumerate(found) if name in one["total_tok_s"]]
+        bars = axes.bar(
+            [index - 0.4 + (number + 0.5) * width for index in groups],
+            [found[index]["total_tok_s"][name] for index in groups],
+            width,
+            label=name,
+        )
+        shares = [f"{found[index]['relative'][name]:.2f}" for index in groups]
+        axes.bar_label(bars, shares, fontsize=8)
+    axes.set_xticks(range(len(found)), [f"{one['model']}\n{one['workload']}" for one in found])
+    axes.set_ylabel("total tokens/s")
+    axes.set_title(" and ".join(dict.fromkeys(one["device"] for one in found)), fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.savefig(path, dpi=150, format="png")
