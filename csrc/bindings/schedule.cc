@@ -37,6 +37,11 @@ void register_schedule(py::module_& m) {
       .def("cuts", &Schedule::cuts, "Row fractions at which requests may not straddle.")
       .def("check", &Schedule::check, "Raises EngineError when the schedule is inconsistent.")
       .def(py::self == py::self);
+  py::class_<NanoOp>(m, "NanoOp", "An op of a plan.")
+      .def_readonly("name", &NanoOp::name, "As in \"layers.3.mlp.1 gemm\".")
+      .def_readonly("lane", &NanoOp::lane, "Index in Plan.lanes.")
+      .def_readonly("deps", &NanoOp::deps,
+                    "Indices of the ops of other lanes that must have finished before it.");
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "The ops of a step, placed and ordered.")
       .def("__repr__",
            [](const Plan& plan) {
@@ -46,6 +51,7 @@ void register_schedule(py::module_& m) {
            })
       .def("__len__", [](const Plan& plan) { return plan.ops.size(); })
       .def_readonly("lanes", &Plan::lanes)
+      .def_readonly("ops", &Plan::ops, "In order of issue.")
       .def(
           "validate",
           [](const Plan& plan, int device_width) { return validate(plan, device_width); },

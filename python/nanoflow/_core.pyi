@@ -22,6 +22,7 @@ __all__: list[str] = [
     "GraphStats",
     "LaneSpec",
     "ModelSpec",
+    "NanoOp",
     "OpTiming",
     "OutOfMemoryError",
     "Plan",
@@ -222,6 +223,26 @@ class Schedule:
     @property
     def stages(self) -> dict[str, StageSpec]: ...
 
+class NanoOp:
+    """
+    An op of a plan.
+    """
+    @property
+    def deps(self) -> list[int]:
+        """
+        Indices of the ops of other lanes that must have finished before it.
+        """
+    @property
+    def lane(self) -> int:
+        """
+        Index in Plan.lanes.
+        """
+    @property
+    def name(self) -> str:
+        """
+        As in "layers.3.mlp.1 gemm".
+        """
+
 class Plan:
     """
     The ops of a step, placed and ordered.
@@ -234,6 +255,11 @@ class Plan:
         """
     @property
     def lanes(self) -> list[LaneSpec]: ...
+    @property
+    def ops(self) -> list[NanoOp]:
+        """
+        In order of issue.
+        """
 
 class Batch:
     """

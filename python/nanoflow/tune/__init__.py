@@ -1,0 +1,1 @@
+"""The machine finds the schedule: simulate, search, measure, and choose while serving."""
