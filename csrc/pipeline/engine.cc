@@ -51,8 +51,11 @@ class Engine::Impl {
        const std::function<int()>& choose_pages)
       : worker(config, std::move(weights), schedule, choose_pages) {}
 
+  static constexpr size_t kSchedulesKept = 16;
+
   Worker worker;
   std::shared_ptr<const Schedule> schedule;
+  std::deque<std::shared_ptr<const Schedule>> checked;  // schedules set before, latest last
   uint64_t submitted = 0;
   std::array<std::deque<std::shared_ptr<CopyState>>, 2> copies;  // unfinished, by direction
 };
@@ -108,11 +111,18 @@ size_t Engine::host_slot_bytes() const { return impl_->worker.host_pool().slot_b
 uint64_t Engine::completed_steps() const { return impl_->worker.completed_steps(); }
 
 void Engine::set_schedule(const Schedule& schedule) {
+  for (const std::shared_ptr<const Schedule>& known : impl_->checked) {
+    if (*known != schedule) continue;
+    impl_->schedule = known;  // whose plans may still be there
+    return;
+  }
   schedule.check();
   // Small plans with rows in every segment show what is wrong with the schedule before a step
   // needs it.
   plans(schedule, std::vector<int>(schedule.cuts().size() + 1, 1), 1);
   impl_->schedule = std::make_shared<Schedule>(schedule);
+  impl_->checked.push_back(impl_->schedule);
+  if (impl_->checked.size() > Impl::kSchedulesKept) impl_->checked.pop_front();
 }
 
 const Schedule& Engine::schedule() const { return *impl_->schedule; }

@@ -126,7 +126,8 @@ class Engine {
   size_t host_slot_bytes() const;
   /// Steps that have completed, successfully or not: everything they read or wrote may be reused.
   uint64_t completed_steps() const;
-  /// From the next step on. Throws Error when the schedule does not fit the backend's width.
+  /// From the next step on. To return to one of the schedules set last costs nothing. Throws Error
+  /// when the schedule does not fit the backend's width.
   void set_schedule(const Schedule& schedule);
   const Schedule& schedule() const;
   /// The plans that a schedule gives a step whose segments hold `segment_rows` rows, `samples` of

@@ -10,18 +10,15 @@ PlanCache::PlanCache(size_t capacity, Build build)
 
 CachedPlan& PlanCache::get(const std::shared_ptr<const Schedule>& schedule, const PlanKey& key,
                            uint64_t step) {
-  if (schedule_ != schedule) {
-    evicted_.splice(evicted_.end(), plans_);
-    index_.clear();
-    schedule_ = schedule;
-  }
-  if (const auto entry = index_.find(key); entry != index_.end()) {
+  const Name name{schedule.get(), key};
+  if (const auto entry = index_.find(name); entry != index_.end()) {
     plans_.splice(plans_.begin(), plans_, entry->second);
   } else {
-    plans_.push_front({.key = key, .plan = build_(*schedule, key), .graph = nullptr});
-    index_[key] = plans_.begin();
+    plans_.push_front(
+        {.schedule = schedule, .key = key, .plan = build_(*schedule, key), .graph = nullptr});
+    index_[name] = plans_.begin();
     if (plans_.size() > capacity_) {
-      index_.erase(plans_.back().key);
+      index_.erase({plans_.back().schedule.get(), plans_.back().key});
       evicted_.splice(evicted_.end(), plans_, std::prev(plans_.end()));
     }
   }

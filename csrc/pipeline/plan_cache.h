@@ -5,6 +5,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include "kernels/backend.h"
 #include "pipeline/engine.h"
@@ -15,6 +16,7 @@ namespace nanoflow {
 
 /// A plan as the worker keeps it.
 struct CachedPlan {
+  std::shared_ptr<const Schedule> schedule;
   PlanKey key;
   std::shared_ptr<const Plan> plan;
   std::unique_ptr<Graph> graph;  // once captured
@@ -22,8 +24,8 @@ struct CachedPlan {
   uint64_t last_step = 0;        // the last step that was given plan or graph
 };
 
-/// The plans used most recently, all of one schedule. What is evicted lives on until the last step
-/// that uses it has completed. Not for several threads.
+/// The plans used most recently, of any schedules, so that steps may switch between a few. What is
+/// evicted lives on until the last step that uses it has completed. Not for several threads.
 class PlanCache {
  public:
   using Build = std::function<std::shared_ptr<const Plan>(const Schedule&, const PlanKey&)>;
@@ -43,9 +45,11 @@ class PlanCache {
  private:
   size_t capacity_;
   Build build_;
-  std::shared_ptr<const Schedule> schedule_;
+  /// Plans keep their schedule alive, so its address is its name.
+  using Name = std::pair<const Schedule*, PlanKey>;
+
   std::list<CachedPlan> plans_;  // most recently used first
-  std::map<PlanKey, std::list<CachedPlan>::iterator> index_;
+  std::map<Name, std::list<CachedPlan>::iterator> index_;
   std::list<CachedPlan> evicted_;
 };
 
