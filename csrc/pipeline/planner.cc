@@ -80,6 +80,15 @@ Region written_memory(const std::vector<EmittedOp>& program) {
   return span;
 }
 
+std::vector<LaneSpec> lanes_of(const Schedule& schedule, const PlanKey& key) {
+  std::vector<std::string> stages;
+  for (const char* stage : Schedule::kStages) {
+    const bool is_head = std::string_view(stage) == "head";
+    if (is_head ? key.samples > 0 : !key.segment_rows.empty()) stages.emplace_back(stage);
+  }
+  return schedule.lanes_of(stages);
+}
+
 /// The parts of all layers in the order the schedule issues them.
 std::vector<PartKey> issue_order(const Schedule& schedule, int num_layers,
                                  const std::map<Stage, std::vector<RowRange>>& parts) {
@@ -224,7 +233,12 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
 
 Plan build_plan(const Decoder& decoder, const Schedule& schedule, const PlanKey& key) {
   schedule.check();
-  const std::vector<EmittedOp> program = emit_program(decoder, schedule, key);
+  std::vector<EmittedOp> program = emit_program(decoder, schedule, key);
+  const std::vector<LaneSpec> lanes = lanes_of(schedule, key);
+  for (EmittedOp& op : program) {
+    const LaneSpec& lane = schedule.lanes[op.lane];
+    op.lane = static_cast<int>(std::find(lanes.begin(), lanes.end(), lane) - lanes.begin());
+  }
   std::map<PartKey, std::vector<OpId>> ids;
   for (size_t i = 0; i < program.size(); ++i) {
     const OpLabel& label = program[i].label;
@@ -247,7 +261,7 @@ Plan build_plan(const Decoder& decoder, const Schedule& schedule, const PlanKey&
     if (entry == ids.end()) continue;  // no rows
     issue.insert(issue.end(), entry->second.begin(), entry->second.end());
   }
-  Plan plan = place(program, issue, schedule.lanes);
+  Plan plan = place(program, issue, lanes);
   plan.schedule_id = schedule.id;
   plan.key = key;
   return plan;

@@ -29,7 +29,8 @@ Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue
 std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& schedule,
                                     const PlanKey& key);
 
-/// emit, order as the schedule says, place.
+/// emit, order as the schedule says, place. The plan has those of the schedule's lanes that its
+/// stages run on.
 Plan build_plan(const Decoder& decoder, const Schedule& schedule, const PlanKey& key);
 
 }  // namespace nanoflow

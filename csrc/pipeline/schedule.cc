@@ -58,6 +58,16 @@ int Schedule::lane_index(const std::string& name) const {
   fail("schedule '", id, "' has no lane named '", name, "'");
 }
 
+std::vector<LaneSpec> Schedule::lanes_of(const std::vector<std::string>& stage_names) const {
+  std::vector<LaneSpec> used;
+  for (const LaneSpec& lane : lanes) {
+    const bool runs = std::any_of(stage_names.begin(), stage_names.end(),
+                                  [&](const auto& name) { return stage(name).lane == lane.name; });
+    if (runs) used.push_back(lane);
+  }
+  return used;
+}
+
 void Schedule::check() const {
   NF_CHECK(!lanes.empty(), "schedule '", id, "' has no lanes");
   std::set<std::string> names;

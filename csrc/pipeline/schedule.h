@@ -39,7 +39,8 @@ OrderItem parse_order_item(const std::string& text);
 /// `order` is one period, issued layer by layer: "o.0" is part 0 of stage o, "qkv.1@+1" is of the
 /// next layer. Attention may be left out: it is issued right after the last qkv part it needs. An
 /// empty order issues the stages in turn, part by part. Parts and lanes left out of `stages` run
-/// unsplit on the first lane.
+/// unsplit on the first lane. The head runs after the layers, in a plan of its own: its lane may be
+/// one of theirs, or another one as wide as the device.
 struct Schedule {
   static constexpr const char* kStages[] = {"qkv", "attn", "o", "mlp", "head"};
 
@@ -55,6 +56,8 @@ struct Schedule {
   /// The stage's entry, or its default.
   StageSpec stage(const std::string& name) const;
   int lane_index(const std::string& name) const;
+  /// The lanes that these stages run on, in the order of `lanes`.
+  std::vector<LaneSpec> lanes_of(const std::vector<std::string>& stage_names) const;
   /// Throws Error on an unknown stage or lane, fractions out of order, or an order that lacks or
   /// repeats a part.
   void check() const;

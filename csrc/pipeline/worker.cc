@@ -69,9 +69,12 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
 }
 
 int Worker::fix_pages(const Schedule& schedule, const std::function<int()>& choose_pages) {
-  std::vector<int> widths;
-  for (const LaneSpec& lane : schedule.lanes) widths.push_back(lane.width);
-  executor_.make_lanes(widths, *origin_);
+  for (const std::vector<std::string>& stages :
+       {std::vector<std::string>{"qkv", "attn", "o", "mlp"}, {"head"}}) {
+    std::vector<int> widths;
+    for (const LaneSpec& lane : schedule.lanes_of(stages)) widths.push_back(lane.width);
+    executor_.make_lanes(widths, *origin_);
+  }
   if (config_.num_pages == 0) config_.num_pages = choose_pages();
   return config_.num_pages;
 }

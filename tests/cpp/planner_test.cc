@@ -80,6 +80,22 @@ TEST_CASE("ping-pong waits where data crosses lanes and nowhere else") {
   CHECK(waits == 2 * 2 * 2);  // layers × nano-batches × (attention after rope, o after attention)
 }
 
+TEST_CASE("a head on a lane of the whole device is beside no other lane") {
+  Fixture f;
+  Schedule schedule = pingpong(6, 2);
+  schedule.lanes.push_back({"all", 8});
+  schedule.stages["head"].lane = "all";
+  const PlanKey key{.segment_rows = {8, 8}, .samples = 2};
+  const Plan layers = build_plan(f.decoder, schedule, key.layers());
+  CHECK(layers.lanes == std::vector<LaneSpec>{{"compute", 6}, {"memory", 2}});
+  CHECK(validate(layers, 8).empty());
+  const Plan head = build_plan(f.decoder, schedule, key.head());
+  CHECK(head.lanes == std::vector<LaneSpec>{{"all", 8}});
+  CHECK(head.ops.front().lane == 0);
+  CHECK(validate(head, 8).empty());
+  CHECK(validate(build_plan(f.decoder, schedule, key), 8).size() == 1);  // side by side: too wide
+}
+
 TEST_CASE("a stage cut finer than its neighbour waits for all parts it covers") {
   Fixture f;
   Schedule schedule = pingpong(4, 2);

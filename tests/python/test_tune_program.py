@@ -11,7 +11,7 @@ from engine_driver import load_engine
 from nanoflow import _core
 from nanoflow.schedule import BUILT_IN, built_in_schedule
 from nanoflow.tune.improve import neighbours, repaired
-from nanoflow.tune.program import Program, program_of
+from nanoflow.tune.program import program_of
 from nanoflow.tune.simulate import Cost, LaneWidths, simulate, steady
 from test_schedule_invariance import schedules
 from tiny_models import write_tiny_llama
@@ -45,13 +45,15 @@ def waits_of(plan: _core.Plan) -> set[tuple[tuple[str, int], tuple[str, int]]]:
     return {(part_of(op), part_of(plan.ops[dep])) for op in plan.ops for dep in op.deps}
 
 
-def check(program: Program, plan: _core.Plan) -> None:
+def check(schedule: _core.Schedule, plan: _core.Plan) -> None:
     """The same order on the same lanes, and the program keeps every wait of the plan."""
+    program = program_of(schedule)
     names = [task.name for task in program.tasks]
     issue = [(names[task], layer) for task, layer in program.issue(LAYERS)]
     assert issue == issue_of(plan)
     for op in plan.ops:
-        assert op.lane == program.tasks[names.index(part_of(op)[0])].lane
+        lane = program.tasks[names.index(part_of(op)[0])].lane
+        assert plan.lanes[op.lane].name == schedule.lanes[lane].name
     before: dict[tuple[str, int], set[tuple[str, int]]] = {}
     last: dict[int, tuple[str, int]] = {}
     for index, layer in program.issue(LAYERS):
@@ -66,7 +68,7 @@ def check(program: Program, plan: _core.Plan) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_schedules_as_planned(engine: _core.Engine, name: str) -> None:
     schedule = built_in_schedule(name, 4)
-    check(program_of(schedule), planned(engine, schedule))
+    check(schedule, planned(engine, schedule))
 
 
 @settings(
@@ -74,7 +76,7 @@ def test_built_in_schedules_as_planned(engine: _core.Engine, name: str) -> None:
 )
 @given(schedule=schedules())
 def test_any_schedule_as_planned(engine: _core.Engine, schedule: _core.Schedule) -> None:
-    check(program_of(schedule), planned(engine, schedule))
+    check(schedule, planned(engine, schedule))
 
 
 def test_an_order_the_planner_refuses_is_refused() -> None:
