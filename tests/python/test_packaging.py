@@ -37,7 +37,9 @@ def test_holds_the_package_the_command_and_its_metadata_only(distribution):
 
 def test_holds_no_sources_tests_or_results(distribution):
     package = [path for path in files(distribution) if path.parts[0] == "nanoflow"]
-    suffixes = {PurePosixPath(path).suffix for path in package}
+    tables = [path for path in package if path.parts[:3] == ("nanoflow", "tune", "tables")]
+    assert tables
+    suffixes = {PurePosixPath(path).suffix for path in package if path not in tables}
     assert suffixes <= {".py", ".pyi", ".so", ".typed", ""}
     assert not [path for path in package if "tests" in path.parts]
 

@@ -1,0 +1,144 @@
+"""What a schedule's nano-batches take, from a device's table and the model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanoflow._core import Schedule
+from nanoflow.tune.program import Program, parts_of, program_of
+from nanoflow.tune.simulate import Cost, LaneWidths, Steady, steady
+from nanoflow.tune.table import OpTable
+
+
+class Spec(Protocol):
+    """What is needed of `_core.ModelSpec`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a step computes, on the average of its requests."""
+
+    decodes: int  # requests of one row each
+    context: int  # keys that each of them reads
+    prefill_rows: int = 0
+    prefill_context: int = 0  # keys that each of those rows reads
+
+    @property
+    def rows(self) -> int:
+        return self.decodes + self.prefill_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of one step: layers and head."""
+
+    step_us: float
+    layer_us: float  # of a layer in the middle
+    clock_us: float  # what the step would take at full clock; less where power is what limits
+    joules: float  # above idle
+
+    def tokens_per_second(self, load: Load) -> float:
+        return load.rows / self.step_us * 1e6
+
+
+class CostModel:
+    """Costs of one model on one device."""
+
+    def __init__(self, table: OpTable, spec: Spec) -> None:
+        self.table = table
+        self.spec = spec
+        self._interference = LaneWidths(table.slowdown)
+        self._bytes = 4 if spec.dtype == "float32" else 2
+        self._memo: dict[tuple[str, float, int, Load], Cost] = {}
+
+    def stage(self, stage: str, share: float, width: int, load: Load) -> Cost:
+        """Of a nano-batch with this share of the step's rows and keys, on a lane of this width."""
+        key = (stage, share, width, load)
+        if key not in self._memo:
+            self._memo[key] = self._stage(stage, share, width, load)
+        return self._memo[key]
+
+    def costs(self, schedule: Schedule, load: Load) -> list[Cost]:
+        """Of the tasks of `program_of(schedule)`."""
+        bounds = [0.0, *schedule.cuts(), 1.0]
+        widths = {lane.name: lane.width for lane in schedule.lanes}
+        costs = []
+        for part in parts_of(schedule):
+            spec = schedule.stages.get(part.stage)
+            name = schedule.lanes[0].name if spec is None or not spec.lane else spec.lane
+            share = bounds[part.end] - bounds[part.begin]
+            costs.append(self.stage(part.stage, share, widths[name], load))
+        return costs
+
+    def head(self, schedule: Schedule, load: Load) -> Cost:
+        spec = schedule.stages.get("head")
+        name = schedule.lanes[0].name if spec is None or not spec.lane else spec.lane
+        width = next(lane.width for lane in schedule.lanes if lane.name == name)
+        return self.table.product(
+            max(1, load.decodes), self.spec.vocab_size, self.spec.hidden_size, width
+        )
+
+    def predict(self, schedule: Schedule, load: Load, program: Program | None = None) -> Prediction:
+        """Raises ValueError for an order that the planner would refuse.
+
+        `program` stands for the schedule's own, with another order.
+        """
+        costs = self.costs(schedule, load)
+        found = steady(program or program_of(schedule), costs, self._interference)
+        return self._predict(found, costs, self.head(schedule, load))
+
+    def _predict(self, found: Steady, costs: Sequence[Cost], head: Cost) -> Prediction:
+        layers = self.spec.num_layers
+        clock_us = found.layers_us(layers) + head.us
+        joules = sum(cost.joules for cost in costs) * layers + head.joules
+        layer_joules = sum(cost.joules for cost in costs)
+        return Prediction(
+            step_us=self.table.sustained_us(clock_us, joules),
+            layer_us=self.table.sustained_us(found.period_us, layer_joules),
+            clock_us=clock_us,
+            joules=joules,
+        )
+
+    def _stage(self, stage: str, share: float, width: int, load: Load) -> Cost:
+        spec, table = self.spec, self.table
+        hidden, wide = spec.hidden_size, spec.intermediate_size
+        heads = spec.num_heads * spec.head_dim
+        qkv = heads + 2 * spec.num_kv_heads * spec.head_dim
+        rows = max(1, round(share * load.rows))
+        row_bytes = rows * self._bytes
+        norm = table.row_work(2 * row_bytes * hidden, width)
+        if stage == "qkv":
+            rotation = table.row_work(2 * row_bytes * qkv, width)
+            return _sum(norm, table.product(rows, qkv, hidden, width), rotation)
+        if stage == "o":
+            return table.product(rows, hidden, heads, width)
+        if stage == "mlp":
+            gate_up = table.product(rows, 2 * wide, hidden, width)
+            return _sum(norm, gate_up, table.product(rows, hidden, wide, width))
+        keys = 2 * spec.num_kv_heads * spec.head_dim * self._bytes
+        read = share * load.decodes * load.context * keys
+        flops = 4 * share * load.prefill_rows * load.prefill_context * heads
+        return table.attention(read, flops, width)
+
+
+def _sum(*costs: Cost) -> Cost:
+    return Cost(sum(cost.us for cost in costs), sum(cost.joules for cost in costs))

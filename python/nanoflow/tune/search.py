@@ -1,0 +1,154 @@
+"""The schedules that a device's table says are fastest for a load.
+
+The space is that of periodic schedules with attention on a lane of its own: into how many
+nano-batches each stage is cut and where, how the device is parted between the lanes, and in which
+order the parts are issued. Structures are tried out exhaustively, the orders of the best ones by
+`improve`. To run everything in turn on the whole device is always a candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from nanoflow._core import LaneSpec, Schedule, StageSpec
+from nanoflow.schedule import built_in_schedule
+from nanoflow.tune.costs import CostModel, Load, Prediction
+from nanoflow.tune.improve import descend, improve, repaired
+from nanoflow.tune.program import STAGES, Program, parts_of, program_of
+
+WHOLE, COMPUTE, MEMORY = "all", "compute", "memory"  # lanes
+_COUNTS = (1, 2, 4)  # nano-batches of a stage; cuts of fewer are cuts of more
+_ROWS = 64  # the first cut falls on a multiple: what a bucket of rows is made of
+_CUTS = (0.35, 0.65)  # between which it is moved
+_FINALISTS = 6  # structures whose orders are improved
+_ORDERS = 60  # evaluated for each of them
+_CLOCK_WEIGHT = 0.05  # at the power cap, what would end sooner at full clock runs at a lower one
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    schedule: Schedule
+    prediction: Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    counts: tuple[int, ...]  # nano-batches of STAGES
+    starts: bool  # in ping-pong, or else each stage in turn
+
+
+def search(model: CostModel, load: Load, count: int = 5) -> list[Candidate]:
+    """The `count` best, the fastest first, no two of them of one structure. Sequential is among
+    them, last if nowhere else."""
+    width = model.table.width
+    sequential = _candidate(model, built_in_schedule("sequential", width), load)
+    found: list[tuple[float, _Structure, int]] = []
+    for structure in _structures():
+        for memory in memory_widths(width, model.table.width_step):
+            schedule = _schedule(structure, 0.5, memory, width)
+            if schedule is not None:
+                found.append((_value(model.predict(schedule, load)), structure, memory))
+    found.sort(key=lambda item: item[0])
+    candidates = [sequential]
+    seen: set[tuple[int, ...]] = set()
+    for _, structure, memory in found:
+        if structure.counts not in seen and len(seen) < _FINALISTS:
+            seen.add(structure.counts)
+            candidates.append(_improved(model, load, structure, memory))
+    candidates.sort(key=lambda candidate: _value(candidate.prediction))
+    best = candidates[:count]
+    return best if sequential in best else [*best[: count - 1], sequential]
+
+
+def memory_widths(width: int, step: int) -> list[int]:
+    """Of the lane of attention: multiples of `step`, half of the device at most."""
+    return list(range(step, max(step, width // 2) + 1, step)) if width >= 2 * step else []
+
+
+def _structures() -> Iterator[_Structure]:
+    for counts in (*product(_COUNTS, repeat=len(STAGES)), (3,) * len(STAGES)):
+        if counts[STAGES.index("attn")] > 1:
+            yield _Structure(counts, starts=False)
+            yield _Structure(counts, starts=True)
+
+
+def _improved(model: CostModel, load: Load, structure: _Structure, memory: int) -> Candidate:
+    """The structure with the best order found, and then the best widths and cut for that."""
+    table = model.table
+    start = _schedule(structure, 0.5, memory, table.width)
+    assert start is not None
+    program, _ = improve(
+        program_of(start), lambda p: _value(model.predict(start, load, p)), _ORDERS
+    )
+
+    def build(settings: Mapping[str, float]) -> Schedule:
+        parted = _parted(structure.counts, settings["cut"], round(settings["memory"]), table.width)
+        return ordered(parted, program)
+
+    settings, _ = descend(
+        {"cut": 0.5, "memory": float(memory)},
+        {
+            "memory": [float(w) for w in memory_widths(table.width, table.width_step)],
+            "cut": _first_cuts(load.rows),
+        },
+        lambda settings: _value(model.predict(build(settings), load)),
+    )
+    return _candidate(model, build(settings), load)
+
+
+def _candidate(model: CostModel, schedule: Schedule, load: Load) -> Candidate:
+    return Candidate(schedule, model.predict(schedule, load))
+
+
+def _value(prediction: Prediction) -> float:
+    return prediction.step_us + _CLOCK_WEIGHT * prediction.clock_us
+
+
+def _first_cuts(rows: int) -> list[float]:
+    fractions = [multiple / rows for multiple in range(_ROWS, rows, _ROWS)]
+    return [0.5, *(f for f in fractions if _CUTS[0] <= f <= _CUTS[1] and f != 0.5)]
+
+
+def _split(count: int, cut: float) -> list[float]:
+    if count == 3:
+        return [1 / 3, 2 / 3]
+    return {1: [], 2: [cut], 4: [cut / 2, cut, (1 + cut) / 2]}[count]
+
+
+def _parted(counts: Sequence[int], cut: float, memory: int, width: int) -> Schedule:
+    """Each stage in turn, attention on its own lane, the head on the whole device."""
+    stages = {
+        stage: StageSpec(_split(count, cut), MEMORY if stage == "attn" else COMPUTE)
+        for stage, count in zip(STAGES, counts, strict=True)
+    }
+    lanes = [LaneSpec(COMPUTE, width - memory), LaneSpec(MEMORY, memory), LaneSpec(WHOLE, width)]
+    name = f"overlap-{''.join(map(str, counts))}-{width - memory}+{memory}"
+    return Schedule(name, lanes, {**stages, "head": StageSpec([], WHOLE)})
+
+
+def _schedule(structure: _Structure, cut: float, memory: int, width: int) -> Schedule | None:
+    schedule = _parted(structure.counts, cut, memory, width)
+    if not structure.starts:
+        return schedule
+    program = _ping_pong(schedule)
+    return None if program is None else ordered(schedule, program)
+
+
+def _ping_pong(schedule: Schedule) -> Program | None:
+    """All of one nano-batch, up to the next layer's attention, then all of the next one."""
+    program = program_of(schedule)
+    parts = parts_of(schedule)
+    turn = ("o", "mlp", "qkv", "attn")
+    order = sorted(
+        ((i, int(part.stage in ("qkv", "attn"))) for i, part in enumerate(parts)),
+        key=lambda item: (parts[item[0]].begin, turn.index(parts[item[0]].stage)),
+    )
+    return repaired(program, tuple(order))
+
+
+def ordered(schedule: Schedule, program: Program) -> Schedule:
+    """The schedule, issued in the order of a program of its tasks."""
+    order = [program.tasks[task].name + "@+1" * ahead for task, ahead in program.order]
+    return Schedule(schedule.id, schedule.lanes, schedule.stages, order)

@@ -1,0 +1,195 @@
+"""What ops take on one device, alone and sustained: measured by `nanoflow tune`, kept as JSON.
+
+A GPU under load sits at its power cap with its clock lowered, so every entry says at which power
+and clock it was measured. From these come the time at full clock, which stretches with the clock,
+and the energy above idle, which the cap is shared out of. A product on a part of the device takes
+the energy that it takes on all of it: the same is switched. (Alone there it runs at a higher clock,
+where more is lost; beside other work it does not.)
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoflow.tune.simulate import Cost
+
+_LAUNCH_US = 3.0  # of an op without work
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An op on a lane of `width`; what `size` counts depends on the op, see OpTable."""
+
+    size: float
+    width: int
+    us: float  # sustained
+    watts: float  # of the whole device, idle included
+    mhz: float
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product by the rows of its left side: entries of x [size, depth] by
+    weightᵀ [features, depth]."""
+
+    features: int
+    depth: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """A whole step of a model, sustained."""
+
+    model: Mapping[str, Any]  # fields of Spec, in nanoflow/tune/costs.py
+    schedule: Mapping[str, Any]  # as JSON
+    load: Mapping[str, int]  # fields of Load, there
+    us: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpTable:
+    """All that the search knows of a device. Attention is of one layer."""
+
+    device: str  # as in "NVIDIA H100 80GB HBM3"
+    width: int
+    width_step: int  # lanes are as wide as multiples of it
+    idle_watts: float
+    cap_watts: float  # 0: nothing limits the clock
+    max_mhz: float
+    products: tuple[Product, ...]
+    decode: tuple[Entry, ...]  # by bytes of keys and values read
+    prefill: tuple[Entry, ...]  # by FLOPs of scores and sums
+    rows: tuple[Entry, ...]  # norms, rotation and other work on rows, by bytes moved
+    slowdown: Mapping[tuple[str, str], float] = field(default_factory=dict)  # see LaneWidths
+    steps: tuple[MeasuredStep, ...] = ()  # with these kernels: what predictions are held against
+    origin: Mapping[str, str] = field(default_factory=dict)  # how it was measured
+
+    def product(self, rows: int, features: int, depth: int, width: int) -> Cost:
+        """By the measured shape most like this one, in proportion to their weights."""
+
+        def unlike(product: Product) -> float:
+            return _ratio(product.features, features) * _ratio(product.depth, depth)
+
+        nearest = min(self.products, key=unlike)
+        scale = features * depth / (nearest.features * nearest.depth)
+        return self._cost(nearest.entries, rows, width, "compute", scale=scale)
+
+    def attention(self, kv_bytes: float, flops: float, width: int) -> Cost:
+        """Of decodes that read so many bytes, and prompts of so many FLOPs, one after the other."""
+        parts = [
+            self._cost(entries, size, width, "memory", floor_us=_LAUNCH_US)
+            for entries, size in ((self.decode, kv_bytes), (self.prefill, flops))
+            if size > 0
+        ]
+        return Cost(sum(p.us for p in parts), sum(p.joules for p in parts), "memory")
+
+    def row_work(self, moved: float, width: int) -> Cost:
+        return self._cost(self.rows, moved, width, "compute", floor_us=_LAUNCH_US)
+
+    def sustained_us(self, us: float, joules: float) -> float:
+        """Of work that takes `us` at full clock and so many joules above idle: the cap lets no
+        more than its power through."""
+        if self.cap_watts <= self.idle_watts:
+            return us
+        return max(us, joules * 1e6 / (self.cap_watts - self.idle_watts))
+
+    def _cost(
+        self,
+        entries: Sequence[Entry],
+        size: float,
+        width: int,
+        kind: str,
+        *,
+        scale: float = 1.0,
+        floor_us: float | None = None,
+    ) -> Cost:
+        points = [
+            (at, *self._at_size([e for e in entries if e.width == at], size, floor_us))
+            for at in sorted({entry.width for entry in entries})
+        ]
+        us, joules = _between(points, width)
+        if kind == "compute":
+            joules = points[-1][2]
+        if width < points[0][0]:  # narrower than measured: time in proportion
+            us *= points[0][0] / width
+        return Cost(us * scale, joules * scale, kind)
+
+    def _at_size(
+        self, entries: Iterable[Entry], size: float, floor_us: float | None
+    ) -> tuple[float, float]:
+        """µs at full clock and joules. Above what was measured both grow in proportion; below, they
+        go down to a floor, or stay where there is none: few rows read all weights too."""
+        points = sorted(
+            (
+                e.size,
+                e.us * (e.mhz / self.max_mhz if self.max_mhz else 1.0),
+                (e.watts - self.idle_watts) * e.us * 1e-6,
+            )
+            for e in entries
+        )
+        if floor_us is not None:
+            points.insert(0, (0.0, floor_us, 0.0))
+        us, joules = _between(points, size)
+        beyond = max(1.0, size / points[-1][0])
+        return us * beyond, joules * beyond
+
+
+def _between(points: Sequence[tuple[float, float, float]], x: float) -> tuple[float, float]:
+    """The two values at x, on straight lines; those of the first or last point outside."""
+    i = bisect_left([point[0] for point in points], x)
+    if i == 0 or i == len(points):
+        _, y, z = points[min(i, len(points) - 1)]
+        return y, z
+    (x0, y0, z0), (x1, y1, z1) = points[i - 1], points[i]
+    t = (x - x0) / (x1 - x0)
+    return y0 + (y1 - y0) * t, z0 + (z1 - z0) * t
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(a / b, b / a)
+
+
+def save_table(table: OpTable, path: Path) -> None:
+    content = asdict(table)
+    content["slowdown"] = [
+        {"op": op, "beside": beside, "factor": factor}
+        for (op, beside), factor in table.slowdown.items()
+    ]
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_table(path: Path) -> OpTable:
+    """Raises ValueError naming the file where it is no table."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["products"] = tuple(
+            Product(p["features"], p["depth"], _entries(p["entries"])) for p in content["products"]
+        )
+        for name in ("decode", "prefill", "rows"):
+            content[name] = _entries(content[name])
+        content["steps"] = tuple(MeasuredStep(**step) for step in content["steps"])
+        content["slowdown"] = {
+            (item["op"], item["beside"]): item["factor"] for item in content["slowdown"]
+        }
+        return OpTable(**content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of op times: {error!r}") from error
+
+
+def _entries(content: Iterable[Mapping[str, Any]]) -> tuple[Entry, ...]:
+    return tuple(Entry(**entry) for entry in content)
+
+
+def shipped_table(device: str) -> OpTable | None:
+    """The table that comes with the package for a device of this name, if there is one."""
+    for path in sorted((Path(__file__).parent / "tables").glob("*.json")):
+        table = load_table(path)
+        if table.device == device:
+            return table
+    return None

@@ -1,0 +1,167 @@
+"""Op tables, costs and the search of schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine_driver import load_engine
+from made_up_table import made_up_table
+from nanoflow import _core
+from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
+from nanoflow.tune.costs import CostModel, Load
+from nanoflow.tune.search import Candidate, memory_widths, search
+from nanoflow.tune.table import load_table, save_table, shipped_table
+from test_schedule_invariance import LENGTHS, run
+from tiny_models import write_tiny_llama
+
+SHIPPED = ("NVIDIA H100 80GB HBM3",)
+LOAD = Load(decodes=512, context=768, prefill_rows=512, prefill_context=256)
+
+
+def llama_8b() -> _core.ModelSpec:
+    return _core.ModelSpec(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_inv_freq=[1.0] * 64,
+    )
+
+
+def best(candidates: list[Candidate]) -> str:
+    return candidates[0].schedule.id
+
+
+@pytest.fixture(scope="module")
+def searched() -> list[Candidate]:
+    """Of a device whose memory is saturated by a quarter of it."""
+    return search(CostModel(made_up_table(), llama_8b()), LOAD)
+
+
+def test_the_search_overlaps_where_that_is_faster(searched: list[Candidate]) -> None:
+    sequential = next(c for c in searched if c.schedule.id == "sequential")
+    ratio = sequential.prediction.step_us / searched[0].prediction.step_us
+    assert 1.05 < ratio < 1.5
+    assert [lane.width for lane in searched[0].schedule.lanes] == [3, 1, 4]
+    times = [candidate.prediction.clock_us for candidate in searched]
+    assert times == sorted(times)
+    assert len({candidate.schedule.id for candidate in searched}) == len(searched) == 5
+
+
+def test_sequential_wins_where_attention_needs_all_of_the_device() -> None:
+    table = made_up_table(decode_saturates_at=1.0)
+    assert best(search(CostModel(table, llama_8b()), LOAD)) == "sequential"
+
+
+def test_sequential_wins_where_only_energy_counts() -> None:
+    """At the cap, products of few rows, which take as much energy as those of 128, cost a part."""
+    load = Load(decodes=128, context=768)
+    table = made_up_table(pj_per_flop=50.0, cap_watts=200.0)
+    model = CostModel(table, llama_8b())
+    assert best(search(model, load)) == "sequential"
+    prediction = model.predict(built_in_schedule("sequential", 4), load)
+    assert prediction.step_us == pytest.approx(prediction.joules * 1e6 / 200.0)
+    assert prediction.step_us > prediction.clock_us
+
+
+def test_every_searched_schedule_is_sound_and_changes_no_bit(
+    searched: list[Candidate], tmp_path: Path
+) -> None:
+    model = write_tiny_llama(tmp_path, num_layers=3)
+    engine = load_engine(model, built_in_schedule("sequential", 4))
+    tokens, logits = run(engine, [0] * len(LENGTHS), 64)
+    rows_wanted = Load(decodes=100, context=500, prefill_rows=60, prefill_context=100)
+    more = search(CostModel(made_up_table(decode_saturates_at=0.5), llama_8b()), rows_wanted)
+    for candidate in searched + more:
+        schedule = candidate.schedule
+        assert schedule_from_json(json.loads(json.dumps(schedule_to_json(schedule)))) == schedule
+        segments = len(schedule.cuts()) + 1
+        other = load_engine(model, schedule, jitter_us=50, row_granularity=4)
+        assert all(plan.validate(4) == [] for plan in other.plans([8] * segments, 4))
+        deal = [i % segments for i in range(len(LENGTHS))]
+        found, found_logits = run(other, deal, 8)
+        assert found == tokens
+        for got, expected in zip(found_logits, logits, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_widths_of_the_memory_lane() -> None:
+    assert memory_widths(132, 8) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert memory_widths(4, 1) == [1, 2]
+    assert memory_widths(2, 1) == [1]
+    assert memory_widths(1, 1) == []
+
+
+def test_one_thread_has_one_schedule() -> None:
+    found = search(CostModel(made_up_table(width=1), llama_8b()), LOAD)
+    assert [candidate.schedule.id for candidate in found] == ["sequential"]
+
+
+@pytest.mark.parametrize("device", SHIPPED)
+def test_shipped_tables_give_schedules_at_once(device: str) -> None:
+    table = shipped_table(device)
+    assert table is not None
+    found = search(CostModel(table, llama_8b()), LOAD)
+    for candidate in found:
+        candidate.schedule.check()
+        tokens = candidate.prediction.tokens_per_second(LOAD)
+        assert 20_000 < tokens < 44_000  # at most what products alone allow
+    assert "sequential" in [candidate.schedule.id for candidate in found]
+
+
+@pytest.mark.parametrize("device", SHIPPED)
+def test_shipped_tables_predict_steps_as_measured(device: str) -> None:
+    """Within 20 %, for the table is of kernels alone, and in the order of their times."""
+    table = shipped_table(device)
+    assert table is not None
+    assert table.steps
+    us = []
+    for step in table.steps:
+        model = CostModel(table, SimpleNamespace(**step.model))
+        load = Load(**step.load)
+        predicted = model.predict(schedule_from_json(step.schedule), load).step_us
+        assert predicted == pytest.approx(step.us, rel=0.2)
+        us.append((step.us / load.rows, predicted / load.rows))
+    assert min(us)[1] == min(predicted for _, predicted in us)
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    table = made_up_table(width=4)
+    us = {rows: table.product(rows, 4096, 4096, 4).us for rows in (64, 128, 192, 256, 1024, 2048)}
+    assert us[64] == us[128]  # all weights are read all the same
+    assert us[192] == pytest.approx((us[128] + us[256]) / 2)
+    assert us[2048] == pytest.approx(2 * us[1024])
+    assert table.product(256, 8192, 4096, 4).us == pytest.approx(2 * us[256])
+    assert table.product(256, 4096, 4096, 2).us == pytest.approx(2 * us[256])
+    narrow = dataclasses.replace(
+        table, decode=tuple(entry for entry in table.decode if entry.width > 1)
+    )
+    at_two = narrow.attention(1e9, 0, 2).us
+    assert narrow.attention(1e9, 0, 1).us == pytest.approx(2 * at_two)
+    assert narrow.attention(5e8, 0, 2).us == pytest.approx(3 + (at_two - 3) / 2)
+
+
+def test_a_clock_below_the_full_one_is_taken_off() -> None:
+    table = made_up_table()
+    slow = dataclasses.replace(table, max_mhz=2000)
+    assert slow.row_work(1e8, 4).us == pytest.approx(table.row_work(1e8, 4).us / 2)
+
+
+def test_tables_are_kept_as_json(tmp_path: Path) -> None:
+    table = dataclasses.replace(made_up_table(), slowdown={("compute", "memory"): 1.25})
+    path = tmp_path / "table.json"
+    save_table(table, path)
+    assert load_table(path) == table
+    assert shipped_table("made up") is None
+    path.write_text('{"products": []}')
+    with pytest.raises(ValueError, match=r"table\.json is no table of op times"):
+        load_table(path)
