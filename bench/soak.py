@@ -101,8 +101,12 @@ class Requests:
     def make(self, count: int) -> list[Request]:
         numbers = range(self._number, self._number + count)
         self._number += count
-        make = self._processor.make_request
-        made = [make(n, self._prompt(), self._params(), self.done.put) for n in numbers]
+        make = self._processor.make_requests
+        made = [
+            request
+            for n in numbers
+            for request in make(n, self._prompt(), self._params(), self.done.put)
+        ]
         self.open |= {request.id: None for request in made}
         return made
 

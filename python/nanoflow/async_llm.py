@@ -55,7 +55,8 @@ class AsyncLLM:
         """Generates for one prompt, with outputs as `sampling_params.output_kind` says.
 
         CUMULATIVE outputs hold all that has been generated so far, DELTA outputs what is new, and
-        FINAL_ONLY gives one at the end. The last output alone is `finished`. A reader that is
+        FINAL_ONLY gives one at the end; with n > 1 a DELTA output holds the samples that have news.
+        The last output alone is `finished`. A reader that is
         slower than the model gets fewer outputs, of more tokens each. When the task is cancelled,
         or leaves the loop, the request is aborted. With scheduling_policy="priority", requests with
         a lower `priority` go first.
@@ -71,9 +72,10 @@ class AsyncLLM:
         self.args.check_priority(priority)
         stream = self._open(request_id, prompts[0], params)
         try:
-            request = await asyncio.to_thread(self._make_request, prompts[0], params, stream)
-            request.priority = priority
-            self._submit(stream, request)
+            requests = await asyncio.to_thread(self._make_requests, prompts[0], params, stream)
+            for request in requests:
+                request.priority = priority
+            self._submit(stream, requests)
             is_last = False
             while not is_last:
                 output = await stream.next()
@@ -93,7 +95,7 @@ class AsyncLLM:
             streams = [self._streams[one] for one in ids if one in self._streams]
             for stream in streams:
                 stream.is_aborted = True
-            numbers = [stream.request.id for stream in streams if stream.request is not None]
+            numbers = [request.id for stream in streams for request in stream.requests]
         self._runtime.loop.abort(numbers)
 
     async def get_tokenizer(self) -> Tokenizer:
@@ -142,34 +144,38 @@ class AsyncLLM:
     def _open(self, request_id: str, prompt: Prompt, params: SamplingParams) -> OutputStream:
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r} must be a text")
-        stream = OutputStream(request_id, prompt, params, self._processor, self._outbox)
+        stream = OutputStream(request_id, prompt, params, self._processor.outputs, self._outbox)
         with self._lock:
             if request_id in self._streams:
                 raise ValueError(f"request id {request_id!r} is in use")
             self._streams[request_id] = stream
         return stream
 
-    def _make_request(
+    def _make_requests(
         self, prompt: Prompt, params: SamplingParams, stream: OutputStream
-    ) -> Request:
+    ) -> list[Request]:
         [ids] = self._processor.encode([prompt])
         if isinstance(ids, ValueError):
             raise ids
-        request = self._processor.make_request(next(self._numbers), ids, params, stream.put_end)
-        stream.attach(request)
-        return request
+        number = next(self._numbers)
+        requests = self._processor.make_requests(number, ids, params, stream.put_end)
+        stream.attach(requests)
+        return requests
 
-    def _submit(self, stream: OutputStream, request: Request) -> None:
+    def _submit(self, stream: OutputStream, requests: list[Request]) -> None:
         with self._lock:
-            stream.request = request
-            self._runtime.loop.submit([request])
+            stream.requests = requests
+            self._runtime.loop.submit(requests)
             is_aborted = stream.is_aborted
         if is_aborted:
-            self._runtime.loop.abort([request.id])
+            self._abort(stream)
+
+    def _abort(self, stream: OutputStream) -> None:
+        self._runtime.loop.abort([request.id for request in stream.requests])
 
     def _close(self, request_id: str, stream: OutputStream) -> None:
         """Forgets a stream that nobody reads any more."""
         with self._lock:
             del self._streams[request_id]
-        if stream.request is not None and not stream.is_finished:
-            self._runtime.loop.abort([stream.request.id])
+        if not stream.is_finished:
+            self._abort(stream)

@@ -177,8 +177,7 @@ class LLM:
             self.args.check_priority(one)
         done: queue.SimpleQueue[Request] = queue.SimpleQueue()
         outputs: list[RequestOutput | None] = [None] * len(prompts)
-        index_of: dict[str, int] = {}
-        requests: list[Request] = []
+        samples: list[list[Request]] = [[] for _ in prompts]
         errors: dict[int, ValueError] = {}
         encoded = self._processor.encode(prompts)
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
@@ -186,45 +185,57 @@ class LLM:
             try:
                 if isinstance(ids, ValueError):
                     raise ids
-                request = self._processor.make_request(number, ids, params[index], done.put)
+                made = self._processor.make_requests(number, ids, params[index], done.put)
             except ValueError as error:
                 errors[index] = error
-                outputs[index] = self._processor.failed_output(number, prompt, error)
+                outputs[index] = self._processor.outputs.failed_output(number, prompt, error)
                 continue
-            request.priority = priorities[index]
-            index_of[request.id] = index
-            requests.append(request)
+            for request in made:
+                request.priority = priorities[index]
+            samples[index] = made
         if errors:
-            first = min(errors)
-            if not requests:
-                raise errors[first]
-            logger.warning(
-                "%d of %d prompts cannot be run; prompts[%d]: %s",
-                len(errors),
-                len(prompts),
-                first,
-                errors[first],
+            self._tell_errors(errors, len(prompts))
+        for index in self._finished(samples, done, use_tqdm):
+            outputs[index] = self._processor.outputs.output(
+                samples[index], prompts[index], params[index]
             )
-        with Progress(len(requests), use_tqdm) as progress:
-            for request in self._finished(requests, done):
-                index = index_of[request.id]
-                outputs[index] = self._processor.output(request, prompts[index], params[index])
-                progress.update(request)
         return [output for output in outputs if output is not None]
 
+    def _tell_errors(self, errors: Mapping[int, ValueError], count: int) -> None:
+        """Raises the first where there is no prompt without."""
+        first = min(errors)
+        if len(errors) == count:
+            raise errors[first]
+        logger.warning(
+            "%d of %d prompts cannot be run; prompts[%d]: %s",
+            len(errors),
+            count,
+            first,
+            errors[first],
+        )
+
     def _finished(
-        self, requests: list[Request], done: queue.SimpleQueue[Request]
-    ) -> Iterator[Request]:
-        """Runs requests and yields each as it finishes; raises when the engine fails."""
+        self, samples: Sequence[Sequence[Request]], done: queue.SimpleQueue[Request], use_tqdm: bool
+    ) -> Iterator[int]:
+        """Runs the samples of all prompts and yields the index of each prompt whose last has
+        finished; raises when the engine fails."""
+        index_of = {request.id: index for index, own in enumerate(samples) for request in own}
+        requests = [request for own in samples for request in own]
+        left = [len(own) for own in samples]
         self._runtime.loop.submit(requests)
         try:
-            for _ in requests:
-                request = self._next(done)
-                if isinstance(request.error, EngineError) and (
-                    len(requests) == 1 or not isinstance(request.error, InvalidLogitsError)
-                ):
-                    raise request.error
-                yield request
+            with Progress(sum(count > 0 for count in left), use_tqdm) as progress:
+                for _ in requests:
+                    request = self._next(done)
+                    if isinstance(request.error, EngineError) and (
+                        len(requests) == 1 or not isinstance(request.error, InvalidLogitsError)
+                    ):
+                        raise request.error
+                    index = index_of[request.id]
+                    left[index] -= 1
+                    if left[index] == 0:
+                        yield index
+                        progress.update(samples[index])
         except BaseException:  # an interrupt, too: nobody waits for the rest any more
             self._runtime.loop.abort([request.id for request in requests])
             raise

@@ -1,4 +1,4 @@
-"""From prompts to requests, and from finished requests to outputs."""
+"""From prompts to requests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow.detokenizer import IncrementalDetokenizer
-from nanoflow.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanoflow.completions import OutputMaker
 from nanoflow.prompts import Prompt, check_token_ids
-from nanoflow.request import Request, TokenLogprobs
+from nanoflow.request import Request
 from nanoflow.runtime import Runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.stop_strings import StopStrings
@@ -28,7 +27,6 @@ _DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-_CONTEXT_TOKENS = 16  # of the prompt, for the detokenizer
 
 
 class Processor:
@@ -36,15 +34,12 @@ class Processor:
 
     def __init__(self, runtime: Runtime, seed: int) -> None:
         self._tokenizer = runtime.tokenizer
+        self.outputs = OutputMaker(runtime.tokenizer)
         self._vocab_size = runtime.vocab_size
         self._max_model_len = runtime.limits.max_model_len
         self._seed = seed
         self._eos_token_ids = _eos_token_ids(runtime)
         self._defaults = _default_params(runtime.generation_config)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        return self._tokenizer is not None
 
     def get_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -80,119 +75,62 @@ class Processor:
         except TypeError:  # a text of surrogates, which has no UTF-8
             return [_encode_or_error(tokenizer, text, add_special_tokens) for text in texts]
 
-    def make_request(
+    def make_requests(
         self,
         number: int,
         ids: Sequence[int],
         params: SamplingParams,
         on_finish: Callable[[Request], None],
-    ) -> Request:
-        """Raises ValueError on a prompt or parameters that this model cannot run."""
+    ) -> list[Request]:
+        """One for each of the `params.n` samples of a prompt; the first has the number as its id.
+
+        Raises ValueError on a prompt or parameters that this model cannot run.
+        """
+        params.check()
+        ids = self._truncated(ids, params)
         check_token_ids(ids, self._vocab_size, self._max_model_len)
-        sampling = params.resolve(self._eos_token_ids, self._vocab_size, _mix(self._seed, number))
         output_len = self._max_model_len if params.max_tokens is None else params.max_tokens
-        watcher = None
-        if params.stop_strings:
-            watcher = StopStrings(
-                self.detokenizer(ids, params),
-                params.stop_strings,
-                min_tokens=params.min_tokens,
-                keep_stop=params.include_stop_str_in_output,
+        prompt_token_ids = np.asarray(ids, np.int32)
+        seed = _mix(self._seed, number)
+        return [
+            Request(
+                id=str(number) if index == 0 else f"{number}_{index}",
+                index=index,
+                prompt_token_ids=prompt_token_ids,
+                sampling=params.resolve(
+                    self._eos_token_ids,
+                    self._vocab_size,
+                    _mix(seed, index) if index else seed,
+                    index,
+                ),
+                max_len=min(len(ids) + output_len, self._max_model_len),
+                on_finish=on_finish,
+                stop_watcher=self._stop_watcher(ids, params),
             )
-        return Request(
-            id=str(number),
-            prompt_token_ids=np.asarray(ids, np.int32),
-            sampling=sampling,
-            max_len=min(len(ids) + output_len, self._max_model_len),
-            on_finish=on_finish,
-            stop_watcher=watcher,
+            for index in range(params.n)
+        ]
+
+    def _truncated(self, ids: Sequence[int], params: SamplingParams) -> Sequence[int]:
+        """The last tokens, as many as truncate_prompt_tokens says."""
+        most = params.truncate_prompt_tokens
+        if most is None:
+            return ids
+        if most > self._max_model_len:
+            raise ValueError(
+                f"truncate_prompt_tokens={most} is above max_model_len={self._max_model_len}"
+            )
+        return ids[-(self._max_model_len - 1 if most == -1 else most) :]
+
+    def _stop_watcher(self, ids: Sequence[int], params: SamplingParams) -> StopStrings | None:
+        if not params.stop_strings:
+            return None
+        self.get_tokenizer()
+        return StopStrings(
+            self.outputs.detokenizer(ids, params),
+            params.stop_strings,
+            min_tokens=params.min_tokens,
+            keep_stop=params.include_stop_str_in_output,
         )
-
-    def output(self, request: Request, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-        """Of a finished request."""
-        wants_logprobs = request.sampling.logprobs >= 0
-        ids = request.output_token_ids
-        logprobs = self.logprobs(ids, request.logprobs, params) if wants_logprobs else None
-        cumulative = sum(one.logprob for one in request.logprobs) if wants_logprobs else None
-        completion = CompletionOutput(
-            index=0,
-            text=self._text(request, params),
-            token_ids=ids,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            cumulative_logprob=cumulative,
-            logprobs=logprobs,
-        )
-        return RequestOutput(
-            request_id=request.id,
-            prompt=prompt.text,
-            prompt_token_ids=request.prompt_token_ids.tolist(),
-            outputs=[completion],
-            finished=True,
-            metrics=RequestMetrics(
-                arrival_time=request.arrival_time,
-                first_token_time=request.first_token_time,
-                finished_time=request.finished_time,
-                num_preemptions=request.num_preemptions,
-            ),
-            error=None if request.error is None else str(request.error),
-            num_cached_tokens=request.num_cached_tokens,
-        )
-
-    def failed_output(self, number: int, prompt: Prompt, error: ValueError) -> RequestOutput:
-        """Of a prompt that could not become a request."""
-        return RequestOutput(
-            request_id=str(number),
-            prompt=prompt.text,
-            prompt_token_ids=list(prompt.token_ids or ()),
-            outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
-            finished=True,
-            error=str(error),
-        )
-
-    def logprobs(
-        self, ids: Sequence[int], found_of_each: Sequence[TokenLogprobs], params: SamplingParams
-    ) -> list[dict[int, Logprob]]:
-        """Of generated tokens, as an output shows them."""
-        texts: dict[int, str | None] = {}
-
-        def text_of(token: int) -> str | None:
-            if self._tokenizer is None or not params.detokenize:
-                return None
-            if token not in texts:
-                texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
-            return texts[token]
-
-        outputs = []
-        for token, found in zip(ids, found_of_each, strict=True):
-            entries = {token: Logprob(found.logprob, found.rank, text_of(token))}
-            top = zip(found.top.tolist(), found.top_logprobs.tolist(), strict=True)
-            for rank, (other, logprob) in enumerate(top, start=1):
-                if other >= 0:  # there may be fewer tokens than were asked for
-                    entries[other] = Logprob(logprob, rank, text_of(other))
-            outputs.append(entries)
-        return outputs
-
-    def _text(self, request: Request, params: SamplingParams) -> str:
-        if self._tokenizer is None or not params.detokenize:
-            return ""
-        ids, watcher = request.output_token_ids, request.stop_watcher
-        is_stop_string = isinstance(request.stop_reason, str)
-        is_stop_token = request.finish_reason == "stop" and not is_stop_string
-        if isinstance(watcher, StopStrings):  # which has seen all tokens but one that ended it
-            if is_stop_string:
-                return watcher.text
-            keeps_last = is_stop_token and params.include_stop_str_in_output
-            return watcher.finish(ids[-1:] if keeps_last else ())
-        if is_stop_token and not params.include_stop_str_in_output:
-            ids = ids[:-1]
-        detokenizer = self.detokenizer(request.prompt_token_ids[-_CONTEXT_TOKENS:].tolist(), params)
-        return detokenizer.push(ids) + detokenizer.flush()
-
-    def detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> IncrementalDetokenizer:
-        """Of what follows a prompt. Raises ValueError as get_tokenizer()."""
-        context = prompt[-_CONTEXT_TOKENS:]
-        return IncrementalDetokenizer(self.get_tokenizer(), context, params.skip_special_tokens)
 
 
 def _encode_or_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -25,9 +26,10 @@ class Progress:
         self._begin = perf_counter()
         self._input = self._output = 0
 
-    def update(self, request: Request) -> None:
-        self._input += len(request.prompt_token_ids)
-        self._output += len(request.output_token_ids)
+    def update(self, samples: Sequence[Request]) -> None:
+        """All samples of a prompt have finished."""
+        self._input += len(samples[0].prompt_token_ids)
+        self._output += sum(len(sample.output_token_ids) for sample in samples)
         seconds = max(perf_counter() - self._begin, 1e-9)
         self._bar.postfix = (
             f"est. speed input: {self._input / seconds:.2f} toks/s, "

@@ -58,7 +58,7 @@ class StopWatcher(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt and what is generated for it.
+    """One prompt and one sample of what follows it.
 
     Built by any thread, given to the scheduler, and its own until `on_finish` has been called from
     the scheduler's thread.
@@ -70,6 +70,7 @@ class Request:
     max_len: int  # prompt and generated tokens together, at most
     on_finish: Callable[[Request], None]  # must not block or raise
     stop_watcher: StopWatcher | None = None
+    index: int = 0  # among the samples of its prompt
     priority: int = 0  # int32; lower ones go first
     # Called from the scheduler's thread with each token as it arrives, before `on_finish`.
     on_token: Callable[[int], None] | None = None  # must not block or raise

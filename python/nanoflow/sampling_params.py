@@ -25,9 +25,7 @@ class RequestOutputKind(Enum):
 
 # Fields that are there for compatibility, with the values that change nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "prompt_logprobs": (None,),
-    "spaces_between_special_tokens": (True,),
     "structured_outputs": (None,),
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
@@ -43,7 +41,7 @@ class SamplingParams:
     Raises ValueError naming the field, TypeError on a value of another type or an unknown field.
     """
 
-    n: int = 1
+    n: int = 1  # samples of each prompt
     presence_penalty: float = 0.0  # off the logits of tokens that have been generated
     frequency_penalty: float = 0.0  # the same for each time
     # Divides positive and multiplies negative logits of tokens that were seen, the prompt's too.
@@ -52,7 +50,9 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 and -1 keep all
     min_p: float = 0.0
-    seed: int | None = None  # None: drawn from the LLM's seed and the number of the request
+    # Of the first sample, one more for each other. None: drawn from the LLM's seed and the number
+    # of the request.
+    seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
@@ -62,9 +62,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # no effect: detokenizers here put none there
     include_stop_str_in_output: bool = False
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # of AsyncLLM's outputs
+    truncate_prompt_tokens: int | None = None  # the last so many alone; -1: as many as fit
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # of AsyncLLM; LLM has the last
     structured_outputs: Any = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
@@ -110,6 +111,16 @@ class SamplingParams:
             raise ValueError(f"min_p={self.min_p} must be from 0 to 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or None")
+        if self.n < 1:
+            raise ValueError(f"n={self.n} must be at least 1")
+        if self.n > 1 and self.temperature < _GREEDY_TEMPERATURE:
+            raise ValueError(
+                f"n={self.n} must be 1 when sampling is greedy (temperature={self.temperature}): "
+                "all samples would be the same"
+            )
+        truncated = self.truncate_prompt_tokens
+        if truncated is not None and (truncated == 0 or truncated < -1):
+            raise ValueError(f"truncate_prompt_tokens={truncated} must be at least 1, -1 or None")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens={self.min_tokens} must be at least 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -126,14 +137,15 @@ class SamplingParams:
         penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
         for name in numbers + penalties:
             _check_type(name, getattr(self, name), "a number", (Real,))
-        for name in ("top_k", "min_tokens"):
+        for name in ("n", "top_k", "min_tokens"):
             _check_type(name, getattr(self, name), "an integer", (Integral,))
-        for name in ("seed", "max_tokens", "logprobs"):
+        for name in ("seed", "max_tokens", "logprobs", "truncate_prompt_tokens"):
             _check_type(name, getattr(self, name), "an integer or None", (Integral, type(None)))
         for flag in (
             "ignore_eos",
             "detokenize",
             "skip_special_tokens",
+            "spaces_between_special_tokens",
             "include_stop_str_in_output",
         ):
             if not isinstance(getattr(self, flag), bool):
@@ -147,8 +159,10 @@ class SamplingParams:
         if not all(isinstance(stop, str) for stop in self.stop_strings):
             raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
 
-    def resolve(self, eos_token_ids: Sequence[int], vocab_size: int, default_seed: int) -> Sampling:
-        """What the scheduler needs, for a model and a request.
+    def resolve(
+        self, eos_token_ids: Sequence[int], vocab_size: int, default_seed: int, index: int = 0
+    ) -> Sampling:
+        """What the scheduler needs, for a model and a sample.
 
         Raises ValueError on stop tokens outside the vocabulary, or more of them than min_tokens can
         keep from being sampled.
@@ -169,7 +183,7 @@ class SamplingParams:
             top_p=1.0 if is_greedy else float(self.top_p),
             top_k=0 if is_greedy else min(max(self.top_k, 0), vocab_size),
             min_p=0.0 if is_greedy else float(self.min_p),
-            seed=(default_seed if self.seed is None else self.seed) % 2**64,
+            seed=(default_seed if self.seed is None else self.seed + index) % 2**64,
             min_tokens=self.min_tokens,
             stop_token_ids=stop_token_ids,
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
-from nanoflow.detokenizer import IncrementalDetokenizer
-from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
-from nanoflow.processor import Processor
+from nanoflow.completions import OutputMaker
+from nanoflow.outputs import RequestOutput
 from nanoflow.prompts import Prompt
 from nanoflow.request import Request
+from nanoflow.sample_stream import SampleStream
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
 
-_END = -1  # among tokens: the request has finished
+_END = -1  # among tokens: the sample has finished
+
+News = tuple["OutputStream", int, int]  # of which sample, and a token or the end
 
 
 class Outbox:
@@ -29,7 +32,7 @@ class Outbox:
         self._abort = abort
         self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}  # guarded by _changed
         self._changed = threading.Lock()
-        self._turn: dict[_Mailbox, list[tuple[OutputStream, int]]] = {}  # the scheduler's
+        self._turn: dict[_Mailbox, list[News]] = {}  # the scheduler's
 
     def mailbox(self, loop: asyncio.AbstractEventLoop) -> _Mailbox:
         """For the streams of an event loop."""
@@ -38,9 +41,9 @@ class Outbox:
                 del self._mailboxes[other]
             return self._mailboxes.setdefault(loop, _Mailbox(loop))
 
-    def put(self, stream: OutputStream, token: int) -> None:
+    def put(self, stream: OutputStream, index: int, token: int) -> None:
         """Called in the scheduler's thread, as flush()."""
-        self._turn.setdefault(stream.mailbox, []).append((stream, token))
+        self._turn.setdefault(stream.mailbox, []).append((stream, index, token))
 
     def flush(self) -> None:
         """Sends what was put since the last time."""
@@ -49,7 +52,7 @@ class Outbox:
         turn, self._turn = self._turn, {}
         for mailbox, news in turn.items():
             if not mailbox.send(news):
-                self._abort({stream.request.id for stream, _ in news if stream.request})
+                self._abort({request.id for stream, _, _ in news for request in stream.requests})
 
 
 class _Mailbox:
@@ -58,9 +61,9 @@ class _Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._news: list[tuple[OutputStream, int]] = []
+        self._news: list[News] = []
 
-    def send(self, news: list[tuple[OutputStream, int]]) -> bool:
+    def send(self, news: list[News]) -> bool:
         """From any thread; False when the event loop has been closed."""
         with self._lock:
             is_called = bool(self._news)
@@ -75,8 +78,8 @@ class _Mailbox:
     def _deliver(self) -> None:
         with self._lock:
             news, self._news = self._news, []
-        for stream, token in news:
-            stream.take(token)
+        for stream, index, token in news:
+            stream.take(index, token)
 
 
 class OutputStream:
@@ -90,108 +93,67 @@ class OutputStream:
         request_id: str,
         prompt: Prompt,
         params: SamplingParams,
-        processor: Processor,
+        maker: OutputMaker,
         outbox: Outbox,
     ) -> None:
         """To be called in the event loop of the reader."""
         self.mailbox = outbox.mailbox(asyncio.get_running_loop())
-        self.request: Request | None = None  # once it has been submitted
+        self.requests: Sequence[Request] = ()  # one a sample, once they have been submitted
         self.is_aborted = False  # perhaps before that
-        self.is_finished = False  # the request has ended, and the stream knows
         self._request_id = request_id
         self._prompt = prompt
         self._params = params
-        self._processor = processor
+        self._maker = maker
         self._outbox = outbox
         self._changed = asyncio.Event()
-        self._is_delta = params.output_kind is RequestOutputKind.DELTA
-        # Characters that may turn out to be the beginning of a stop string.
-        stops = () if params.include_stop_str_in_output else params.stop_strings
-        self._held_back = max(map(len, stops), default=1) - 1
         self._prompt_ids: list[int] = []
-        self._detokenizer: IncrementalDetokenizer | None = None  # where there is to be text
-        self._tokens: list[int] = []  # that have arrived
-        self._read = 0  # of them, have been in an output
-        self._text = ""  # of the tokens read
-        self._shown = 0  # characters that have been in an output
-        self._logprobs: list[dict[int, Logprob]] = []  # of the tokens read
-        self._cumulative_logprob = 0.0
+        self._samples: list[SampleStream] = []
 
-    def attach(self, request: Request) -> None:
-        """Prepares for the news of a request that is yet to be submitted, from any thread."""
-        params = self._params
-        self._prompt_ids = request.prompt_token_ids.tolist()
-        if params.detokenize and self._processor.has_tokenizer:
-            self._detokenizer = self._processor.detokenizer(self._prompt_ids, params)
-        if params.output_kind is not RequestOutputKind.FINAL_ONLY:
-            request.on_token = self.put_token
+    @property
+    def is_finished(self) -> bool:
+        """Whether all samples have ended, as far as the stream knows."""
+        return bool(self._samples) and all(sample.is_finished for sample in self._samples)
 
-    def take(self, token: int) -> None:
-        """Hears of a token, or of the end."""
-        if token == _END:
-            self.is_finished = True
+    def attach(self, requests: Sequence[Request]) -> None:
+        """Prepares for the news of requests that are yet to be submitted, from any thread."""
+        self._prompt_ids = requests[0].prompt_token_ids.tolist()
+        self._samples = [SampleStream(request, self._params, self._maker) for request in requests]
+        if self._params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            for request in requests:
+                request.on_token = partial(self.put_token, request.index)
+
+    def take(self, index: int, token: int) -> None:
+        """Hears of a token of a sample, or of its end."""
+        if token != _END:
+            self._samples[index].tokens.append(token)
         else:
-            self._tokens.append(token)
-        self._changed.set()
+            self._samples[index].is_finished = True
+        if self.is_finished or self._params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            self._changed.set()
 
     async def next(self) -> RequestOutput:
         """Waits for news and returns all there are. Raises what made the request fail."""
         await self._changed.wait()
         self._changed.clear()
-        assert self.request is not None
+        for request in self.requests:
+            if request.finish_reason is not None and request.error is not None:
+                raise request.error
+        completions = [sample.output() for sample in self._samples if sample.has_news]
         if self.is_finished:
-            return self._last(self.request)
-        return self._partial(self.request)
-
-    def put_token(self, token: int) -> None:
-        self._outbox.put(self, token)
-
-    def put_end(self, request: Request) -> None:
-        self._outbox.put(self, _END)
-
-    def _partial(self, request: Request) -> RequestOutput:
-        begin, end = self._read, len(self._tokens)
-        ids = self._tokens[begin:end]
-        self._read = end
-        if self._detokenizer is not None:
-            self._text += self._detokenizer.push(ids)
-        wants_logprobs = request.sampling.logprobs >= 0
-        if wants_logprobs:
-            found = request.logprobs[begin:end]
-            self._logprobs += self._processor.logprobs(ids, found, self._params)
-            self._cumulative_logprob += sum(one.logprob for one in found)
-        shown = self._shown
-        self._shown = max(shown, len(self._text) - self._held_back)
-        if not self._is_delta:
-            begin = shown = 0
-        completion = CompletionOutput(
-            index=0,
-            text=self._text[shown : self._shown],
-            token_ids=self._tokens[begin:end],
-            finish_reason=None,
-            cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,
-            logprobs=self._logprobs[begin:] if wants_logprobs else None,
-        )
+            output = self._maker.output(self.requests, self._prompt, self._params)
+            return replace(output, request_id=self._request_id, outputs=completions)
+        first = self.requests[0]
         return RequestOutput(
             request_id=self._request_id,
             prompt=self._prompt.text,
             prompt_token_ids=self._prompt_ids,
-            outputs=[completion],
+            outputs=completions,
             finished=False,
-            num_cached_tokens=request.num_cached_tokens,
+            num_cached_tokens=first.num_cached_tokens,
         )
 
-    def _last(self, request: Request) -> RequestOutput:
-        if request.error is not None:
-            raise request.error
-        output = self._processor.output(request, self._prompt, self._params)
-        [completion] = output.outputs
-        if self._is_delta:
-            logprobs = completion.logprobs
-            completion = replace(
-                completion,
-                text=completion.text[self._shown :],
-                token_ids=completion.token_ids[self._read :],
-                logprobs=None if logprobs is None else logprobs[self._read :],
-            )
-        return replace(output, request_id=self._request_id, outputs=[completion])
+    def put_token(self, index: int, token: int) -> None:
+        self._outbox.put(self, index, token)
+
+    def put_end(self, request: Request) -> None:
+        self._outbox.put(self, request.index, _END)

@@ -43,7 +43,9 @@ def test_defaults_are_those_of_vllm() -> None:
         ("min_tokens", 17, "min_tokens=17 is above max_tokens=16"),
         ("stop", ["a", ""], "empty string"),
         ("stop_token_ids", [3, -1], r"stop_token_ids=\[3, -1\] holds a negative id"),
-        ("n", 2, "n=2 is not supported yet; leave it at 1"),
+        ("n", 0, "n=0 must be at least 1"),
+        ("truncate_prompt_tokens", 0, "truncate_prompt_tokens=0 must be at least 1, -1 or None"),
+        ("truncate_prompt_tokens", -2, "truncate_prompt_tokens=-2"),
         ("presence_penalty", 2.5, r"presence_penalty=2\.5 must be from -2 to 2"),
         ("presence_penalty", float("nan"), "presence_penalty=nan must be from -2 to 2"),
         ("frequency_penalty", -2.1, r"frequency_penalty=-2\.1 must be from -2 to 2"),
@@ -57,7 +59,6 @@ def test_defaults_are_those_of_vllm() -> None:
         ("allowed_token_ids", [3], "allowed_token_ids"),
         ("bad_words", ["x"], "bad_words"),
         ("structured_outputs", {"json": "{}"}, "structured_outputs"),
-        ("spaces_between_special_tokens", False, "spaces_between_special_tokens"),
         ("extra_args", {"a": 1}, "extra_args"),
     ],
 )
@@ -75,6 +76,10 @@ def test_a_wrong_value_is_named(field: str, value: Any, message: str) -> None:
     [
         ("temperature", "hot"),
         ("temperature", True),
+        ("n", 1.5),
+        ("n", None),
+        ("truncate_prompt_tokens", "5"),
+        ("spaces_between_special_tokens", 1),
         ("top_k", 1.5),
         ("max_tokens", 2.0),
         ("seed", "x"),
@@ -101,6 +106,13 @@ def test_an_unknown_field_is_named() -> None:
 def test_stop_strings_need_the_text() -> None:
     with pytest.raises(ValueError, match="detokenize=True"):
         SamplingParams(stop="x", detokenize=False)
+
+
+def test_several_samples_are_drawn() -> None:
+    with pytest.raises(ValueError, match=r"n=2 must be 1 when sampling is greedy \(temperature=0"):
+        SamplingParams(n=2, temperature=0)
+    params = SamplingParams(n=2, seed=2**64 - 1)
+    assert [params.resolve([], 100, 0, index).seed for index in range(2)] == [2**64 - 1, 0]
 
 
 def test_temperature_zero_neutralises_the_filters() -> None:

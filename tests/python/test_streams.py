@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from nanoflow.request import Request
 from nanoflow.streams import Outbox, OutputStream
 from test_loop import check_nothing_leaked, serve
 
@@ -18,12 +21,12 @@ class Reader(OutputStream):
 
     def __init__(self, outbox: Outbox) -> None:
         self.mailbox = outbox.mailbox(asyncio.get_running_loop())
-        self.request = None
+        self.requests: Sequence[Request] = ()
         self._outbox = outbox
         self.heard: list[int] = []
         self.threads: set[int] = set()
 
-    def take(self, token: int) -> None:
+    def take(self, index: int, token: int) -> None:
         self.heard.append(token)
         self.threads.add(threading.get_ident())
 
@@ -69,8 +72,8 @@ def test_an_event_loop_is_called_at_most_once_a_turn() -> None:
         readers = [Reader(outbox) for _ in range(20)]
         requests = [service.request(n) for n in range(20)]
         for reader, request in zip(readers, requests, strict=True):
-            request.on_token, request.on_finish = reader.put_token, reader.put_end
-            reader.request = request
+            request.on_token, request.on_finish = partial(reader.put_token, 0), reader.put_end
+            reader.requests = [request]
         service.loop.submit(requests)
         while not all(reader.heard[-1:] == [-1] for reader in readers):
             await asyncio.sleep(0.001)
@@ -80,7 +83,7 @@ def test_an_event_loop_is_called_at_most_once_a_turn() -> None:
     service.loop.close()
     assert 0 < calls <= turns
     for reader in readers:
-        assert reader.request is not None
-        assert reader.heard == [*reader.request.output_token_ids, -1]
+        [request] = reader.requests
+        assert reader.heard == [*request.output_token_ids, -1]
         assert reader.threads == {threading.get_ident()}
     check_nothing_leaked(service)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ from nanoflow.scheduler.slots import Ints, Slots
 
 # Of all pages: kept from admission, as the forecast guesses how full the last pages will be.
 RESERVE = 0.005
-FindPrefix = Callable[[Request], Prefix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +63,17 @@ class Policy:
     def next_step(
         self,
         slots: Slots,
-        waiting: Iterable[Request],
+        waiting: Iterable[tuple[Request, Prefix]],
         free_slots: Sequence[int],
         free_pages: int,
         retired_pages: int,
         forecast: Forecast,
-        find_prefix: FindPrefix,
     ) -> StepPlan:
         """Plans a step and changes nothing.
 
-        `waiting` are in order of age and may be admitted to `free_slots`, the last of them first.
+        `waiting` are in order of age, each with what the cache holds of it, and may be admitted to
+        `free_slots`, the last of them first.
         `retired_pages` will be free when the steps in flight have completed.
-        `find_prefix` tells what of a request the cache holds.
         """
         running, preempted = self._preempt(slots, free_pages, retired_pages)
         takers = self._takers(slots, running)
@@ -91,8 +89,7 @@ class Policy:
         if not (preempted or stalled):
             spare = free_pages - _pages_of_prefills_to_come(slots, running)
             room = free_pages + lacked + retired_pages
-            found = ((request, find_prefix(request)) for request in waiting)
-            fitting = _fitting(found, forecast, slots, running, room)
+            fitting = _fitting(waiting, forecast, slots, running, room)
             prefills += self._admissible(slots, prefills, fitting, free_slots, spare, budget)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
         return self._deal(slots, decodes, prefills, budget, free_pages, preempted)

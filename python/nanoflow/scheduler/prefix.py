@@ -1,8 +1,11 @@
-"""Keys of full pages: equal keys mean equal tokens from the first position to the page's last."""
+"""Equal beginnings of requests: computed once, found again by keys of their full pages.
+
+Equal keys mean equal tokens from the first position to the page's last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -25,44 +28,6 @@ class Prefix:
     num_held: int = 0  # of them, that running requests hold: sharing those takes no free page
 
 
-class PrefixFinder:
-    """Looks for the beginnings of requests in the KV cache, and lets their pages be found."""
-
-    def __init__(self, slots: Slots, pages: PageAllocator) -> None:
-        self._slots = slots
-        self._pages = pages
-
-    def find(self, request: Request) -> Prefix:
-        """Full pages that hold the first tokens of a waiting request: not the last one, whose row
-        gives the next token."""
-        full = (request.num_tokens - 1) // self._slots.page_size
-        if len(request.page_keys) < full:
-            tokens = np.concatenate(
-                [request.prompt_token_ids, np.array(request.output_token_ids, np.int32)]
-            )
-            self._extend_keys(request, tokens)
-        pages = self._pages.find(request.page_keys[:full])
-        return Prefix(pages, self._pages.num_held(pages))
-
-    def register_full_pages(self) -> None:
-        """Lets later steps find the pages that the steps ordered so far fill with known tokens."""
-        slots = self._slots
-        running = slots.running
-        full = np.minimum(slots.computed[running], slots.known[running]) // slots.page_size
-        more = full > slots.num_shared[running]
-        for slot, end in zip(running[more].tolist(), full[more].tolist(), strict=True):
-            request = slots.request(slot)
-            self._extend_keys(request, slots.tokens[slot, : end * slots.page_size])
-            for page in range(int(slots.num_shared[slot]), end):
-                self._pages.register(int(slots.pages[slot, page]), request.page_keys[page])
-            slots.num_shared[slot] = end
-
-    def _extend_keys(self, request: Request, tokens: NDArray[np.int32]) -> None:
-        """Keys for all full pages of a request's tokens."""
-        size, keys = self._slots.page_size, request.page_keys
-        keys.extend(page_keys(tokens[len(keys) * size :], size, keys[-1] if keys else ROOT))
-
-
 def page_keys(tokens: NDArray[np.int32], page_size: int, parent: bytes = ROOT) -> Iterator[bytes]:
     """A key for each full page of `tokens`, which follow the page with key `parent`."""
     content, size = tokens.tobytes(), tokens.itemsize * page_size
@@ -70,3 +35,83 @@ def page_keys(tokens: NDArray[np.int32], page_size: int, parent: bytes = ROOT) -
         page = content[begin : begin + size]
         parent = blake2b(parent + page, digest_size=_KEY_BYTES).digest()
         yield parent
+
+
+class PrefixCache:
+    """Which pages hold the beginnings of requests. Not thread-safe."""
+
+    def __init__(self, slots: Slots, pages: PageAllocator, *, is_on: bool) -> None:
+        """`is_on`: requests that begin alike share the full pages of their beginning."""
+        self.is_on = is_on
+        self._slots = slots
+        self._pages = pages
+        self._filling: set[bytes] = set()  # keys of pages that running requests are to fill
+
+    def admissible(
+        self, waiting: Iterable[Request], most_held_back: int
+    ) -> Iterator[tuple[Request, Prefix]]:
+        """Those of `waiting` that may start now, in their order, with what the cache holds of them.
+
+        One whose next page another request is about to fill, or would be if it started before it,
+        is held back until it can share it. Nobody is looked at behind `most_held_back` of them.
+        """
+        started: set[bytes] = set()
+        held_back = 0
+        for request in waiting:
+            if not self.is_on:
+                yield request, Prefix()
+                continue
+            keys = self._keys(request)
+            found = self._pages.find(keys)
+            missing = keys[len(found) :]
+            if missing and (missing[0] in self._filling or missing[0] in started):
+                held_back += 1
+                if held_back > most_held_back:
+                    return
+                continue
+            yield request, Prefix(found, self._pages.num_held(found))
+            started.update(missing)
+
+    def admit(self, slot: int) -> None:
+        """A request has got a slot and starts with the pages found."""
+        if self.is_on:
+            first = int(self._slots.num_shared[slot])
+            self._filling.update(self._keys(self._slots.request(slot))[first:])
+
+    def release(self, slot: int) -> None:
+        """A running request is about to give up its pages."""
+        if self.is_on:
+            first = int(self._slots.num_shared[slot])
+            self._filling.difference_update(self._slots.request(slot).page_keys[first:])
+
+    def register_full_pages(self) -> None:
+        """Lets later steps find the pages that the steps ordered so far fill with known tokens."""
+        slots = self._slots
+        if not self.is_on:
+            return
+        running = slots.running
+        full = np.minimum(slots.computed[running], slots.known[running]) // slots.page_size
+        more = full > slots.num_shared[running]
+        for slot, end in zip(running[more].tolist(), full[more].tolist(), strict=True):
+            keys = slots.request(slot).page_keys
+            self._extend(keys, slots.tokens[slot, : end * slots.page_size])
+            for page in range(int(slots.num_shared[slot]), end):
+                self._pages.register(int(slots.pages[slot, page]), keys[page])
+                self._filling.discard(keys[page])
+            slots.num_shared[slot] = end
+
+    def _keys(self, request: Request) -> list[bytes]:
+        """Of the full pages of what is known of a request; not of the last one, whose row gives
+        the next token."""
+        full = (request.num_tokens - 1) // self._slots.page_size
+        if len(request.page_keys) < full:
+            tokens = np.concatenate(
+                [request.prompt_token_ids, np.array(request.output_token_ids, np.int32)]
+            )
+            self._extend(request.page_keys, tokens)
+        return request.page_keys[:full]
+
+    def _extend(self, keys: list[bytes], tokens: NDArray[np.int32]) -> None:
+        """Keys for all full pages of a request's tokens."""
+        size = self._slots.page_size
+        keys.extend(page_keys(tokens[len(keys) * size :], size, keys[-1] if keys else ROOT))

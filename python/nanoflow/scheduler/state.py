@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from nanoflow.scheduler.ends import find_ends
 from nanoflow.scheduler.engine import StepResult
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy, StepPlan
-from nanoflow.scheduler.prefix import Prefix, PrefixFinder
+from nanoflow.scheduler.prefix import Prefix, PrefixCache
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 from nanoflow.scheduler.stats import Counters, SchedulerStats
 from nanoflow.scheduler.waiting import WaitingQueue
@@ -39,7 +39,7 @@ class SchedulerState:
         """`shares_prefixes`: requests that begin alike share the full pages of their beginning."""
         self.slots = slots
         self.pages = pages
-        self._prefixes = PrefixFinder(slots, pages) if shares_prefixes else None
+        self._prefixes = PrefixCache(slots, pages, is_on=shares_prefixes)
         self._policy = policy
         self.admission = Admission(pages.num_pages, len(slots.requests), slots.page_size)
         self.counters = Counters()
@@ -145,7 +145,6 @@ class SchedulerState:
             self.pages.num_free,
             self.pages.num_retired,
             self.admission.forecast,
-            self._prefixes.find if self._prefixes is not None else lambda _: Prefix(),
         )
         self.counters.preemptions += len(plan.preempted)
         for slot in plan.preempted:
@@ -161,8 +160,7 @@ class SchedulerState:
         self._grant(plan.slots, slots.pages_for(stored) - slots.num_pages[plan.slots])
         slots.computed[plan.slots] = stored
         slots.last_step[plan.slots] = self._last_step
-        if self._prefixes is not None:
-            self._prefixes.register_full_pages()
+        self._prefixes.register_full_pages()
         return Step(self._last_step, plan, stored >= slots.prefill_len[plan.slots])
 
     def complete_step(self, step: Step, result: StepResult, time: float) -> None:
@@ -219,11 +217,12 @@ class SchedulerState:
         assert np.all((known <= stored + 1) | (known == slots.prefill_len[running]))
         assert np.all(known < slots.max_len[running]), "a request is past its end"
 
-    def _admissible(self) -> Iterator[Request] | Sequence[Request]:
+    def _admissible(self) -> Iterable[tuple[Request, Prefix]]:
         """Nobody overtakes a preempted request whose last token is in flight."""
         if np.any(self.slots.state[self._leaving] == SlotState.PREEMPTED):
             return ()
-        return self.admission.offer(self._waiting, self.num_running)
+        offered = self.admission.offer(self._waiting, self.num_running)
+        return self._prefixes.admissible(offered, len(self.slots.requests))
 
     def _admit(self, slot: int, request: Request, prefix: Prefix) -> None:
         self._waiting.pop(request.id)
@@ -232,14 +231,16 @@ class SchedulerState:
         self._slot_of[request.id] = slot
         self.pages.share(prefix.pages)
         self.slots.assign(slot, request, self._age_of[request.id], prefix.pages)
+        self._prefixes.admit(slot)
         if request.num_preemptions == 0:
             request.expected_tokens = self.admission.forecast.steps_left(request)
             request.num_cached_tokens = int(self.slots.computed[slot])
-            if self._prefixes is not None:
+            if self._prefixes.is_on:
                 self.counters.prefix_queries += len(request.prompt_token_ids)
                 self.counters.prefix_hits += request.num_cached_tokens
 
     def _release(self, slot: int, state: SlotState) -> None:
+        self._prefixes.release(slot)
         self.pages.retire(self.slots.pages_of(slot), int(self.slots.last_step[slot]))
         self.slots.num_pages[slot] = 0
         self.slots.leave([slot], state)
