@@ -19,11 +19,12 @@ namespace {
 void register_config(py::module_& m) {
   const EngineConfig defaults;
   py::class_<EngineConfig>(m, "EngineConfig", "Capacities of an engine.")
-      .def(py::init([](int max_num_batched_tokens, int max_num_seqs, int max_model_len,
-                       int page_size, int num_pages, int host_slots, int row_granularity,
-                       int jitter_us, bool enforce_eager) {
+      .def(py::init([](int max_num_batched_tokens, int max_num_seqs, int max_scored_rows,
+                       int max_model_len, int page_size, int num_pages, int host_slots,
+                       int row_granularity, int jitter_us, bool enforce_eager) {
              return EngineConfig{.max_num_batched_tokens = max_num_batched_tokens,
                                  .max_num_seqs = max_num_seqs,
+                                 .max_scored_rows = max_scored_rows,
                                  .max_model_len = max_model_len,
                                  .page_size = page_size,
                                  .num_pages = num_pages,
@@ -34,6 +35,7 @@ void register_config(py::module_& m) {
            }),
            py::kw_only(), py::arg("max_num_batched_tokens") = defaults.max_num_batched_tokens,
            py::arg("max_num_seqs") = defaults.max_num_seqs,
+           py::arg("max_scored_rows") = defaults.max_scored_rows,
            py::arg("max_model_len") = defaults.max_model_len,
            py::arg("page_size") = defaults.page_size, py::arg("num_pages") = defaults.num_pages,
            py::arg("host_slots") = defaults.host_slots,
@@ -42,6 +44,7 @@ void register_config(py::module_& m) {
            py::arg("enforce_eager") = defaults.enforce_eager)
       .def_readonly("max_num_batched_tokens", &EngineConfig::max_num_batched_tokens)
       .def_readonly("max_num_seqs", &EngineConfig::max_num_seqs)
+      .def_readonly("max_scored_rows", &EngineConfig::max_scored_rows)
       .def_readonly("max_model_len", &EngineConfig::max_model_len)
       .def_readonly("page_size", &EngineConfig::page_size)
       .def_readonly("num_pages", &EngineConfig::num_pages)

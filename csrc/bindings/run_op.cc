@@ -171,6 +171,18 @@ Op make_penalize(Operands& a) {
                              .repetition = a.in("repetition")}};
 }
 
+Op make_add_bias(Operands& a) {
+  return AddBias{.logits = a.out("logits"),
+                 .indptr = a.in("indptr"),
+                 .tokens = a.in("tokens"),
+                 .values = a.in("values")};
+}
+
+Op make_mask_logits(Operands& a) {
+  return MaskLogits{
+      .logits = a.out("logits"), .mask_rows = a.in("mask_rows"), .masks = a.in("masks")};
+}
+
 Op make_record_samples(Operands& a) {
   return RecordSamples{.sampled = a.in("sampled"),
                        .slots = a.in("slots"),
@@ -181,6 +193,7 @@ Op make_record_samples(Operands& a) {
 Op make_logprobs(Operands& a) {
   return Logprobs{.logits = a.in("logits"),
                   .sampled = a.in("sampled"),
+                  .targets = a.in("targets"),
                   .counts = a.in("counts"),
                   .top = a.out("top"),
                   .logprobs = a.out("logprobs"),
@@ -198,6 +211,8 @@ constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Sample::kName, make_sample},
     {FillNormal::kName, make_fill_normal},
     {Penalize::kName, make_penalize},
+    {AddBias::kName, make_add_bias},
+    {MaskLogits::kName, make_mask_logits},
     {RecordSamples::kName, make_record_samples},
     {Logprobs::kName, make_logprobs},
 };

@@ -43,8 +43,10 @@ Batch make_batch(const Ints& tokens, const Ints& positions, const Ints& request_
                  const Ints& top_k, const Array<uint64_t>& seed, const Ints& counter,
                  const Ints& banned_indptr, const Ints& banned, const Floats& presence_penalty,
                  const Floats& frequency_penalty, const Floats& repetition_penalty,
-                 const Ints& history_indptr, const Ints& history_tokens, const Ints& logprobs,
-                 bool want_logits, bool want_timings) {
+                 const Ints& history_indptr, const Ints& history_tokens, const Ints& bias_indptr,
+                 const Ints& bias_tokens, const Floats& bias_values, const Ints& mask_rows,
+                 const Ints& masks, const Ints& logprobs, const Ints& targets, bool want_logits,
+                 bool want_timings) {
   return {.tokens = to_vector(tokens),
           .positions = to_vector(positions),
           .request_indptr = to_vector(request_indptr),
@@ -67,7 +69,13 @@ Batch make_batch(const Ints& tokens, const Ints& positions, const Ints& request_
           .repetition_penalty = to_vector(repetition_penalty),
           .history_indptr = to_vector(history_indptr),
           .history_tokens = to_vector(history_tokens),
+          .bias_indptr = to_vector(bias_indptr),
+          .bias_tokens = to_vector(bias_tokens),
+          .bias_values = to_vector(bias_values),
+          .mask_rows = to_vector(mask_rows),
+          .masks = to_vector(masks),
           .logprobs = to_vector(logprobs),
+          .targets = to_vector(targets),
           .want_logits = want_logits,
           .want_timings = want_timings};
 }
@@ -84,8 +92,10 @@ void register_step(py::module_& m) {
            py::arg("banned"), py::arg("presence_penalty") = Floats(),
            py::arg("frequency_penalty") = Floats(), py::arg("repetition_penalty") = Floats(),
            py::arg("history_indptr") = Ints(), py::arg("history_tokens") = Ints(),
-           py::arg("logprobs") = Ints(), py::arg("want_logits") = false,
-           py::arg("want_timings") = false);
+           py::arg("bias_indptr") = Ints(), py::arg("bias_tokens") = Ints(),
+           py::arg("bias_values") = Floats(), py::arg("mask_rows") = Ints(),
+           py::arg("masks") = Ints(), py::arg("logprobs") = Ints(), py::arg("targets") = Ints(),
+           py::arg("want_logits") = false, py::arg("want_timings") = false);
   py::class_<OpTiming>(m, "OpTiming", "When one op of a step ran, from the step's start.")
       .def_readonly("name", &OpTiming::name)
       .def_readonly("lane", &OpTiming::lane)

@@ -27,6 +27,8 @@ class Kernels {
   virtual void run(const Sample& op, Lane& lane) = 0;
   virtual void run(const FillNormal& op, Lane& lane) = 0;
   virtual void run(const Penalize& op, Lane& lane) = 0;
+  virtual void run(const AddBias& op, Lane& lane) = 0;
+  virtual void run(const MaskLogits& op, Lane& lane) = 0;
   virtual void run(const RecordSamples& op, Lane& lane) = 0;
   virtual void run(const Logprobs& op, Lane& lane) = 0;
 };

@@ -61,6 +61,12 @@ Regions FillNormal::writes() const { return {memory(out)}; }
 Regions Penalize::reads() const { return {memory(logits), memory(history)}; }
 Regions Penalize::writes() const { return {memory(logits)}; }
 
+Regions AddBias::reads() const { return {memory(logits)}; }
+Regions AddBias::writes() const { return {memory(logits)}; }
+
+Regions MaskLogits::reads() const { return {memory(logits)}; }
+Regions MaskLogits::writes() const { return {memory(logits)}; }
+
 Regions RecordSamples::reads() const { return {memory(sampled)}; }
 Regions RecordSamples::writes() const { return {memory(history)}; }
 

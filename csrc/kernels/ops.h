@@ -221,6 +221,29 @@ struct Penalize {
   Regions writes() const;
 };
 
+/// logits[i][token] += value for each entry of row i; a row names a token once at most.
+struct AddBias {
+  Tensor logits;  // [S, V] float32
+  Tensor indptr;  // [S + 1] int32: entries of each row
+  Tensor tokens;  // [entries] int32
+  Tensor values;  // [entries] float32
+
+  static constexpr std::string_view kName = "add_bias";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// logits[i][t] = -inf where bit t % 32 of masks[rows[i]][t / 32] is 0.
+struct MaskLogits {
+  Tensor logits;     // [S, V] float32
+  Tensor mask_rows;  // [S] int32: of masks; -1: all tokens stay
+  Tensor masks;      // [M, ceil(V / 32)] int32
+
+  static constexpr std::string_view kName = "mask_logits";
+  Regions reads() const;
+  Regions writes() const;
+};
+
 /// Appends what rows with penalties have sampled: history[slots[i]][length[i]] = sampled[i], if
 /// there is room. The tokens before come from the batch, when a history begins.
 struct RecordSamples {
@@ -233,16 +256,17 @@ struct RecordSamples {
   Regions writes() const;
 };
 
-/// log-softmax of the logits, for the sampled token and for the likeliest of each row that asks.
+/// log-softmax of the logits, for one token and for the likeliest of each row that asks.
 struct Logprobs {
   static constexpr int kMaxTop = 20;
 
   Tensor logits;    // [S, V] float32: as the model gave them
   Tensor sampled;   // [S] int32
-  Tensor counts;    // [S] int32: tokens wanted beside the sampled one; -1: nothing is written
+  Tensor targets;   // [S] int32: the token; -1: the sampled one
+  Tensor counts;    // [S] int32: tokens wanted beside that one; -1: nothing is written
   Tensor top;       // [S, kMaxTop] int32: the likeliest, the lower token first where they tie
-  Tensor logprobs;  // [S, 1 + kMaxTop] float32: of the sampled token, then of `top`
-  Tensor ranks;     // [S] int32: tokens as likely as the sampled one or more, itself included
+  Tensor logprobs;  // [S, 1 + kMaxTop] float32: of the token, then of `top`
+  Tensor ranks;     // [S] int32: tokens as likely as it or more, itself included
 
   static constexpr std::string_view kName = "logprobs";
   Regions reads() const;
@@ -250,7 +274,8 @@ struct Logprobs {
 };
 
 using Op = std::variant<Embed, RmsNorm, Gemm, GemmSiluMul, RopeAppend, PlanAttention, Attention,
-                        GatherRows, Sample, FillNormal, Penalize, RecordSamples, Logprobs>;
+                        GatherRows, Sample, FillNormal, Penalize, AddBias, MaskLogits,
+                        RecordSamples, Logprobs>;
 
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);

@@ -115,6 +115,25 @@ void check_shapes(const Penalize& op) {
   match("repetition", tables.repetition, {"S"}).dtype(DType::kF32).contiguous_rows();
 }
 
+void check_shapes(const AddBias& op) {
+  ShapeMatcher match(AddBias::kName);
+  match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
+  match("indptr", op.indptr, {"S + 1"}).dtype(DType::kI32).contiguous_rows();
+  match("tokens", op.tokens, {"entries"}).dtype(DType::kI32).contiguous_rows();
+  match("values", op.values, {"entries"}).dtype(DType::kF32).contiguous_rows();
+  NF_CHECK(match["S + 1"] == match["S"] + 1, "add_bias: indptr is ", op.indptr, " for ", match["S"],
+           " rows");
+}
+
+void check_shapes(const MaskLogits& op) {
+  ShapeMatcher match(MaskLogits::kName);
+  match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
+  match("mask_rows", op.mask_rows, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("masks", op.masks, {"M", "V / 32"}).dtype(DType::kI32).contiguous_rows();
+  NF_CHECK(match["V / 32"] == (match["V"] + 31) / 32, "mask_logits: masks is ", op.masks,
+           " but a row needs a bit for each of ", match["V"], " tokens");
+}
+
 void check_shapes(const RecordSamples& op) {
   ShapeMatcher match(RecordSamples::kName);
   match("sampled", op.sampled, {"S"}).dtype(DType::kI32).contiguous_rows();
@@ -127,6 +146,7 @@ void check_shapes(const Logprobs& op) {
   ShapeMatcher match(Logprobs::kName);
   match("logits", op.logits, {"S", "V"}).dtype(DType::kF32).contiguous_rows();
   match("sampled", op.sampled, {"S"}).dtype(DType::kI32).contiguous_rows();
+  match("targets", op.targets, {"S"}).dtype(DType::kI32).contiguous_rows();
   match("counts", op.counts, {"S"}).dtype(DType::kI32).contiguous_rows();
   match("top", op.top, {"S", "top"}).dtype(DType::kI32).contiguous_rows();
   match("logprobs", op.logprobs, {"S", "1 + top"}).dtype(DType::kF32).contiguous_rows();

@@ -15,6 +15,8 @@ void check_shapes(const GatherRows& op);
 void check_shapes(const Sample& op);
 void check_shapes(const FillNormal& op);
 void check_shapes(const Penalize& op);
+void check_shapes(const AddBias& op);
+void check_shapes(const MaskLogits& op);
 void check_shapes(const RecordSamples& op);
 void check_shapes(const Logprobs& op);
 

@@ -131,6 +131,12 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
   const Gemm lm_head{
       .x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)};
   ops.push_back(lm_head);
+  if (options.bias) {
+    ops.push_back(AddBias{.logits = first(b.logits),
+                          .indptr = b.bias.indptr.slice_rows(0, samples + 1),
+                          .tokens = b.bias.tokens,
+                          .values = b.bias.values});
+  }
   if (options.penalties) {
     ops.push_back(Penalize{.logits = first(b.logits),
                            .history = b.history,
@@ -140,6 +146,10 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
                                       .presence = first(b.penalties.presence),
                                       .frequency = first(b.penalties.frequency),
                                       .repetition = first(b.penalties.repetition)}});
+  }
+  if (options.masks) {
+    ops.push_back(MaskLogits{
+        .logits = first(b.logits), .mask_rows = first(b.masks.rows), .masks = b.masks.masks});
   }
   ops.push_back(
       Sample{.logits = first(b.logits),
@@ -164,6 +174,7 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
   if (options.logprobs) {
     ops.push_back(Logprobs{.logits = first(b.logits),
                            .sampled = first(b.sampled),
+                           .targets = first(b.logprob_targets),
                            .counts = first(b.logprob_counts),
                            .top = first(b.top),
                            .logprobs = first(b.logprobs),

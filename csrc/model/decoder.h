@@ -28,6 +28,17 @@ struct RowRange {
   int segment_begin, segment_end;
 };
 
+/// Data of AddBias and of MaskLogits.
+struct BiasTables {
+  Tensor indptr;  // [S + 1] int32
+  Tensor tokens;  // [entries] int32
+  Tensor values;  // [entries] float32
+};
+struct MaskTables {
+  Tensor rows;   // [S] int32
+  Tensor masks;  // [requests, ceil(V / 32)] int32
+};
+
 /// The fixed buffers a step works in. T and S are capacities.
 struct DecoderBuffers {
   Tensor residual;                       // [T, H] what o and down add to
@@ -50,14 +61,19 @@ struct DecoderBuffers {
   Tensor attention_work;  // [segments, words] int32, by a part's first segment; or none
   SamplingTables sampling;
   PenaltyTables penalties;
-  Tensor logprob_counts;  // [S] int32
+  BiasTables bias;
+  MaskTables masks;
+  Tensor logprob_counts, logprob_targets;  // [S] int32
 };
 
-/// What the head of a step does beside sampling, for those of its requests that ask for it.
+/// What the head of a step does beside sampling, for those of its requests that ask for it, in
+/// vLLM's order: biases, penalties, masks.
 struct HeadOptions {
+  bool bias = false;
   bool penalties = false;
+  bool masks = false;
   bool logprobs = false;
-  bool logits_again = false;  // for logprobs: penalties and bans have changed the logits
+  bool logits_again = false;  // for logprobs: the ops before have changed the logits
 
   auto operator<=>(const HeadOptions&) const = default;
 };

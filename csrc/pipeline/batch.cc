@@ -51,11 +51,11 @@ void check_request(const Batch& batch, const BatchLimits& limits, int r) {
 
 void check_samples(const Batch& batch, const BatchLimits& limits) {
   const auto samples = static_cast<size_t>(batch.samples());
-  NF_CHECK(batch.samples() <= limits.max_requests, "batch: ", samples, " sampled rows, at most ",
-           limits.max_requests);
+  NF_CHECK(batch.samples() <= limits.max_samples, "batch: ", samples, " sampled rows, at most ",
+           limits.max_samples);
   check_range("sample_rows", batch.sample_rows, 0, batch.rows() - 1);
   check_size("slots", batch.slots, samples);
-  check_range("slots", batch.slots, 0, limits.num_slots - 1);
+  check_range("slots", batch.slots, -1, limits.num_slots - 1);
   check_size("temperature", batch.temperature, samples);
   check_range("temperature", batch.temperature, 0.0f, 1e30f);
   check_size("top_p", batch.top_p, samples);
@@ -72,7 +72,12 @@ void check_samples(const Batch& batch, const BatchLimits& limits) {
            "batch: ", batch.banned.size(), " banned tokens, at most ", limits.max_banned);
   check_range("banned", batch.banned, 0, limits.vocab_size - 1);
   std::vector<bool> taken(static_cast<size_t>(limits.num_slots), false);
-  for (int32_t slot : batch.slots) {
+  for (size_t i = 0; i < samples; ++i) {
+    const int32_t slot = batch.slots[i];
+    const bool is_scored = !batch.targets.empty() && batch.targets[i] >= 0;
+    NF_CHECK((slot < 0) == is_scored, "batch: sample ", i, " has slot ", slot,
+             is_scored ? ", but is scored" : " but no target");
+    if (is_scored) continue;
     NF_CHECK(!taken[slot], "batch: slot ", slot, " takes two samples");
     taken[slot] = true;
   }
@@ -101,7 +106,47 @@ void check_penalties(const Batch& batch, const BatchLimits& limits) {
   }
 }
 
+void check_constraints(const Batch& batch, const BatchLimits& limits) {
+  const auto samples = static_cast<size_t>(batch.samples());
+  if (batch.has_biases()) {
+    check_indptr("bias_indptr", batch.bias_indptr, samples,
+                 static_cast<int64_t>(batch.bias_tokens.size()));
+    check_size("bias_values", batch.bias_values, batch.bias_tokens.size());
+    NF_CHECK(static_cast<int>(batch.bias_tokens.size()) <= limits.max_biases,
+             "batch: ", batch.bias_tokens.size(), " biases, at most ", limits.max_biases);
+    check_range("bias_tokens", batch.bias_tokens, 0, limits.vocab_size - 1);
+  }
+  if (batch.has_masks()) {
+    const size_t words = (static_cast<size_t>(limits.vocab_size) + 31) / 32;
+    const size_t masks = batch.masks.size() / words;
+    NF_CHECK(batch.masks.size() == masks * words, "batch: masks has ", batch.masks.size(),
+             " words, no multiple of ", words);
+    NF_CHECK(static_cast<int>(masks) <= limits.max_requests, "batch: ", masks, " masks, at most ",
+             limits.max_requests);
+    check_size("mask_rows", batch.mask_rows, samples);
+    check_range("mask_rows", batch.mask_rows, -1, static_cast<int32_t>(masks) - 1);
+  }
+}
+
+void check_logprobs(const Batch& batch, const BatchLimits& limits) {
+  const auto samples = static_cast<size_t>(batch.samples());
+  if (batch.wants_logprobs()) {
+    check_size("logprobs", batch.logprobs, samples);
+    check_range("logprobs", batch.logprobs, -1, Logprobs::kMaxTop);
+  }
+  if (batch.targets.empty()) return;
+  check_size("targets", batch.targets, samples);
+  check_range("targets", batch.targets, -1, limits.vocab_size - 1);
+  NF_CHECK(batch.wants_logprobs(), "batch: there are targets but no logprobs");
+}
+
 }  // namespace
+
+bool Batch::is_changed(int sample) const {
+  return banned_indptr[sample] < banned_indptr[sample + 1] || has_penalties(sample) ||
+         (has_biases() && bias_indptr[sample] < bias_indptr[sample + 1]) ||
+         (has_masks() && mask_rows[sample] >= 0);
+}
 
 bool Batch::has_penalties(int sample) const {
   return has_penalties() && (presence_penalty[sample] != 0 || frequency_penalty[sample] != 0 ||
@@ -126,12 +171,10 @@ void validate(const Batch& batch, const BatchLimits& limits) {
   check_indptr("segment_requests", batch.segment_requests, static_cast<size_t>(limits.segments),
                requests);
   for (int r = 0; r < requests; ++r) check_request(batch, limits, r);
+  check_logprobs(batch, limits);
   check_samples(batch, limits);
   check_penalties(batch, limits);
-  if (batch.wants_logprobs()) {
-    check_size("logprobs", batch.logprobs, batch.sample_rows.size());
-    check_range("logprobs", batch.logprobs, -1, Logprobs::kMaxTop);
-  }
+  check_constraints(batch, limits);
 }
 
 }  // namespace nanoflow

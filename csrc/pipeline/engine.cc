@@ -18,7 +18,8 @@ void check(const EngineConfig& config, const ModelSpec& spec, bool chooses_pages
   positive("max_num_seqs", config.max_num_seqs);
   positive("max_model_len", config.max_model_len);
   positive("page_size", config.page_size);
-  NF_CHECK(config.host_slots >= 0, "engine config: host_slots must not be negative");
+  NF_CHECK(config.host_slots >= 0 && config.max_scored_rows >= 0,
+           "engine config: host_slots and max_scored_rows must not be negative");
   NF_CHECK(config.row_granularity >= 0 && config.jitter_us >= 0,
            "engine config: row_granularity and jitter_us must not be negative");
   if (config.num_pages == 0 && chooses_pages) return;

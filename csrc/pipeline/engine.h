@@ -18,6 +18,7 @@ namespace nanoflow {
 struct EngineConfig {
   int max_num_batched_tokens = 2048;  // rows of a step
   int max_num_seqs = 256;             // requests of a step; token pool slots
+  int max_scored_rows = 0;            // of a step, beyond one sampled row a request
   int max_model_len = 2048;           // positions of a request
   int page_size = 64;                 // tokens of a KV page
   int num_pages = 0;           // pages of the KV cache; 0: chosen when all else has its memory
@@ -49,8 +50,8 @@ struct StepLogprobs {
 };
 
 struct StepResult {
-  std::vector<int32_t>
-      tokens;  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite
+  // [S] sampled; Sample::kInvalidLogits where a row's logits were not finite, -1 if it was scored
+  std::vector<int32_t> tokens;
   std::vector<float> logits;      // [S, V] when asked for
   std::vector<OpTiming> timings;  // when asked for
   double begin_us = 0;            // of the step's first op by the backend's clock; with timings

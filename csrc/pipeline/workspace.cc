@@ -15,16 +15,14 @@ int max_page_entries(const EngineConfig& config) {
   return config.max_num_seqs * pages;
 }
 
-/// Penalties and bans change logits in place, logprobs are told of what the model gave.
-bool is_changed(const Batch& batch, int sample) {
-  return batch.banned_indptr[sample] < batch.banned_indptr[sample + 1] ||
-         batch.has_penalties(sample);
-}
-
+/// Logprobs are told of the logits that the model gave.
 HeadOptions head_options(const Batch& batch) {
-  HeadOptions head{.penalties = batch.has_penalties(), .logprobs = batch.wants_logprobs()};
+  HeadOptions head{.bias = batch.has_biases(),
+                   .penalties = batch.has_penalties(),
+                   .masks = batch.has_masks(),
+                   .logprobs = batch.wants_logprobs()};
   for (int i = 0; head.logprobs && i < batch.samples(); ++i) {
-    head.logits_again = head.logits_again || (batch.logprobs[i] >= 0 && is_changed(batch, i));
+    head.logits_again = head.logits_again || (batch.logprobs[i] >= 0 && batch.is_changed(i));
   }
   return head;
 }
@@ -53,7 +51,8 @@ const DecoderBuffers& Workspace::bind(const KvCache& cache) {
 
 void Workspace::allocate_activations() {
   const int64_t rows = config_.max_num_batched_tokens + kMaxSegments * granularity_;
-  const int64_t samples = round_up(config_.max_num_seqs, granularity_);
+  const int64_t samples = round_up(max_samples(), granularity_);
+  const int64_t biases = int64_t{config_.max_num_seqs} * kBiasesPerRequest;
   const int64_t hidden = spec_.hidden_size;
   const DType dtype = spec_.dtype;
   const size_t attention_bytes = backend_.attention_work_bytes(
@@ -70,6 +69,9 @@ void Workspace::allocate_activations() {
   a.add("token_pool", DType::kI32, {config_.max_num_seqs});
   a.add("sampled", DType::kI32, {samples});
   a.add("history", DType::kI32, {config_.max_num_seqs, config_.max_model_len});
+  a.add("bias_tokens", DType::kI32, {biases});
+  a.add("bias_values", DType::kF32, {biases});
+  a.add("masks", DType::kI32, {config_.max_num_seqs, (spec_.vocab_size + 31) / 32});
   a.add("top", DType::kI32, {samples, Logprobs::kMaxTop});
   a.add("logprobs", DType::kF32, {samples, 1 + Logprobs::kMaxTop});
   a.add("ranks", DType::kI32, {samples});
@@ -91,6 +93,9 @@ void Workspace::allocate_activations() {
   buffers_.token_pool = a.tensor("token_pool");
   buffers_.sampled = a.tensor("sampled");
   buffers_.history = a.tensor("history");
+  buffers_.bias.tokens = a.tensor("bias_tokens");
+  buffers_.bias.values = a.tensor("bias_values");
+  buffers_.masks.masks = a.tensor("masks");
   buffers_.top = a.tensor("top");
   buffers_.logprobs = a.tensor("logprobs");
   buffers_.ranks = a.tensor("ranks");
@@ -125,7 +130,10 @@ void Workspace::allocate_tables() {
   t.add("presence", DType::kF32, {samples});
   t.add("frequency", DType::kF32, {samples});
   t.add("repetition", DType::kF32, {samples});
+  t.add("bias_indptr", DType::kI32, {samples + 1});
+  t.add("mask_rows", DType::kI32, {samples});
   t.add("logprob_counts", DType::kI32, {samples});
+  t.add("logprob_targets", DType::kI32, {samples});
   t.add("page_indices", DType::kI32, {max_page_entries(config_)});
   t.bind(backend_.allocate(t.bytes()));
   for (Buffer& buffer : staging_) buffer = backend_.allocate_host(t.bytes());
@@ -154,7 +162,10 @@ void Workspace::allocate_tables() {
                         .presence = t.tensor("presence"),
                         .frequency = t.tensor("frequency"),
                         .repetition = t.tensor("repetition")};
+  buffers_.bias.indptr = t.tensor("bias_indptr");
+  buffers_.masks.rows = t.tensor("mask_rows");
   buffers_.logprob_counts = t.tensor("logprob_counts");
+  buffers_.logprob_targets = t.tensor("logprob_targets");
 }
 
 void Workspace::upload_rope_table() {
@@ -171,11 +182,13 @@ BatchLimits Workspace::limits(int segments) const {
           .max_rows = config_.max_num_batched_tokens,
           .max_requests = config_.max_num_seqs,
           .max_positions = config_.max_model_len,
+          .max_samples = max_samples(),
           .num_pages = num_pages_,
           .page_size = config_.page_size,
           .max_page_entries = max_page_entries(config_),
           .num_slots = config_.max_num_seqs,
           .max_banned = config_.max_num_seqs * kBannedPerRequest,
+          .max_biases = config_.max_num_seqs * kBiasesPerRequest,
           .segments = segments};
 }
 
@@ -185,7 +198,7 @@ PlanKey Workspace::padded(const std::vector<int>& segment_rows, int samples,
            " segments, not ", segment_rows.size());
   return {.segment_rows =
               bucket_segments(segment_rows, cuts, granularity_, config_.max_num_batched_tokens),
-          .samples = bucket_of(samples, granularity_, config_.max_num_seqs)};
+          .samples = bucket_of(samples, granularity_, max_samples())};
 }
 
 PlanKey Workspace::key_of(const Batch& batch, const std::vector<double>& cuts) const {
@@ -208,6 +221,8 @@ void Workspace::stage(const Batch& batch, const PlanKey& key, int ring) {
   stage_rows(batch, key, ring);
   stage_samples(batch, key, ring);
   stage_penalties(batch, key, ring);
+  stage_constraints(batch, key, ring);
+  stage_logprobs(batch, key, ring);
 }
 
 void Workspace::stage_rows(const Batch& batch, const PlanKey& key, int ring) {
@@ -279,13 +294,19 @@ void Workspace::stage_samples(const Batch& batch, const PlanKey& key, int ring) 
   std::ranges::copy(batch.banned, staged<int32_t>(s.banned, ring) + first_banned);
 }
 
+template <typename T>
+void Workspace::stage_list(Buffer& list, const std::vector<T>& values) {
+  const size_t bytes = values.size() * sizeof(T);
+  if (list.bytes() < bytes) list = backend_.allocate_host(std::max(bytes, 2 * list.bytes()));
+  std::ranges::copy(values, reinterpret_cast<T*>(list.data()));
+}
+
 void Workspace::stage_penalties(const Batch& batch, const PlanKey& key, int ring) {
+  if (!key.options.penalties) return;
   const int samples = batch.samples();
   const auto fill = [&](const Tensor& table, const auto& values, auto padding) {
     stage_padded(table, values, key.samples, padding, ring);
   };
-  if (key.options.logprobs) fill(buffers_.logprob_counts, batch.logprobs, -1);
-  if (!key.options.penalties) return;
   const PenaltyTables& p = buffers_.penalties;
   fill(p.presence, batch.presence_penalty, 0.0f);
   fill(p.frequency, batch.frequency_penalty, 0.0f);
@@ -295,11 +316,26 @@ void Workspace::stage_penalties(const Batch& batch, const PlanKey& key, int ring
   for (int i = 0; i < samples; ++i) {
     if (batch.has_penalties(i)) length[i] = batch.positions[batch.sample_rows[i]] + 1;
   }
-  const size_t bytes = batch.history_tokens.size() * sizeof(int32_t);
-  if (const size_t room = histories_[ring].bytes(); room < bytes) {
-    histories_[ring] = backend_.allocate_host(std::max(bytes, 2 * room));
+  stage_list(lists_[ring].histories, batch.history_tokens);
+}
+
+void Workspace::stage_constraints(const Batch& batch, const PlanKey& key, int ring) {
+  if (key.options.bias) {
+    stage_padded(buffers_.bias.indptr, batch.bias_indptr, key.samples + 1, batch.bias_indptr.back(),
+                 ring);
+    stage_list(lists_[ring].bias_tokens, batch.bias_tokens);
+    stage_list(lists_[ring].bias_values, batch.bias_values);
   }
-  std::ranges::copy(batch.history_tokens, reinterpret_cast<int32_t*>(histories_[ring].data()));
+  if (key.options.masks) {
+    stage_padded(buffers_.masks.rows, batch.mask_rows, key.samples, -1, ring);
+    stage_list(lists_[ring].masks, batch.masks);
+  }
+}
+
+void Workspace::stage_logprobs(const Batch& batch, const PlanKey& key, int ring) {
+  if (!key.options.logprobs) return;
+  stage_padded(buffers_.logprob_counts, batch.logprobs, key.samples, -1, ring);
+  stage_padded(buffers_.logprob_targets, batch.targets, key.samples, -1, ring);
 }
 
 void Workspace::upload(const Batch& batch, int ring, Lane& lane) {
@@ -311,8 +347,15 @@ void Workspace::upload(const Batch& batch, int ring, Lane& lane) {
   const size_t end =
       offset(buffers_.attention.page_indices) + batch.page_indices.size() * sizeof(int32_t);
   backend_.copy(tables_.data() + begin, staging_[ring].data() + begin, end - begin, lane);
+  const Lists& lists = lists_[ring];
+  const auto copy_list = [&](const Tensor& to, const Buffer& from, size_t entries) {
+    if (entries > 0) backend_.copy(to.bytes(), from.data(), entries * sizeof(int32_t), lane);
+  };
+  copy_list(buffers_.bias.tokens, lists.bias_tokens, batch.bias_tokens.size());
+  copy_list(buffers_.bias.values, lists.bias_values, batch.bias_values.size());
+  copy_list(buffers_.masks.masks, lists.masks, batch.masks.size());
   if (!batch.has_penalties()) return;
-  const auto* histories = reinterpret_cast<const int32_t*>(histories_[ring].data());
+  const auto* histories = reinterpret_cast<const int32_t*>(lists.histories.data());
   for (int i = 0; i < batch.samples(); ++i) {
     const int32_t first = batch.history_indptr[i], last = batch.history_indptr[i + 1];
     if (first == last) continue;

@@ -19,6 +19,7 @@ class Workspace {
  public:
   static constexpr int kMaxSegments = 16;
   static constexpr int kBannedPerRequest = 64;
+  static constexpr int kBiasesPerRequest = 512;
 
   Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend);
 
@@ -34,7 +35,7 @@ class Workspace {
   /// Fills staging copy `ring` from a valid batch. No step may be using the copy.
   void stage(const Batch& batch, const PlanKey& key, int ring);
   /// Enqueues one copy of what `batch` uses of staging copy `ring` to the tables, and copies of the
-  /// histories that begin in it.
+  /// lists that few batches have.
   void upload(const Batch& batch, int ring, Lane& lane);
   size_t bytes() const { return activations_.bytes() + tables_.bytes(); }
 
@@ -52,6 +53,11 @@ class Workspace {
   void stage_rows(const Batch& batch, const PlanKey& key, int ring);
   void stage_samples(const Batch& batch, const PlanKey& key, int ring);
   void stage_penalties(const Batch& batch, const PlanKey& key, int ring);
+  void stage_constraints(const Batch& batch, const PlanKey& key, int ring);
+  void stage_logprobs(const Batch& batch, const PlanKey& key, int ring);
+  template <typename T>
+  void stage_list(Buffer& list, const std::vector<T>& values);
+  int max_samples() const { return config_.max_num_seqs + config_.max_scored_rows; }
 
   EngineConfig config_;
   ModelSpec spec_;
@@ -59,7 +65,10 @@ class Workspace {
   int granularity_;
   Arena activations_, tables_;
   std::array<Buffer, Engine::kMaxStepsInFlight> staging_;
-  std::array<Buffer, Engine::kMaxStepsInFlight> histories_;  // on the host; grow as needed
+  struct Lists {  // of a step, on the host; they grow as needed
+    Buffer histories, bias_tokens, bias_values, masks;
+  };
+  std::array<Lists, Engine::kMaxStepsInFlight> lists_;
   DecoderBuffers buffers_;
   int num_pages_ = 0;
   std::vector<int> padded_row_;  // of each row of the batch being staged

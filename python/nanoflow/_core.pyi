@@ -290,7 +290,13 @@ class Batch:
         repetition_penalty: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] = ...,
         history_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
         history_tokens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        bias_indptr: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        bias_tokens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        bias_values: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] = ...,
+        mask_rows: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        masks: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
         logprobs: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
+        targets: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] = ...,
         want_logits: bool = False,
         want_timings: bool = False,
     ) -> None: ...
@@ -376,6 +382,7 @@ class EngineConfig:
         *,
         max_num_batched_tokens: typing.SupportsInt | typing.SupportsIndex = 2048,
         max_num_seqs: typing.SupportsInt | typing.SupportsIndex = 256,
+        max_scored_rows: typing.SupportsInt | typing.SupportsIndex = 0,
         max_model_len: typing.SupportsInt | typing.SupportsIndex = 2048,
         page_size: typing.SupportsInt | typing.SupportsIndex = 64,
         num_pages: typing.SupportsInt | typing.SupportsIndex = 0,
@@ -394,6 +401,8 @@ class EngineConfig:
     def max_num_batched_tokens(self) -> int: ...
     @property
     def max_num_seqs(self) -> int: ...
+    @property
+    def max_scored_rows(self) -> int: ...
     @property
     def num_pages(self) -> int: ...
     @property

@@ -131,6 +131,8 @@ TEST_CASE("the head does what its options say, before or after it samples") {
   const std::string logits = "gather_rows rms_norm gemm ";
   CHECK(head_of({}) == logits + "sample ");
   CHECK(head_of({.penalties = true}) == logits + "penalize sample record_samples ");
+  CHECK(head_of({.bias = true, .penalties = true, .masks = true}) ==
+        logits + "add_bias penalize mask_logits sample record_samples ");
   CHECK(head_of({.logprobs = true}) == logits + "sample logprobs ");
   CHECK(head_of({.penalties = true, .logprobs = true, .logits_again = true}) ==
         logits + "penalize sample record_samples gemm logprobs ");

@@ -77,6 +77,8 @@ class RecordingBackend : public Backend {
     void run(const Sample& op, Lane& lane) override { add(op, lane); }
     void run(const FillNormal& op, Lane& lane) override { add(op, lane); }
     void run(const Penalize& op, Lane& lane) override { add(op, lane); }
+    void run(const AddBias& op, Lane& lane) override { add(op, lane); }
+    void run(const MaskLogits& op, Lane& lane) override { add(op, lane); }
     void run(const RecordSamples& op, Lane& lane) override { add(op, lane); }
     void run(const Logprobs& op, Lane& lane) override { add(op, lane); }
     void add(const auto& op, Lane& lane) { backend.note(lane, std::string(op.kName)); }

@@ -36,6 +36,7 @@ def logprobs(
     sampled: NDArray[Any],
     counts: NDArray[Any],
     width: int = 0,
+    targets: NDArray[Any] | None = None,
 ) -> Found:
     rows = len(logits)
     found = Found(
@@ -49,6 +50,7 @@ def logprobs(
         width=width,
         logits=logits,
         sampled=sampled.astype(np.int32),
+        targets=np.full(rows, -1, np.int32) if targets is None else targets.astype(np.int32),
         counts=counts.astype(np.int32),
         top=found.top,
         logprobs=found.logprobs,
@@ -98,6 +100,14 @@ def test_ties_banned_tokens_and_one_column(backend: _core.Backend, rng: Rng) -> 
     found = logprobs(backend, logits, sampled, np.full(5, 20))
     for row in range(5):
         check_row(found, row, logits[row], sampled[row], 20)
+
+
+def test_a_row_can_tell_of_a_token_that_was_not_sampled(backend: _core.Backend, rng: Rng) -> None:
+    logits = rng.standard_normal((4, 700)).astype(np.float32)
+    targets = np.array([3, -1, 699, 0])
+    found = logprobs(backend, logits, np.array([5, 6, -1, -1]), np.full(4, 7), targets=targets)
+    for row, token in enumerate([3, 6, 699, 0]):
+        check_row(found, row, logits[row], token, 7)
 
 
 def test_rows_without_a_sample_say_nothing(backend: _core.Backend, rng: Rng) -> None:

@@ -29,6 +29,8 @@ class CpuKernels : public Kernels {
   void run(const Sample& op, Lane& lane) override;
   void run(const FillNormal& op, Lane& lane) override;
   void run(const Penalize& op, Lane& lane) override;
+  void run(const AddBias& op, Lane& lane) override;
+  void run(const MaskLogits& op, Lane& lane) override;
   void run(const RecordSamples& op, Lane& lane) override;
   void run(const Logprobs& op, Lane& lane) override;
 

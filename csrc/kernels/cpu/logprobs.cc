@@ -78,15 +78,16 @@ void find_logprobs(const Logprobs& op, const SamplingLoops& loops, int64_t row, 
            Logprobs::kMaxTop);
   const int64_t V = op.logits.size(1);
   const float* logits = op.logits.data<float>() + row * op.logits.stride(0);
-  const int32_t sampled = op.sampled.data<int32_t>()[row];
+  const int32_t target = op.targets.data<int32_t>()[row];
+  const int32_t token = target >= 0 ? target : op.sampled.data<int32_t>()[row];
   int32_t& rank = op.ranks.data<int32_t>()[row];
   int32_t* tokens = op.top.data<int32_t>() + row * op.top.stride(0);
   float* logprobs = op.logprobs.data<float>() + row * op.logprobs.stride(0);
   std::fill(tokens, tokens + Logprobs::kMaxTop, -1);
   std::fill(logprobs, logprobs + 1 + Logprobs::kMaxTop, -kInfinity);
   rank = 0;
-  if (sampled < 0) return;  // the row is not finite
-  NF_CHECK(sampled < V, "logprobs: row ", row, " sampled token ", sampled,
+  if (token < 0) return;  // the row is not finite
+  NF_CHECK(token < V, "logprobs: row ", row, " is asked for token ", token,
            " but the vocabulary has ", V);
   const Row all{.logits = logits, .V = V, .highest = highest};
   if (!loops.find_highest(logits, V, highest)) {  // there is a NaN, and no sum
@@ -94,8 +95,8 @@ void find_logprobs(const Logprobs& op, const SamplingLoops& loops, int64_t row, 
   }
   const double sum = log_sum(loops, all);
   const auto logprob = [sum](float logit) { return static_cast<float>(logit - sum); };
-  logprobs[0] = logprob(logits[sampled]);
-  rank = find_rank(all, logits[sampled]);
+  logprobs[0] = logprob(logits[token]);
+  rank = find_rank(all, logits[token]);
   if (wanted == 0) return;
   Ranked top[Logprobs::kMaxTop];
   find_top(all, wanted, top);

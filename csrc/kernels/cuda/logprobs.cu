@@ -22,7 +22,7 @@ struct LogprobsArgs {
   const float* logits;  // [S, V]
   int64_t stride;
   int rows, vocabulary;
-  const int32_t *sampled, *counts;
+  const int32_t *sampled, *targets, *counts;
   int32_t* top;  // [S, kMaxTop]
   int64_t top_stride;
   float* logprobs;  // [S, 1 + kMaxTop]
@@ -150,8 +150,8 @@ __device__ Candidate next_of_column(LogprobsShared& s, const float* logits, int 
 
 __device__ void find_logprobs(LogprobsShared& s, const LogprobsArgs& a, int row) {
   const float* logits = a.logits + row * a.stride;
-  const int sampled = a.sampled[row];
-  const bool is_valid = sampled >= 0 && sampled < a.vocabulary;
+  const int token = a.targets[row] >= 0 ? a.targets[row] : a.sampled[row];
+  const bool is_valid = token >= 0 && token < a.vocabulary;
   int32_t* top = a.top + row * a.top_stride;
   float* logprobs = a.logprobs + row * a.logprobs_stride;
   const int count = is_valid ? min(min(a.counts[row], Logprobs::kMaxTop), a.vocabulary) : 0;
@@ -167,12 +167,12 @@ __device__ void find_logprobs(LogprobsShared& s, const LogprobsArgs& a, int row)
     }
     return;
   }
-  Scan scan = scan_column(logits, a.vocabulary, logits[sampled]);
+  Scan scan = scan_column(logits, a.vocabulary, logits[token]);
   combine(s, scan);
   const float log_sum = logf(scan.exps.sum);
   const auto logprob = [&](float logit) { return logit - scan.exps.top - log_sum; };
   if (threadIdx.x == 0) {
-    logprobs[0] = logprob(logits[sampled]);
+    logprobs[0] = logprob(logits[token]);
     a.ranks[row] = static_cast<int32_t>(scan.rank);
   }
   for (int i = 0; i < count; ++i) {
@@ -204,6 +204,7 @@ void CudaKernels::run(const Logprobs& op, Lane& lane) {
                           .rows = static_cast<int>(op.logits.size(0)),
                           .vocabulary = static_cast<int>(op.logits.size(1)),
                           .sampled = op.sampled.data<int32_t>(),
+                          .targets = op.targets.data<int32_t>(),
                           .counts = op.counts.data<int32_t>(),
                           .top = op.top.data<int32_t>(),
                           .top_stride = op.top.stride(0),
