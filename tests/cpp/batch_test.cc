@@ -17,11 +17,13 @@ constexpr BatchLimits kLimits{.vocab_size = 61,
                               .max_rows = 64,
                               .max_requests = 4,
                               .max_positions = 32,
+                              .max_samples = 6,
                               .num_pages = 16,
                               .page_size = 4,
                               .max_page_entries = 32,
                               .num_slots = 4,
                               .max_banned = 8,
+                              .max_biases = 2,
                               .segments = 2};
 
 std::string error_of(const std::function<void(Batch&)>& spoil) {
@@ -31,6 +33,11 @@ std::string error_of(const std::function<void(Batch&)>& spoil) {
   batch.history_indptr = {0, 0, 9, 9};
   batch.history_tokens.assign(9, 3);
   batch.logprobs = {-1, 0, 20};
+  batch.bias_indptr = {0, 0, 2, 2};
+  batch.bias_tokens = {60, 3};
+  batch.bias_values = {-100.0f, 2.0f};
+  batch.mask_rows = {-1, 0, 0};
+  batch.masks = {-1, 7};
   spoil(batch);
   try {
     validate(batch, kLimits);
@@ -85,6 +92,32 @@ TEST_CASE("a bad batch says which entry is wrong") {
         }).starts_with("batch: repetition_penalty[1] is 0, outside ["));
   CHECK(error_of([](Batch& b) { b.logprobs[2] = 21; }) ==
         "batch: logprobs[2] is 21, outside [-1, 20]");
+  CHECK(error_of([](Batch& b) { b.bias_tokens[0] = 61; }) ==
+        "batch: bias_tokens[0] is 61, outside [0, 60]");
+  CHECK(error_of([](Batch& b) { b.bias_values.pop_back(); }) ==
+        "batch: bias_values has 1 entries, not 2");
+  CHECK(error_of([](Batch& b) { b.masks.push_back(1); }) ==
+        "batch: masks has 3 words, no multiple of 2");
+  CHECK(error_of([](Batch& b) { b.mask_rows[0] = 1; }) ==
+        "batch: mask_rows[0] is 1, outside [-1, 0]");
+  CHECK(error_of([](Batch& b) { b.masks.assign(10, 1); }) == "batch: 5 masks, at most 4");
   CHECK(error_of([](Batch& b) { b = Batch{}; }) ==
         "batch: 0 rows; a step takes 1 to 64 (max_num_batched_tokens)");
+}
+
+TEST_CASE("a row is either sampled into a slot or scored by its target") {
+  const auto error_with = [](std::vector<int32_t> slots, std::vector<int32_t> targets) {
+    return error_of([&](Batch& b) {
+      b.slots = std::move(slots);
+      b.targets = std::move(targets);
+    });
+  };
+  CHECK(error_with({0, -1, 1}, {-1, 60, -1}) == "");
+  CHECK(error_with({0, -1, 1}, {}) == "batch: sample 1 has slot -1 but no target");
+  CHECK(error_with({0, 2, 1}, {-1, 60, -1}) == "batch: sample 1 has slot 2, but is scored");
+  CHECK(error_with({0, -1, 1}, {-1, 61, -1}) == "batch: targets[1] is 61, outside [-1, 60]");
+  CHECK(error_of([](Batch& b) {
+          b.targets = {-1, -1, -1};
+          b.logprobs.clear();
+        }) == "batch: there are targets but no logprobs");
 }

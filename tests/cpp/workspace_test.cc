@@ -36,6 +36,6 @@ TEST_CASE("the buffers of an 8B model leave a GPU's memory to the KV cache") {
                              .page_size = 64},
                             spec, backend);
   const size_t mib = workspace.bytes() >> 20;
-  CHECK(mib <= 776);
+  CHECK(mib <= 788);
   CHECK(mib >= 256);  // the logits alone are 250
 }
