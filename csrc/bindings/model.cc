@@ -20,7 +20,8 @@ void register_spec(py::module_& m) {
       .def(py::init([](int vocab_size, int hidden_size, int intermediate_size, int num_layers,
                        int num_heads, int num_kv_heads, int head_dim,
                        std::vector<float> rope_inv_freq, float rms_norm_eps,
-                       bool tie_word_embeddings, bool qkv_bias, const std::string& dtype) {
+                       bool tie_word_embeddings, bool qkv_bias, bool qk_norm,
+                       const std::string& dtype) {
              ModelSpec spec{.vocab_size = vocab_size,
                             .hidden_size = hidden_size,
                             .intermediate_size = intermediate_size,
@@ -31,6 +32,7 @@ void register_spec(py::module_& m) {
                             .rms_norm_eps = rms_norm_eps,
                             .tie_word_embeddings = tie_word_embeddings,
                             .qkv_bias = qkv_bias,
+                            .qk_norm = qk_norm,
                             .dtype = parse_dtype(dtype),
                             .rope_inv_freq = std::move(rope_inv_freq)};
              spec.check();
@@ -40,7 +42,7 @@ void register_spec(py::module_& m) {
            py::arg("intermediate_size"), py::arg("num_layers"), py::arg("num_heads"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("rope_inv_freq"),
            py::arg("rms_norm_eps") = 1e-5f, py::arg("tie_word_embeddings") = false,
-           py::arg("qkv_bias") = false, py::arg("dtype") = "bfloat16")
+           py::arg("qkv_bias") = false, py::arg("qk_norm") = false, py::arg("dtype") = "bfloat16")
       .def_readonly("vocab_size", &ModelSpec::vocab_size)
       .def_readonly("hidden_size", &ModelSpec::hidden_size)
       .def_readonly("intermediate_size", &ModelSpec::intermediate_size)
@@ -52,6 +54,7 @@ void register_spec(py::module_& m) {
       .def_readonly("rms_norm_eps", &ModelSpec::rms_norm_eps)
       .def_readonly("tie_word_embeddings", &ModelSpec::tie_word_embeddings)
       .def_readonly("qkv_bias", &ModelSpec::qkv_bias)
+      .def_readonly("qk_norm", &ModelSpec::qk_norm)
       .def_property_readonly(
           "dtype", [](const ModelSpec& spec) { return std::string(to_string(spec.dtype)); })
       .def_property_readonly("kv_bytes_per_token", &ModelSpec::kv_bytes_per_token);

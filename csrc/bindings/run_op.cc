@@ -112,6 +112,9 @@ Op make_rope_append(Operands& a) {
                     .cos_sin = a.in("cos_sin"),
                     .k_cache = a.out("k_cache"),
                     .v_cache = a.out("v_cache"),
+                    .q_norm = a.in_or_none("q_norm"),
+                    .k_norm = a.in_or_none("k_norm"),
+                    .norm_eps = a.scalar_or("norm_eps", 0.0f),
                     .rows = all_rows(qkv)};
 }
 

@@ -28,7 +28,7 @@ void Buffer::release() {
   data_ = nullptr;
 }
 
-int Arena::add(std::string name, DType dtype, std::initializer_list<int64_t> shape) {
+int Arena::add(std::string name, DType dtype, std::vector<int64_t> shape) {
   size_t bytes = size_of(dtype);
   for (int64_t extent : shape) {
     NF_CHECK(extent >= 0, "arena entry ", name, " has a negative dimension ", extent);
@@ -37,7 +37,7 @@ int Arena::add(std::string name, DType dtype, std::initializer_list<int64_t> sha
   for (const Entry& entry : entries_) {
     NF_CHECK(entry.name != name, "arena entry ", name, " exists twice");
   }
-  entries_.push_back({std::move(name), dtype, shape, bytes_});
+  entries_.push_back({std::move(name), dtype, std::move(shape), bytes_});
   bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   return static_cast<int>(entries_.size()) - 1;
 }

@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <functional>
-#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -47,7 +46,7 @@ class Arena {
   static constexpr size_t kAlignment = 256;
 
   /// Reserves room for a tensor; returns its index. Names are unique.
-  int add(std::string name, DType dtype, std::initializer_list<int64_t> shape);
+  int add(std::string name, DType dtype, std::vector<int64_t> shape);
   /// Bytes the entries need.
   size_t bytes() const { return bytes_; }
   /// Takes the memory; it must hold bytes().

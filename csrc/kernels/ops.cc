@@ -36,7 +36,10 @@ Regions Gemm::writes() const { return {memory(out)}; }
 Regions GemmSiluMul::reads() const { return {memory(x), memory(weight)}; }
 Regions GemmSiluMul::writes() const { return {memory(out)}; }
 
-Regions RopeAppend::reads() const { return {memory(qkv)}; }
+Regions RopeAppend::reads() const {
+  if (!q_norm) return {memory(qkv)};
+  return {memory(qkv), memory(q_norm), memory(k_norm)};
+}
 Regions RopeAppend::writes() const { return {memory(qkv), kv(rows)}; }
 
 Regions PlanAttention::reads() const { return {}; }

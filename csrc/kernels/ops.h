@@ -91,13 +91,16 @@ struct GemmSiluMul {
 };
 
 /// Rotates q and k in place (the two halves of a head are the pairs) and appends k and v to the
-/// cache.
+/// cache. With norms, each head of q and k is RmsNorm'ed before.
 struct RopeAppend {
   Tensor qkv;               // [T, (Hq + 2 Hkv) * D]: q heads, k heads, v heads
   Tensor positions;         // [T] int32
   Tensor kv_slots;          // [T] int32: page * page_size + offset, or -1 for a padding row
   Tensor cos_sin;           // [max positions, D] float32: D/2 cosines, then D/2 sines
   Tensor k_cache, v_cache;  // [P, Hkv, page_size, D]
+  Tensor q_norm = {};       // [D], or none
+  Tensor k_norm = {};       // [D], if there is a q_norm
+  float norm_eps = 0;
   KvRows rows;
 
   static constexpr std::string_view kName = "rope_append";

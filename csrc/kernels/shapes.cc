@@ -63,6 +63,11 @@ void check_shapes(const RopeAppend& op) {
   NF_CHECK(match["columns"] % D == 0 && match["columns"] > 2 * match["Hkv"] * D,
            "rope_append: qkv is ", op.qkv, " but needs q heads, ", match["Hkv"], " k heads and ",
            match["Hkv"], " v heads of ", D);
+  NF_CHECK(bool{op.q_norm} == bool{op.k_norm}, "rope_append: q_norm is ", op.q_norm, " and k_norm ",
+           op.k_norm, "; both or none are given");
+  if (!op.q_norm) return;
+  match("q_norm", op.q_norm, {"D"}).dtype(dtype).contiguous_rows();
+  match("k_norm", op.k_norm, {"D"}).dtype(dtype).contiguous_rows();
 }
 
 void check_shapes(const GatherRows& op) {

@@ -64,6 +64,9 @@ std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
                            .cos_sin = b.cos_sin,
                            .k_cache = b.k_cache[layer],
                            .v_cache = b.v_cache[layer],
+                           .q_norm = w.q_norm,
+                           .k_norm = w.k_norm,
+                           .norm_eps = spec().rms_norm_eps,
                            .rows = kv_rows(layer, range)});
   return ops;
 }

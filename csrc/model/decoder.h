@@ -11,7 +11,7 @@ namespace nanoflow {
 
 /// The parts of a layer that a schedule places separately.
 enum class Stage {
-  kQkv,        // norm, projection, rope, KV append; the embedding before layer 0
+  kQkv,        // norm, projection, norms of heads, rope, KV append; the embedding before layer 0
   kAttention,  // paged attention
   kO,          // output projection, added to the residual
   kMlp,        // norm, gate and up with SiLU, down, added to the residual

@@ -18,6 +18,7 @@ struct ModelSpec {
   float rms_norm_eps = 1e-5f;
   bool tie_word_embeddings = false;  // the head reuses the embedding table
   bool qkv_bias = false;             // added to q, k and v before the rotation
+  bool qk_norm = false;              // each head of q and k is normed before the rotation
   DType dtype = DType::kBF16;        // of weights, activations and KV cache
   std::vector<float> rope_inv_freq;  // [D/2] radians per position, scaling already applied
 

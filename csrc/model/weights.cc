@@ -12,19 +12,15 @@ namespace nanoflow {
 Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
     : spec_(spec), backend_(std::move(backend)) {
   spec_.check();
-  const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size;
-  const int64_t heads = static_cast<int64_t>(spec_.num_heads) * spec_.head_dim;
+  layer_tensors_ = layer_tensors(spec_);
+  const int64_t hidden = spec_.hidden_size;
   embed_ = arena_.add("embed", spec_.dtype, {spec_.vocab_size, hidden});
   first_layer_ = embed_ + 1;
   for (int layer = 0; layer < spec_.num_layers; ++layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
-    arena_.add(prefix + "input_norm", spec_.dtype, {hidden});
-    arena_.add(prefix + "qkv", spec_.dtype, {spec_.qkv_size(), hidden});
-    arena_.add(prefix + "o", spec_.dtype, {hidden, heads});
-    arena_.add(prefix + "post_norm", spec_.dtype, {hidden});
-    arena_.add(prefix + "gate_up", spec_.dtype, {2 * inner, hidden});
-    arena_.add(prefix + "down", spec_.dtype, {hidden, inner});
-    if (spec_.qkv_bias) arena_.add(prefix + "qkv_bias", spec_.dtype, {spec_.qkv_size()});
+    for (const LayerTensor& tensor : layer_tensors_) {
+      arena_.add(prefix + tensor.name, spec_.dtype, tensor.shape);
+    }
   }
   norm_ = arena_.add("norm", spec_.dtype, {hidden});
   lm_head_ = spec_.tie_word_embeddings
@@ -34,6 +30,25 @@ Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
   for (const Arena::Entry& entry : arena_.entries()) {
     loaded_.emplace_back(static_cast<size_t>(entry.shape[0]), false);
   }
+}
+
+std::vector<Weights::LayerTensor> Weights::layer_tensors(const ModelSpec& spec) {
+  const int64_t hidden = spec.hidden_size, inner = spec.intermediate_size;
+  const int64_t D = spec.head_dim, heads = spec.num_heads * D, qkv = spec.qkv_size();
+  std::vector<LayerTensor> tensors = {
+      {"input_norm", &Layer::input_norm, {hidden}},
+      {"qkv", &Layer::qkv, {qkv, hidden}},
+      {"o", &Layer::o, {hidden, heads}},
+      {"post_norm", &Layer::post_norm, {hidden}},
+      {"gate_up", &Layer::gate_up, {2 * inner, hidden}},
+      {"down", &Layer::down, {hidden, inner}},
+  };
+  if (spec.qkv_bias) tensors.push_back({"qkv_bias", &Layer::qkv_bias, {qkv}});
+  if (spec.qk_norm) {
+    tensors.push_back({"q_norm", &Layer::q_norm, {D}});
+    tensors.push_back({"k_norm", &Layer::k_norm, {D}});
+  }
+  return tensors;
 }
 
 Weights::Place Weights::find(const std::string& name) const {
@@ -102,14 +117,10 @@ void Weights::finish() {
 }
 
 Weights::Layer Weights::layer(int index) const {
-  const int first = first_layer_ + index * tensors_per_layer();
-  return {.input_norm = arena_.tensor(first),
-          .qkv = arena_.tensor(first + 1),
-          .o = arena_.tensor(first + 2),
-          .post_norm = arena_.tensor(first + 3),
-          .gate_up = arena_.tensor(first + 4),
-          .down = arena_.tensor(first + 5),
-          .qkv_bias = spec_.qkv_bias ? arena_.tensor(first + 6) : Tensor()};
+  int next = first_layer_ + index * static_cast<int>(layer_tensors_.size());
+  Layer layer;
+  for (const LayerTensor& tensor : layer_tensors_) layer.*tensor.field = arena_.tensor(next++);
+  return layer;
 }
 
 }  // namespace nanoflow

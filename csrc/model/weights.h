@@ -25,12 +25,14 @@ namespace nanoflow {
 /// | layers.N.gate_up    | [2 I, H]              | gate and up in groups, see GemmSiluMul         |
 /// | layers.N.down       | [H, I]                | MLP output                                     |
 /// | layers.N.qkv_bias   | [(Hq + 2 Hkv) * D]    | where the spec says so                         |
+/// | layers.N.q_norm     | [D]                   | where the spec says so: of each head of q      |
+/// | layers.N.k_norm     | [D]                   | with q_norm: of each head of k                 |
 /// | norm                | [H]                   | before the head                                |
 /// | lm_head             | [V, H]                | absent when embeddings are tied                |
 class Weights {
  public:
   struct Layer {
-    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias;
+    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias, q_norm, k_norm;
   };
 
   Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
@@ -54,7 +56,7 @@ class Weights {
   Tensor embed() const { return arena_.tensor(embed_); }
   Tensor norm() const { return arena_.tensor(norm_); }
   Tensor lm_head() const { return arena_.tensor(lm_head_); }
-  /// qkv_bias is empty in a model without.
+  /// What the spec does not ask for is empty.
   Layer layer(int index) const;
   /// Names, dtypes and shapes, in order.
   const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
@@ -70,12 +72,22 @@ class Weights {
     int64_t row(int64_t i) const { return begin + i / group * stride + i % group; }
   };
 
+  /// A tensor that every layer holds.
+  struct LayerTensor {
+    const char* name;
+    Tensor Layer::* field;
+    std::vector<int64_t> shape;
+  };
+
+  /// In the order they have in the arena.
+  static std::vector<LayerTensor> layer_tensors(const ModelSpec& spec);
+
   Place find(const std::string& name) const;
   Uploader& uploader();
-  int tensors_per_layer() const { return spec_.qkv_bias ? 7 : 6; }
 
   ModelSpec spec_;
   std::shared_ptr<Backend> backend_;
+  std::vector<LayerTensor> layer_tensors_;
   Arena arena_;
   int embed_ = 0, norm_ = 0, lm_head_ = 0, first_layer_ = 0;  // arena indices
   std::vector<std::vector<bool>> loaded_;                     // per entry, per row

@@ -97,6 +97,7 @@ class ModelSpec:
         rms_norm_eps: typing.SupportsFloat | typing.SupportsIndex = 9.999999747378752e-06,
         tie_word_embeddings: bool = False,
         qkv_bias: bool = False,
+        qk_norm: bool = False,
         dtype: str = "bfloat16",
     ) -> None: ...
     @property
@@ -115,6 +116,8 @@ class ModelSpec:
     def num_kv_heads(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
+    @property
+    def qk_norm(self) -> bool: ...
     @property
     def qkv_bias(self) -> bool: ...
     @property

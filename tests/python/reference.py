@@ -271,7 +271,12 @@ def llama_logits(
         bias = w(name + "qkv_bias") if spec.qkv_bias else 0.0
         qkv = store(gemm(normed, w(name + "qkv"), bias))
         qkv = qkv.reshape(length, heads + 2 * kv_heads, width)
-        rotated = store(rotate(qkv[:, : heads + kv_heads], cos_sin))
+        queries_and_keys = qkv[:, : heads + kv_heads]
+        if spec.qk_norm:
+            norms = np.stack([w(name + "q_norm")] * heads + [w(name + "k_norm")] * kv_heads)
+            normed = rms_norm(queries_and_keys, norms, spec.rms_norm_eps, spec.dtype)
+            queries_and_keys = store(normed)
+        rotated = store(rotate(queries_and_keys, cos_sin))
         values = qkv[:, heads + kv_heads :]
         attended = attention(rotated[:, :heads], rotated[:, heads:], values, width**-0.5)
         attended = store(attended.reshape(length, heads * width))

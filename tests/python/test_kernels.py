@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import reference
 from conftest import Tolerance, run_beside_cpu, skip_what_no_gpu_does
 from nanoflow import _core
-from reference import decode, encode, poisoned, randn, with_gaps
+from reference import decode, encode, poisoned, randn, rounded, with_gaps
 
 ROWS = (1, 3, 127, 128, 129)
 EPS = 1e-5
@@ -99,6 +99,7 @@ def test_rms_norm_rounds_as_transformers_does(backend: _core.Backend, rng: Rng) 
         pytest.param(32, 8, 128, 64, marks=SANITIZER),
     ],
 )
+@pytest.mark.parametrize("has_norms", [False, True], ids=["", "norms"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_rope_append(
     backend: _core.Backend,
@@ -110,6 +111,7 @@ def test_rope_append(
     kv_heads: int,
     head_dim: int,
     page_size: int,
+    has_norms: bool,
 ) -> None:
     skip_what_no_gpu_does(backend, dtype, head_dim)
     cache = reference.paged_cache(
@@ -124,20 +126,29 @@ def test_rope_append(
     cache.k_cache[:] = cache.v_cache[:] = poisoned((), dtype)
     qkv = randn(rng, dtype, rows, (heads + 2 * kv_heads) * head_dim)
     before = decode(qkv).reshape(rows, heads + 2 * kv_heads, head_dim)
+    norms = (
+        {name: randn(rng, dtype, head_dim) for name in ("q_norm", "k_norm")} if has_norms else {}
+    )
     run_beside_cpu(
         backend,
         "rope_append",
-        1e-3,  # products and sums may be fused
+        5e-3 if has_norms else 1e-3,  # sums in another order; products and sums may be fused
         qkv=qkv,
         positions=positions,
         kv_slots=slots,
         cos_sin=cos_sin,
         k_cache=cache.k_cache,
         v_cache=cache.v_cache,
+        **norms,
+        **({"norm_eps": EPS} if has_norms else {}),
     )
     real = ~is_padding
     after = decode(qkv).reshape(before.shape)
-    rotated = reference.rotate(before[real, :-kv_heads], cos_sin[positions[real]])
+    normed = before[real, :-kv_heads]
+    if has_norms:
+        weights = [decode(norms["q_norm"])] * heads + [decode(norms["k_norm"])] * kv_heads
+        normed = rounded(reference.rms_norm(normed, np.stack(weights), EPS, dtype), dtype)
+    rotated = reference.rotate(normed, cos_sin[positions[real]])
     tolerance.check(encode(after[real, :-kv_heads], dtype), rotated)
     np.testing.assert_array_equal(after[:, -kv_heads:], before[:, -kv_heads:])
     np.testing.assert_array_equal(after[is_padding], before[is_padding])

@@ -48,11 +48,16 @@ def expected_weights(state: dict[str, torch.Tensor], num_layers: int) -> dict[st
         }
         if f"model.layers.{n}.{q}.bias" in layer:
             weights[f"layers.{n}.qkv_bias"] = of(f"{q}.bias", f"{k}.bias", f"{v}.bias")
+        if f"model.layers.{n}.self_attn.q_norm.weight" in layer:
+            weights[f"layers.{n}.q_norm"] = of("self_attn.q_norm.weight")
+            weights[f"layers.{n}.k_norm"] = of("self_attn.k_norm.weight")
     return weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("tied, family", [(False, "Llama"), (True, "Llama"), (False, "Qwen2")])
+@pytest.mark.parametrize(
+    "tied, family", [(False, "Llama"), (True, "Llama"), (False, "Qwen2"), (False, "Qwen3")]
+)
 def test_weights_are_fused_by_rows(tmp_path: Path, dtype: str, tied: bool, family: str) -> None:
     model = {"dtype": dtype, "tie_word_embeddings": tied, "head_dim": 24, "family": family}
     write_tiny_llama(tmp_path, **model)

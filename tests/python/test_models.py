@@ -127,6 +127,7 @@ def test_supported_architectures() -> None:
         "LlamaForCausalLM",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
     )
 
 
@@ -141,6 +142,18 @@ def test_qwen2_has_a_bias_on_q_k_and_v() -> None:
     assert {target.name for target in targets} == {"layers.0.qkv_bias"}
     assert [target.row_begin for target in targets] == [0, 4096, 5120]
     assert not parse().qkv_bias
+
+
+def test_qwen3_norms_each_head_of_q_and_k() -> None:
+    model = parse(architectures=["Qwen3ForCausalLM"], num_hidden_layers=1, hidden_size=1024)
+    assert model.qk_norm and not model.qkv_bias and model.spec_arguments("bfloat16")["qk_norm"]
+    assert model.head_dim == 128  # their default, where others divide hidden_size
+    weights = model_adapter(CONFIG).checkpoint_weights(model)
+    for name in ("q_norm", "k_norm"):
+        weight = weights[f"model.layers.0.self_attn.{name}.weight"]
+        assert weight.shape == (128,)
+        assert [target.name for target in weight.targets] == [f"layers.0.{name}"]
+    assert not parse().qk_norm
 
 
 def test_windows_that_a_model_does_not_use_are_no_trait() -> None:

@@ -15,7 +15,7 @@ from tiny_models import tiny_llama
 
 
 def fused_weights(model: Any) -> dict[str, NDArray[np.float32]]:
-    """A transformers Llama or Qwen2 by the names of `_core.Weights`."""
+    """A transformers Llama, Qwen2 or Qwen3 by the names of `_core.Weights`."""
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     weights = {
         "embed": state["model.embed_tokens.weight"],
@@ -39,17 +39,23 @@ def fused_weights(model: Any) -> dict[str, NDArray[np.float32]]:
             weights[target + "qkv_bias"] = np.concatenate(
                 [state[f"{source}self_attn.{part}_proj.bias"] for part in "qkv"]
             )
+        if model.config.model_type == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                weights[target + name] = state[f"{source}self_attn.{name}.weight"]
     return weights
 
 
 @pytest.mark.parametrize(
-    "tie_word_embeddings, family", [(False, "Llama"), (True, "Llama"), (False, "Qwen2")]
+    "tie_word_embeddings, family",
+    [(False, "Llama"), (True, "Llama"), (False, "Qwen2"), (False, "Qwen3")],
 )
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("bfloat16", 0.12)])
 def test_llama_logits(dtype: str, atol: float, tie_word_embeddings: bool, family: str) -> None:
-    model = tiny_llama(family=family, dtype=dtype, tie_word_embeddings=tie_word_embeddings)
+    head_dim = 16
+    model = tiny_llama(
+        family=family, dtype=dtype, tie_word_embeddings=tie_word_embeddings, head_dim=head_dim
+    )
     config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
     spec = _core.ModelSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -62,6 +68,7 @@ def test_llama_logits(dtype: str, atol: float, tie_word_embeddings: bool, family
         rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=tie_word_embeddings,
         qkv_bias=family == "Qwen2",
+        qk_norm=family == "Qwen3",
         dtype=dtype,
     )
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 30)

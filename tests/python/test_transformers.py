@@ -54,8 +54,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "initializer_range": 0.08,
     },
+    "qwen3": {"family": "Qwen3", "head_dim": 32},
+    "qwen3-d128": {
+        "family": "Qwen3",
+        "hidden_size": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 128,
+        "initializer_range": 0.08,
+    },
 }
-ON_GPU = {"head-dim", "llama2-d64", "llama3-d128", "qwen2-d64"}  # of head_dim 64 and 128
+ON_GPU = {
+    "head-dim",
+    "llama2-d64",
+    "llama3-d128",
+    "qwen2-d64",
+    "qwen3-d128",
+}  # of head_dim 64 and 128
 TOLERANCE = 2e-4  # largest difference of float32 logits, in standard deviations of them
 TORCH = "cuda" if torch.cuda.is_available() else "cpu"
 

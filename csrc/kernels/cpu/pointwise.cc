@@ -53,6 +53,17 @@ void append(const Tensor& cache, int32_t slot, const std::byte* heads) {
   }
 }
 
+/// Norms heads [begin, end) of a row in place.
+void norm_heads(const RopeAppend& op, const PointwiseLoops& loops, std::byte* heads, int64_t begin,
+                int64_t end, const Tensor& weight) {
+  const int64_t D = weight.size(0);
+  const int64_t head_bytes = D * static_cast<int64_t>(size_of(weight.dtype()));
+  for (int64_t i = begin; i < end; ++i) {
+    std::byte* head = heads + i * head_bytes;
+    loops.rms_norm(head, weight.bytes(), head, D, op.norm_eps);
+  }
+}
+
 void rope_append_row(const RopeAppend& op, const PointwiseLoops& loops, int64_t row) {
   const int32_t slot = op.kv_slots.data<int32_t>()[row];
   if (slot < 0) return;
@@ -67,6 +78,10 @@ void rope_append_row(const RopeAppend& op, const PointwiseLoops& loops, int64_t 
   const int64_t rotated = op.qkv.size(1) / D - kv_heads;  // q and k heads
   std::byte* heads = row_of(op.qkv, row);
   const auto* cos_sin = reinterpret_cast<const float*>(row_of(op.cos_sin, position));
+  if (op.q_norm) {
+    norm_heads(op, loops, heads, 0, rotated - kv_heads, op.q_norm);
+    norm_heads(op, loops, heads, rotated - kv_heads, rotated, op.k_norm);
+  }
   loops.rotate(heads, rotated, cos_sin, D / 2);
   append(op.k_cache, slot, heads + (rotated - kv_heads) * head_bytes);
   append(op.v_cache, slot, heads + rotated * head_bytes);

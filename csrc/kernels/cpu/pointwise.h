@@ -6,7 +6,8 @@ namespace nanoflow::cpu {
 
 /// Loops over one row; pointers are to elements of the dtype they were compiled for.
 struct PointwiseLoops {
-  /// out = weight * round(x / rms(x)): the normalised value is rounded to the dtype first.
+  /// out = weight * round(x / rms(x)): the normalised value is rounded to the dtype first. out may
+  /// be x.
   void (*rms_norm)(const void* x, const void* weight, void* out, int64_t H, float eps);
   /// Rotates heads of 2 * half elements by half cosines, then half sines.
   void (*rotate)(void* heads, int64_t count, const float* cos_sin, int64_t half);

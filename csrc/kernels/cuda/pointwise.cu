@@ -10,6 +10,7 @@
 namespace nanoflow::cuda {
 namespace {
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 8;
 constexpr uint4 kNans{~0u, ~0u, ~0u, ~0u};  // a NaN in float32, float16 and bfloat16
@@ -95,6 +96,8 @@ struct RopeArgs {
   Cache<T> k_cache, v_cache;
   int64_t cache_slots, page_size;
   int q_heads, kv_heads, half;
+  const T *q_norm, *k_norm;  // [D] each, or null
+  float norm_eps;
 };
 
 /// NaNs where there is nothing to load.
@@ -127,6 +130,32 @@ __device__ void rotate(Pack<T>& first, Pack<T>& second, const RopeArgs<T>& a, in
   }
 }
 
+/// RmsNorm of a head that `lanes` threads side by side hold, a power of two: each two packs, that
+/// at `offset` of either half. The group has its own mask, for others of the warp may be elsewhere.
+template <typename T>
+__device__ void norm_head(Pack<T>& first, Pack<T>& second, const T* weight, const RopeArgs<T>& a,
+                          int lanes, int offset) {
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    const float x = to_float(first.values[i]), y = to_float(second.values[i]);
+    squares += x * x + y * y;
+  }
+  const unsigned group = (~0u >> (kWarp - lanes)) << (threadIdx.x % kWarp / lanes * lanes);
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    squares += __shfl_xor_sync(group, squares, step);
+  }
+  const float inverse = 1.0f / sqrtf(squares / static_cast<float>(2 * a.half) + a.norm_eps);
+  const Pack<T> weights[] = {Pack<T>(weight + offset), Pack<T>(weight + a.half + offset)};
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    const T x = from_float<T>(to_float(first.values[i]) * inverse);
+    const T y = from_float<T>(to_float(second.values[i]) * inverse);
+    first.values[i] = from_float<T>(to_float(x) * to_float(weights[0].values[i]));
+    second.values[i] = from_float<T>(to_float(y) * to_float(weights[1].values[i]));
+  }
+}
+
 /// A piece here is two packs of a head: the i-th of each half.
 template <typename T>
 __global__ void rope_append_kernel(const RopeArgs<T> a) {
@@ -141,6 +170,8 @@ __global__ void rope_append_kernel(const RopeArgs<T> a) {
     Pack<T> first(at), second(at + a.half);
     const bool is_value = head >= a.q_heads + a.kv_heads;
     if (!is_value) {
+      const T* norm = head < a.q_heads ? a.q_norm : a.k_norm;
+      if (norm != nullptr) norm_head(first, second, norm, a, packs, offset);
       rotate(first, second, a, a.positions[row], offset);
       first.store(at);
       second.store(at + a.half);
@@ -189,6 +220,14 @@ void CudaKernels::run(const RopeAppend& op, Lane& lane) {
   const auto D = static_cast<int>(op.k_cache.size(3));
   NF_CHECK(D % (2 * kPack) == 0, "rope_append on a GPU needs a head dim in multiples of ",
            2 * kPack, ", not ", D);
+  if (op.q_norm) {
+    check_packs(RopeAppend::kName, "q_norm", op.q_norm);
+    check_packs(RopeAppend::kName, "k_norm", op.k_norm);
+    const int lanes = D / 2 / kPack;
+    NF_CHECK(lanes <= kWarp && (lanes & (lanes - 1)) == 0,
+             "rope_append with norms on a GPU needs a power of two as head dim, at most ",
+             kWarp * 2 * kPack, ", not ", D);
+  }
   const int64_t rows = op.qkv.size(0);
   if (rows == 0) return;
   const CudaLane& own = cuda_lane(lane);
@@ -210,7 +249,10 @@ void CudaKernels::run(const RopeAppend& op, Lane& lane) {
                            .page_size = op.k_cache.size(2),
                            .q_heads = heads - 2 * kv_heads,
                            .kv_heads = kv_heads,
-                           .half = D / 2};
+                           .half = D / 2,
+                           .q_norm = op.q_norm ? op.q_norm.data<T>() : nullptr,
+                           .k_norm = op.q_norm ? op.k_norm.data<T>() : nullptr,
+                           .norm_eps = op.norm_eps};
     rope_append_kernel<<<grid_of(rows, heads * D / 2 / kPack, own), kThreads, 0, own.stream()>>>(
         args);
   });

@@ -21,6 +21,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool
     rope_inv_freq: tuple[float, ...]  # [head_dim / 2] radians per position, scaling already applied
     max_position_embeddings: int
 
@@ -38,6 +39,7 @@ class ModelConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_word_embeddings,
             "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
             "dtype": dtype,
         }
 

@@ -1,6 +1,7 @@
 """The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Mistral is a Llama with other defaults, Qwen2 one with a bias on q, k and v.
+Mistral is a Llama with other defaults, Qwen2 one with a bias on q, k and v, Qwen3 one whose heads
+of q and k are normed.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from nanoflow.models.rope import rope_inv_freq, rope_parameters
 class _Member:
     """What sets a member of the family apart."""
 
-    qkv_bias: bool
     defaults: Mapping[str, Any]  # of keys that a config leaves out, as transformers has them
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
 
 _MEMBERS: Mapping[str, _Member] = MappingProxyType(
     {
-        "LlamaForCausalLM": _Member(qkv_bias=False, defaults={"max_position_embeddings": 2048}),
+        "LlamaForCausalLM": _Member(defaults={"max_position_embeddings": 2048}),
         "MistralForCausalLM": _Member(
-            qkv_bias=False,
             defaults={
                 "num_key_value_heads": 8,
                 "sliding_window": 4096,
@@ -38,6 +39,15 @@ _MEMBERS: Mapping[str, _Member] = MappingProxyType(
             qkv_bias=True,
             defaults={
                 "num_key_value_heads": 32,
+                "use_sliding_window": False,
+                "max_position_embeddings": 32768,
+            },
+        ),
+        "Qwen3ForCausalLM": _Member(
+            qk_norm=True,
+            defaults={
+                "num_key_value_heads": 32,
+                "head_dim": 128,
                 "use_sliding_window": False,
                 "max_position_embeddings": 32768,
             },
@@ -96,6 +106,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=member.qkv_bias,
+        qk_norm=member.qk_norm,
         rope_inv_freq=tuple(rope_inv_freq(rope_parameters(config), head_dim).tolist()),
         max_position_embeddings=_size(config, "max_position_embeddings"),
     )
@@ -128,6 +139,11 @@ def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
                 f"{attn}.q_proj.bias": _rows(f"{ours}.qkv_bias", 0, q_rows),
                 f"{attn}.k_proj.bias": _rows(f"{ours}.qkv_bias", q_rows, kv_rows),
                 f"{attn}.v_proj.bias": _rows(f"{ours}.qkv_bias", q_rows + kv_rows, kv_rows),
+            }
+        if model.qk_norm:
+            weights |= {
+                f"{attn}.q_norm.weight": _whole(f"{ours}.q_norm", model.head_dim),
+                f"{attn}.k_norm.weight": _whole(f"{ours}.k_norm", model.head_dim),
             }
     weights["model.norm.weight"] = _whole("norm", hidden)
     if not model.tie_word_embeddings:

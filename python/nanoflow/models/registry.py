@@ -27,6 +27,7 @@ _ADAPTERS: Mapping[str, ModelAdapter] = MappingProxyType(
         "LlamaForCausalLM": _LLAMA,
         "MistralForCausalLM": _LLAMA,  # without its sliding window
         "Qwen2ForCausalLM": _LLAMA,
+        "Qwen3ForCausalLM": _LLAMA,
     }
 )
 
