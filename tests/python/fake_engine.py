@@ -126,6 +126,10 @@ class FakeEngine:
             self.run_until(self.completed_steps + int(self.early.integers(len(self._queue) + 1)))
         return FakeHandle(self, self.submitted)
 
+    def set_schedule(self, segments: int) -> None:
+        """All that a schedule is here."""
+        self.segments = segments
+
     def run_until(self, step: int) -> None:
         while self.completed_steps < step:
             batch = self._queue.popleft()

@@ -17,6 +17,7 @@ import pytest
 from fake_engine import FakeEngine, FakeHandle, expected_output, make_batch
 from nanoflow.errors import EngineError, InvalidLogitsError
 from nanoflow.request import Request, Sampling
+from nanoflow.scheduler.choose import Chooser
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop, StepStats
 from nanoflow.scheduler.pages import PageAllocator
@@ -71,6 +72,7 @@ def serve(
     steps_in_flight: int = 2,
     engine_type: type[FakeEngine] = FakeEngine,
     step_listener: Callable[[StepStats], None] | None = None,
+    chooser: Chooser | None = None,
     **engine: Any,
 ) -> Service:
     fake = engine_type(
@@ -85,7 +87,12 @@ def serve(
     )
     state = SchedulerState(Policy(Dealer(cuts, 6), 16), Slots(6, 40, 4), PageAllocator(NUM_PAGES))
     loop = SchedulerLoop(
-        fake, make_batch, state, steps_in_flight=steps_in_flight, step_listener=step_listener
+        fake,
+        make_batch,
+        state,
+        steps_in_flight=steps_in_flight,
+        step_listener=step_listener,
+        chooser=chooser,
     )
     return Service(fake, state, loop, queue.SimpleQueue())
 

@@ -51,3 +51,6 @@ BatchFactory: TypeAlias = Callable[..., Any]
 class Engine(Protocol):
     def submit(self, batch: Any) -> StepHandle:
         """Queues a step and returns at once; at most two may be on their way."""
+
+    def set_schedule(self, schedule: Any) -> None:
+        """For the steps queued from now on."""

@@ -11,8 +11,10 @@ from time import perf_counter
 from nanoflow.errors import EngineError
 from nanoflow.request import Request
 from nanoflow.scheduler.batch import build_batch
+from nanoflow.scheduler.choose import Chooser
 from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
 from nanoflow.scheduler.state import SchedulerState, Step
+from nanoflow.scheduler.switch import ScheduleSwitch
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,16 @@ class SchedulerLoop:
         *,
         steps_in_flight: int = 2,
         step_listener: StepListener | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
-        """`state` and the engine belong to the loop's thread from now on.
+        """`state`, the engine and the chooser of schedules belong to the loop's thread from now on.
 
         `steps_in_flight`: 2 overlaps planning with the engine, 1 takes turns.
         `step_listener` is called in the loop's thread after every step; it must not block or raise.
         """
         self._inbox = _Inbox(step_listener)
-        worker = _Worker(self._inbox, engine, make_batch, state, steps_in_flight)
+        switch = ScheduleSwitch(chooser, engine, state.policy)
+        worker = _Worker(self._inbox, engine, make_batch, state, steps_in_flight, switch)
         self._thread = threading.Thread(target=worker.run, name="nanoflow-scheduler", daemon=True)
         self._thread.start()
 
@@ -164,7 +168,9 @@ class _Worker:
         make_batch: BatchFactory,
         state: SchedulerState,
         steps_in_flight: int,
+        switch: ScheduleSwitch,
     ) -> None:
+        self._switch = switch
         self._inbox = inbox
         self._engine = engine
         self._make_batch = make_batch
@@ -219,10 +225,12 @@ class _Worker:
         """
         begin = perf_counter()
         self._state.reclaim(self._state.arrived_step)
+        self._switch.prepare()
         step = self._state.start_step()
         if not step.plan.is_empty:
             batch = self._make_batch(**build_batch(self._state.slots, step))
             handle = self._engine.submit(batch)
+            self._switch.start(self._state.mix_of(step.plan), perf_counter())
             assert handle.step == step.number, f"step {step.number} became {handle.step}"
             self._in_flight.append(_StepInFlight(step, handle, perf_counter() - begin))
         elif not self._in_flight:
@@ -238,6 +246,7 @@ class _Worker:
     def _complete(self, oldest: _StepInFlight) -> None:
         result = oldest.handle.wait()
         time_done = perf_counter()
+        self._switch.complete(time_done)
         self._state.complete_step(oldest.step, result, time_done)
         seconds = oldest.seconds + perf_counter() - time_done
         self._state.counters.step_times.add(seconds)

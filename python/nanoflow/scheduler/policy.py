@@ -60,6 +60,10 @@ class Policy:
         self._dealer = dealer
         self._max_rows = max_num_batched_tokens
 
+    def deal_with(self, dealer: Dealer) -> None:
+        """From the next step on: the schedule's segments have changed."""
+        self._dealer = dealer
+
     def next_step(
         self,
         slots: Slots,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from nanoflow.errors import InvalidLogitsError
 from nanoflow.request import FinishReason, Request
 from nanoflow.scheduler.admission import Admission
+from nanoflow.scheduler.choose import Mix
 from nanoflow.scheduler.ends import find_ends
 from nanoflow.scheduler.engine import StepResult
 from nanoflow.scheduler.pages import PageAllocator
@@ -40,7 +41,7 @@ class SchedulerState:
         self.slots = slots
         self.pages = pages
         self._prefixes = PrefixCache(slots, pages, is_on=shares_prefixes)
-        self._policy = policy
+        self.policy = policy
         self.admission = Admission(pages.num_pages, len(slots.requests), slots.page_size)
         self.counters = Counters()
         self._waiting = WaitingQueue()
@@ -136,9 +137,14 @@ class SchedulerState:
         for request in sorted(back, key=lambda r: self._age_of[r.id], reverse=True):
             self._waiting.add(request, is_first=True)
 
+    def mix_of(self, plan: StepPlan) -> Mix:
+        """What a step that has been started computes."""
+        keys = int(self.slots.computed[plan.slots].sum())
+        return Mix(plan.decodes + plan.prefill_rows, plan.decodes, keys)
+
     def start_step(self) -> Step:
         """Plans the next step and books its pages, slots and tokens. Its plan may be empty."""
-        plan = self._policy.next_step(
+        plan = self.policy.next_step(
             self.slots,
             self._admissible(),
             self._free_slots,

@@ -1,0 +1,139 @@
+"""Which schedule the next step runs with: what the load is, what was predicted, what was measured.
+
+Steps are grouped by how many rows they have, an octave a group, and by how many of them decode. In
+each group only schedules that are predicted to come near the best one stand; those that stand are
+tried in turn in real traffic, and the one that was fastest is kept. So few requests get the plan
+for few requests, and the tables that predictions come from need not be exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoflow.scheduler.deal import Dealer
+
+logger = logging.getLogger(__name__)
+
+TRIAL_SECONDS = 3.0  # of measured steps; a GPU's power and clock have settled by then
+SETTLE_STEPS = 8  # not measured after a switch: plans are made and graphs captured
+NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
+STANDING = 3  # at most
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a step computes."""
+
+    rows: int
+    decodes: int = 0  # rows of them
+    keys: int = 0  # that all requests of the step have in the KV cache
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A schedule, and how requests are dealt to its segments."""
+
+    name: str
+    schedule: Any  # for Engine.set_schedule
+    dealer: Dealer
+
+
+# Predicted time of a step of this mix with an option, by its number; in any unit.
+Predict = Callable[[int, Mix], float]
+
+
+@dataclass(slots=True)
+class _Trial:
+    """What was measured of one option in one group of steps."""
+
+    seconds: float = 0.0
+    expected: float = 0.0  # what the first option was predicted to take for the same steps
+
+    @property
+    def score(self) -> float:
+        """Time relative to the prediction for the same work: lower is faster."""
+        return self.seconds / self.expected
+
+
+@dataclass(slots=True)
+class _Group:
+    standing: list[int]
+    trials: dict[int, _Trial] = field(default_factory=dict)
+    chosen: int | None = None
+
+
+class Chooser:
+    """Chooses among options. Not thread-safe: it belongs to the scheduler's thread."""
+
+    def __init__(self, options: Sequence[Option], predict: Predict) -> None:
+        self.options = list(options)
+        self._predict = predict
+        self._memo: dict[tuple[int, Mix], float] = {}
+        self._groups: dict[tuple[int, int], _Group] = {}
+        self._last: int | None = None  # the option of the last step
+        self._unsettled = 0  # steps still to come that are not measured
+
+    def choose(self, mix: Mix) -> int:
+        """The option for a step that will be much like `mix`."""
+        group = self._group(mix)
+        number = group.chosen
+        if number is None:
+            number = self._on_trial(group)
+        if number != self._last:
+            self._last = number
+            self._unsettled = SETTLE_STEPS
+        return number
+
+    def observe(self, number: int, mix: Mix, seconds: float) -> None:
+        """A step ran with an option and took so long, nothing else running on the device."""
+        if self._unsettled > 0:
+            self._unsettled -= 1
+            return
+        group = self._group(mix)
+        if group.chosen is not None or number not in group.standing:
+            return
+        trial = group.trials.setdefault(number, _Trial())
+        trial.seconds += seconds
+        trial.expected += self._expected(0, mix)
+        if all(self._is_tried(group, other) for other in group.standing):
+            group.chosen = min(group.standing, key=lambda other: group.trials[other].score)
+            logger.info(
+                "steps of about %d rows run with schedule %s: %s",
+                mix.rows,
+                self.options[group.chosen].name,
+                ", ".join(
+                    f"{self.options[other].name} took {group.trials[other].score:.3g}"
+                    for other in group.standing
+                ),
+            )
+
+    def _group(self, mix: Mix) -> _Group:
+        key = (mix.rows.bit_length(), 4 * mix.decodes // max(1, mix.rows))
+        if key not in self._groups:
+            times = {number: self._expected(number, mix) for number in range(len(self.options))}
+            limit = NEAR * min(times.values())
+            near = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
+            standing = near[:STANDING]
+            self._groups[key] = _Group(standing, chosen=standing[0] if len(standing) == 1 else None)
+        return self._groups[key]
+
+    def _is_tried(self, group: _Group, number: int) -> bool:
+        return number in group.trials and group.trials[number].seconds >= TRIAL_SECONDS
+
+    def _on_trial(self, group: _Group) -> int:
+        return next(other for other in group.standing if not self._is_tried(group, other))
+
+    def _expected(self, number: int, mix: Mix) -> float:
+        like = Mix(_rounded(mix.rows), _rounded(mix.decodes), _rounded(mix.keys))
+        if (number, like) not in self._memo:
+            self._memo[number, like] = self._predict(number, like)
+        return self._memo[number, like]
+
+
+def _rounded(count: int) -> int:
+    """To two or three binary digits: within an eighth."""
+    shift = max(0, count.bit_length() - 3)
+    return ((count + (1 << shift >> 1)) >> shift) << shift

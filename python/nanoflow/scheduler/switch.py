@@ -1,0 +1,54 @@
+"""Follows the choice of a schedule from step to step, and tells the chooser what steps took."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from nanoflow.scheduler.choose import Chooser, Mix
+from nanoflow.scheduler.engine import Engine
+from nanoflow.scheduler.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    option: int
+    mix: Mix
+    time: float  # seconds of time.perf_counter
+
+
+class ScheduleSwitch:
+    """Belongs to the scheduler's thread. Without a chooser all steps run with the one schedule
+    that engine and policy were made with."""
+
+    def __init__(self, chooser: Chooser | None, engine: Engine, policy: Policy) -> None:
+        self._chooser, self._engine, self._policy = chooser, engine, policy
+        self._option: int | None = None  # that engine and policy follow
+        self._mix = Mix(0)  # of the last step
+        self._started: deque[_Started] = deque()  # oldest first
+        self._last_done = 0.0  # seconds of time.perf_counter
+
+    def prepare(self) -> None:
+        """Before a step is planned, which will be much like the last one."""
+        if self._chooser is None:
+            return
+        number = self._chooser.choose(self._mix)
+        if number == self._option:
+            return
+        option = self._chooser.options[number]
+        self._engine.set_schedule(option.schedule)
+        self._policy.deal_with(option.dealer)
+        self._option = number
+
+    def start(self, mix: Mix, time: float) -> None:
+        """A step has been submitted."""
+        self._mix = mix
+        self._started.append(_Started(self._option or 0, mix, time))
+
+    def complete(self, time: float) -> None:
+        """The oldest step is done. One that was queued while the step before it ran took all the
+        time since that was done."""
+        step = self._started.popleft()
+        if self._chooser is not None and step.time <= self._last_done:
+            self._chooser.observe(step.option, step.mix, time - self._last_done)
+        self._last_done = time

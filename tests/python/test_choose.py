@@ -1,0 +1,111 @@
+"""Choosing among schedules while serving: pure decisions, then in the scheduler's loop."""
+
+from __future__ import annotations
+
+import pytest
+
+from fake_engine import expected_output
+from nanoflow.scheduler.choose import SETTLE_STEPS, TRIAL_SECONDS, Chooser, Mix, Option
+from nanoflow.scheduler.deal import Dealer
+from test_loop import VOCAB_SIZE, check_nothing_leaked
+from test_loop import serve as serve_loop
+
+FULL, FEW = Mix(1000, 500, 400_000), Mix(16, 16, 10_000)
+STEP = 0.05  # seconds
+
+
+def options(count: int) -> list[Option]:
+    return [Option(f"s{i}", f"s{i}", Dealer([], 4)) for i in range(count)]
+
+
+def predict(number: int, mix: Mix) -> float:
+    """The first is best for few rows, by far; with many all are alike but the last."""
+    if mix.rows < 100:
+        return mix.rows * (1.0 + number)
+    return mix.rows * (2.0 if number == 3 else 1.0 + number / 100)
+
+
+def serve(chooser: Chooser, mix: Mix, speed: dict[int, float], steps: int) -> list[int]:
+    chosen = []
+    for _ in range(steps):
+        number = chooser.choose(mix)
+        chosen.append(number)
+        chooser.observe(number, mix, STEP * speed[number])
+    return chosen
+
+
+def test_those_near_the_best_are_tried_and_the_fastest_is_kept() -> None:
+    chooser = Chooser(options(4), predict)
+    speed = {0: 1.0, 1: 0.9, 2: 1.1}
+    chosen = serve(chooser, FULL, speed, 400)
+    assert [n for i, n in enumerate(chosen) if i == 0 or n != chosen[i - 1]] == [0, 1, 2, 1]
+    trials = [chosen.index(1), chosen.index(2) - chosen.index(1)]
+    for steps, number in zip(trials, (0, 1), strict=True):
+        assert steps - SETTLE_STEPS == pytest.approx(TRIAL_SECONDS / (STEP * speed[number]), abs=1)
+    assert chosen[-1] == 1
+
+
+def test_few_requests_run_with_the_plan_for_few_at_once() -> None:
+    chooser = Chooser(options(4), predict)
+    assert set(serve(chooser, FEW, {0: 1.0}, 50)) == {0}
+    serve(chooser, FULL, {0: 1.0, 1: 0.9, 2: 0.8}, 400)
+    assert chooser.choose(FEW) == 0
+    assert chooser.choose(FULL) == 2
+
+
+def test_trials_with_more_work_are_not_held_against_a_schedule() -> None:
+    """Time counts relative to what the same work was predicted to take."""
+    chooser = Chooser(options(2), predict)
+    for _ in range(200):
+        number = chooser.choose(FULL)
+        heavier = Mix(1023, 511, 400_000) if number == 1 else Mix(600, 300, 300_000)
+        chooser.observe(number, heavier, heavier.rows * (1e-4 if number == 0 else 0.9e-4))
+    assert chooser.choose(FULL) == 1
+
+
+def test_steps_right_after_a_switch_are_not_measured() -> None:
+    chooser = Chooser(options(2), predict)
+    for _ in range(SETTLE_STEPS):
+        chooser.observe(chooser.choose(FULL), FULL, 100.0)  # graphs are captured
+    assert serve(chooser, FULL, {0: 1.0, 1: 2.0}, 300)[-1] == 0
+
+
+def test_one_option_is_the_choice() -> None:
+    assert set(serve(Chooser(options(1), predict), FULL, {0: 1.0}, 20)) == {0}
+
+
+class Restless(Chooser):
+    """Another option every step."""
+
+    def __init__(self) -> None:
+        cuts: list[list[float]] = [[], [0.5], [0.25, 0.5, 0.75]]
+        made = [Option(f"{len(c)}", len(c) + 1, Dealer(c, 6)) for c in cuts]
+        super().__init__(made, predict)
+        self.seen: list[tuple[int, Mix, float]] = []
+        self.steps = 0
+
+    def choose(self, mix: Mix) -> int:
+        self.steps += 1
+        return self.steps % len(self.options)
+
+    def observe(self, number: int, mix: Mix, seconds: float) -> None:
+        self.seen.append((number, mix, seconds))
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_requests_do_not_notice_that_schedules_change(steps_in_flight: int) -> None:
+    chooser = Restless()
+    service = serve_loop(steps_in_flight=steps_in_flight, chooser=chooser)
+    requests = [service.request(i, prompt_len=3 + i) for i in range(12)]
+    service.loop.submit(requests)
+    for name, request in service.wait(len(requests)).items():
+        tokens, reason, _ = expected_output(requests[int(name)], VOCAB_SIZE)
+        assert (request.output_token_ids, request.finish_reason) == (tokens, reason)
+    segments = {len(batch.segment_requests) - 1 for batch in service.engine.batches}
+    assert segments == {1, 2, 4}
+    check_nothing_leaked(service)
+    # What is measured is a step that waited for the one before it.
+    assert (len(chooser.seen) > 0) == (steps_in_flight == 2)
+    for number, mix, seconds in chooser.seen:
+        assert 0 <= number < 3 and seconds >= 0
+        assert 0 < mix.rows <= 16 and 0 <= mix.decodes <= mix.rows <= mix.keys
