@@ -37,6 +37,8 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "schedule": "sequential, nano, overlap, or a JSON file",
         "enable_chunked_prefill": "split long prompts over several steps",
         "enable_prefix_caching": "share the KV cache of equal beginnings",
+        "kv_offloading_size": "GiB of host memory that keep what the KV cache has no room for",
+        "kv_offloading_backend": "native",
         "async_scheduling": "plan a step while the one before it runs",
         "scheduling_policy": "fcfs, or priority: requests with a lower one go first",
         "disable_log_stats": "log no line of status every few seconds",

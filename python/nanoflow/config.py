@@ -43,6 +43,8 @@ class EngineArgs:
     schedule: str | Path | Schedule = "sequential"
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool | None = None  # None is True
+    kv_offloading_size: float | None = None  # GiB of host memory for pages of the KV cache
+    kv_offloading_backend: str = "native"
     async_scheduling: bool = True  # plan a step while the one before it runs
     scheduling_policy: str = "fcfs"  # or priority: requests with a lower one go first
     disable_log_stats: bool = False  # no status line every few seconds
@@ -64,6 +66,7 @@ class EngineArgs:
         if not isinstance(self.model, str | Path):
             raise TypeError(f"model={self.model!r} must be a path or the name of a repository")
         parse_length("max_model_len", self.max_model_len)
+        self._check_offloading()
         if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
             self._check_rows(self.max_num_seqs, self.max_num_batched_tokens)
 
@@ -74,6 +77,7 @@ class EngineArgs:
             "tensor_parallel_size": (1,),
             "quantization": (None,),
             "enable_chunked_prefill": (True,),
+            "kv_offloading_backend": ("native",),
         }
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise ValueError(f"device={self.device!r} is unknown; known: auto, cpu, cuda, cuda:N")
@@ -82,6 +86,19 @@ class EngineArgs:
             if value not in values:
                 known = " and ".join(map(repr, values))
                 raise ValueError(f"{name}={value!r} is not supported yet; supported: {known}")
+
+    def _check_offloading(self) -> None:
+        size = self.kv_offloading_size
+        if size is None:
+            return
+        if isinstance(size, bool) or not isinstance(size, int | float):
+            raise TypeError(f"kv_offloading_size={size!r} must be a number of GiB")
+        if not 0 < size < float("inf"):
+            raise ValueError(f"kv_offloading_size={size} must be a number of GiB above 0")
+        if self.enable_prefix_caching is False:
+            raise ValueError(
+                "kv_offloading_size needs enable_prefix_caching: pages are found by what they hold"
+            )
 
     def check_priority(self, priority: int) -> None:
         """Raises ValueError, or TypeError, on a priority that a request cannot have."""

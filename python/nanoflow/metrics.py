@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from time import perf_counter
 
+from nanoflow.offload.stats import OffloadStats
 from nanoflow.scheduler.stats import STEP_TIME_BOUNDS, SchedulerStats
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Counter(Metric):
-    """Only grows."""
+    """Only grows. An int, or a number of seconds."""
 
-    value: int
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Histogram(Metric):
 def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
     """All metrics of an engine."""
     labels = {"model_name": model_name, "engine": "0"}
+    offload = stats.offload or OffloadStats()
     gauges = {
         "num_requests_running": stats.running,
         "num_requests_waiting": stats.waiting,
@@ -58,7 +60,7 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
     counters = {
         "num_preemptions": stats.preemptions,
         "prompt_tokens": stats.prompt_tokens,
-        "prompt_tokens_cached": stats.prefix_hits,
+        "prompt_tokens_cached": stats.prefix_hits + offload.num_hits,
         "generation_tokens": stats.generation_tokens,
         "prefix_cache_queries": stats.prefix_queries,
         "prefix_cache_hits": stats.prefix_hits,
@@ -83,7 +85,28 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
             sum=stats.step_seconds,
             buckets=dict(zip(bounds, cumulative, strict=True)),
         ),
+        *_offload_metrics(offload, labels),
     ]
+
+
+def _offload_metrics(stats: OffloadStats, labels: Mapping[str, str]) -> Iterator[Metric]:
+    """Of the tiers below the device. Tokens, but for what is called bytes or time (seconds)."""
+
+    def counter(name: str, value: float, **more: str) -> Counter:
+        return Counter(f"nanoflow:{name}", {**labels, **more}, value)
+
+    yield counter("external_prefix_cache_queries", stats.queries)
+    yield counter("external_prefix_cache_hits", stats.num_hits)
+    yield counter("kv_offload_resumed_tokens", stats.resumed)
+    for tier, hits in stats.hits.items():
+        yield counter("kv_offload_hits", hits, tier=tier)
+    for tier, usage in stats.usage.items():
+        yield Gauge("nanoflow:kv_offload_usage_perc", {**labels, "tier": tier}, usage)
+    for transfer, traffic in stats.traffic.items():
+        yield counter("kv_offload_total_bytes", traffic.bytes, transfer_type=transfer.value)
+        yield counter("kv_offload_total_time", traffic.seconds, transfer_type=transfer.value)
+    for error, count in stats.errors.items():
+        yield counter("kv_offload_errors", count, error=error)
 
 
 class StatusLine:

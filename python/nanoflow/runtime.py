@@ -22,6 +22,8 @@ from nanoflow.limits import check_free, derive_limits
 from nanoflow.loading import Checkpoint, open_checkpoint
 from nanoflow.memory import GRAPH_BYTES, MemoryUse
 from nanoflow.models.config import ModelConfig
+from nanoflow.offload.offload import Offload
+from nanoflow.offload.setup import make_offload, num_host_slots
 from nanoflow.schedule import find_schedule
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
@@ -70,7 +72,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     times.append(perf_counter())
     engine, limits, memory = sizer.make_engine(weights, schedule)
     _warn(args, limits, checkpoint.model.max_position_embeddings, memory.kind)
-    state = _scheduler_state(limits, schedule.cuts(), args)
+    state = _scheduler_state(limits, schedule.cuts(), args, make_offload(engine, memory))
     steps_in_flight = 2 if args.async_scheduling else 1
     loop = SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)
     times.append(perf_counter())
@@ -168,6 +170,7 @@ class _Sizer:
             max_model_len=limits.max_model_len,
             page_size=limits.page_size,
             num_pages=0 if is_cuda else limits.num_pages,
+            host_slots=num_host_slots(self._args, self._spec),
             enforce_eager=self._args.enforce_eager,
         )
         try:
@@ -240,10 +243,13 @@ def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     return Tokenizer.from_dir(path)
 
 
-def _scheduler_state(limits: EngineLimits, cuts: list[float], args: EngineArgs) -> SchedulerState:
+def _scheduler_state(
+    limits: EngineLimits, cuts: list[float], args: EngineArgs, offload: Offload | None
+) -> SchedulerState:
     return SchedulerState(
         Policy(Dealer(cuts, limits.max_num_seqs), limits.max_num_batched_tokens),
         Slots(limits.max_num_seqs, limits.max_model_len, limits.page_size),
         PageAllocator(limits.num_pages),
         shares_prefixes=args.enable_prefix_caching is not False,
+        offload=offload,
     )

@@ -89,6 +89,23 @@ class FakeHandle:
 
 
 @dataclass
+class FakeCopy:
+    """Loads are done with the step behind them, stores as late as can be: when waited for."""
+
+    engine: FakeEngine
+    pages: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    step: int  # that must have run
+    is_load: bool
+
+    def wait(self) -> float:
+        self.engine.run_until(self.step)
+        if not self.is_load:
+            self.engine.finish_store(self)
+        return 1e-3
+
+
+@dataclass
 class FakeEngine:
     """Steps run when somebody waits for them, or at random earlier moments given a generator."""
 
@@ -99,6 +116,7 @@ class FakeEngine:
     max_num_seqs: int
     max_model_len: int
     segments: int = 1
+    host_slots: int = 0
     early: np.random.Generator | None = None
     fail_at: int = 0  # number of the step that fails
     invalid_seeds: frozenset[int] = frozenset()  # whose logits are NaN
@@ -111,6 +129,9 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self._queue: deque[FakeBatch] = deque()
         self._stored = np.full((self.num_pages, self.page_size, 2), -1)  # token, position
+        self._host = np.full((self.host_slots, self.page_size, 2), -1)
+        self._stores: list[FakeCopy] = []  # unfinished
+        self._loads: list[FakeCopy] = []  # unfinished
         self._pool = np.full(self.max_num_seqs, -1)
         self._pool_seed: dict[int, int] = {}
         self._samples: dict[int, int] = {}  # by seed, which stands for the request
@@ -130,10 +151,34 @@ class FakeEngine:
         """All that a schedule is here."""
         self.segments = segments
 
+    def store_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> FakeCopy:
+        assert len(pages) == len(slots) == len(set(slots.tolist())) > 0
+        for load in self._loads:
+            assert not np.isin(slots, load.slots).any(), "a slot that is being loaded"
+        self._stores.append(FakeCopy(self, pages, slots, self.submitted, is_load=False))
+        return self._stores[-1]
+
+    def finish_store(self, store: FakeCopy) -> None:
+        self._stores.remove(store)
+        self._host[store.slots] = self._stored[store.pages]
+
+    def load_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> FakeCopy:
+        assert len(pages) == len(slots) == len(set(pages.tolist())) > 0
+        for other in [*self._queue, *self._stores, *self._loads]:
+            in_use = other.page_indices if isinstance(other, FakeBatch) else other.pages
+            assert not np.isin(pages, in_use).any(), "a page in use"
+        for store in self._stores:
+            assert not np.isin(slots, store.slots).any(), "a slot that is being stored to"
+        self._loads.append(FakeCopy(self, pages, slots, self.submitted + 1, is_load=True))
+        return self._loads[-1]
+
     def run_until(self, step: int) -> None:
         while self.completed_steps < step:
             batch = self._queue.popleft()
             number = self.completed_steps + 1
+            for load in [load for load in self._loads if load.step == number]:
+                self._stored[load.pages] = self._host[load.slots]
+                self._loads.remove(load)
             if number == self.fail_at:
                 self.outcomes[number] = RuntimeError("planted failure")
             else:
@@ -181,6 +226,8 @@ class FakeEngine:
     def _check_not_in_use(self, b: FakeBatch) -> None:
         """Pages and pool slots pass to another request only when no step in flight uses them."""
         begun = b.page_indices[self._entries(b)[b.positions % self.page_size == 0]]
+        for store in self._stores:
+            assert not np.isin(begun, store.pages).any(), "a page that is being stored"
         for other in self._queue:
             assert not np.isin(begun, other.page_indices).any(), "a page of a step in flight"
             owners = dict(zip(other.slots.tolist(), other.seed.tolist(), strict=True))

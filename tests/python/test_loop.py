@@ -16,6 +16,9 @@ import pytest
 
 from fake_engine import FakeEngine, FakeHandle, expected_output, make_batch
 from nanoflow.errors import EngineError, InvalidLogitsError
+from nanoflow.offload.cost import CostModel
+from nanoflow.offload.host import HostTier
+from nanoflow.offload.offload import Offload
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.choose import Chooser
 from nanoflow.scheduler.deal import Dealer
@@ -73,9 +76,11 @@ def serve(
     engine_type: type[FakeEngine] = FakeEngine,
     step_listener: Callable[[StepStats], None] | None = None,
     chooser: Chooser | None = None,
+    host_slots: int = 0,
     **engine: Any,
 ) -> Service:
     fake = engine_type(
+        host_slots=host_slots,
         vocab_size=VOCAB_SIZE,
         num_pages=NUM_PAGES,
         page_size=4,
@@ -85,7 +90,10 @@ def serve(
         segments=len(cuts) + 1,
         **engine,
     )
-    state = SchedulerState(Policy(Dealer(cuts, 6), 16), Slots(6, 40, 4), PageAllocator(NUM_PAGES))
+    offload = Offload(HostTier(host_slots), CostModel(64, 4)) if host_slots else None
+    state = SchedulerState(
+        Policy(Dealer(cuts, 6), 16), Slots(6, 40, 4), PageAllocator(NUM_PAGES), offload=offload
+    )
     loop = SchedulerLoop(
         fake,
         make_batch,
@@ -109,6 +117,8 @@ def check_nothing_leaked(service: Service) -> None:
     service.state.reclaim(service.engine.completed_steps)
     service.state.check_integrity()
     assert service.state.pages.num_free == NUM_PAGES
+    if service.state.offload is not None:
+        service.state.offload.check_idle()
     assert not service.state.has_requests
 
 

@@ -44,6 +44,11 @@ class StepHandle(Protocol):
         """Blocks until the step has completed; raises what made it fail."""
 
 
+class CopyHandle(Protocol):
+    def wait(self) -> float:
+        """Blocks until the pages are copied; the seconds that it took. Raises on failure."""
+
+
 # Makes a batch from arrays named as in csrc/pipeline/batch.h, which it copies.
 BatchFactory: TypeAlias = Callable[..., Any]
 
@@ -54,3 +59,9 @@ class Engine(Protocol):
 
     def set_schedule(self, schedule: Any) -> None:
         """For the steps queued from now on."""
+
+    def store_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> CopyHandle:
+        """Copies pages, as the steps submitted so far leave them, into slots of the host pool."""
+
+    def load_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> CopyHandle:
+        """Copies slots of the host pool into pages at once; later steps begin behind it."""

@@ -12,6 +12,7 @@ from nanoflow.errors import EngineError
 from nanoflow.request import Request
 from nanoflow.scheduler.batch import build_batch
 from nanoflow.scheduler.choose import Chooser
+from nanoflow.scheduler.copies import Copies
 from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
 from nanoflow.scheduler.state import SchedulerState, Step
 from nanoflow.scheduler.switch import ScheduleSwitch
@@ -177,6 +178,7 @@ class _Worker:
         self._state = state
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
+        self._copies = None if state.offload is None else Copies(engine, state.offload)
 
     def run(self) -> None:
         try:
@@ -194,7 +196,7 @@ class _Worker:
             while not (inbox.has_news() or self._is_busy()):
                 inbox.changed.wait()
             if inbox.forgets_prefixes:
-                self._state.pages.forget()
+                self._state.forget_prefixes()
                 inbox.forgets_prefixes = False
             requests, inbox.requests = inbox.requests, []
             aborts, inbox.aborts = inbox.aborts, []
@@ -229,8 +231,12 @@ class _Worker:
         step = self._state.start_step()
         if not step.plan.is_empty:
             batch = self._make_batch(**build_batch(self._state.slots, step))
+            if self._copies is not None:
+                self._copies.before_submit(step)
             handle = self._engine.submit(batch)
             self._switch.start(self._state.mix_of(step.plan), perf_counter())
+            if self._copies is not None:
+                self._copies.after_submit(step)
             assert handle.step == step.number, f"step {step.number} became {handle.step}"
             self._in_flight.append(_StepInFlight(step, handle, perf_counter() - begin))
         elif not self._in_flight:
@@ -247,6 +253,8 @@ class _Worker:
         result = oldest.handle.wait()
         time_done = perf_counter()
         self._switch.complete(time_done)
+        if self._copies is not None:
+            self._copies.after_wait(oldest.step, is_last=not self._in_flight)
         self._state.complete_step(oldest.step, result, time_done)
         seconds = oldest.seconds + perf_counter() - time_done
         self._state.counters.step_times.add(seconds)

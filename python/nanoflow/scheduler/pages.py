@@ -76,6 +76,10 @@ class PageAllocator:
             self._page_of[key] = page
             self._key_of[page] = key
 
+    def use_until(self, page: int, step: int) -> None:
+        """Keeps a granted page, once it is given up, until a step has completed."""
+        self._last_step[page] = max(self._last_step[page], step)
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The pages of the first keys, up to one that no page is registered under."""
         pages = []

@@ -157,15 +157,14 @@ class Policy:
                 more -= 1
             if more < 0:
                 break
-            left = request.num_tokens - len(prefix.pages) * slots.page_size
+            left = request.num_tokens - prefix.num_pages * slots.page_size
             tokens = min(request.num_tokens + 1, request.max_len - 1)
             pages = -(-tokens // slots.page_size) - prefix.num_held
             if pages > spare_pages:
                 break
             spare_pages -= pages
             covered += min(left, share)
-            claims = len(prefix.pages) - prefix.num_held
-            admissible.append(_Prefill(slot, left, 0, (request, prefix), claims))
+            admissible.append(_Prefill(slot, left, 0, (request, prefix), prefix.claims))
         return admissible
 
     def _deal(

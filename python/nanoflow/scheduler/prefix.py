@@ -12,6 +12,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoflow.offload.offload import Offload
 from nanoflow.request import Request
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.slots import Slots
@@ -22,10 +23,21 @@ ROOT = b""  # before the first page
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What the cache holds of a request before it starts."""
+    """What the cache, and the host pool below it, hold of a request before it starts."""
 
     pages: Sequence[int] = ()  # full ones, from the first position on
     num_held: int = 0  # of them, that running requests hold: sharing those takes no free page
+    slots: Sequence[int] = ()  # of the host pool, with the pages that follow
+
+    @property
+    def num_pages(self) -> int:
+        """Found, wherever they are."""
+        return len(self.pages) + len(self.slots)
+
+    @property
+    def claims(self) -> int:
+        """Free pages that a request takes with it."""
+        return self.num_pages - self.num_held
 
 
 def page_keys(tokens: NDArray[np.int32], page_size: int, parent: bytes = ROOT) -> Iterator[bytes]:
@@ -40,11 +52,20 @@ def page_keys(tokens: NDArray[np.int32], page_size: int, parent: bytes = ROOT) -
 class PrefixCache:
     """Which pages hold the beginnings of requests. Not thread-safe."""
 
-    def __init__(self, slots: Slots, pages: PageAllocator, *, is_on: bool) -> None:
-        """`is_on`: requests that begin alike share the full pages of their beginning."""
+    def __init__(
+        self,
+        slots: Slots,
+        pages: PageAllocator,
+        *,
+        is_on: bool,
+        offload: Offload | None = None,
+    ) -> None:
+        """`is_on`: requests that begin alike share the full pages of their beginning.
+        `offload`: the tiers that pages are copied to."""
         self.is_on = is_on
         self._slots = slots
         self._pages = pages
+        self._offload = offload
         self._filling: set[bytes] = set()  # keys of pages that running requests are to fill
 
     def admissible(
@@ -52,8 +73,9 @@ class PrefixCache:
     ) -> Iterator[tuple[Request, Prefix]]:
         """Those of `waiting` that may start now, in their order, with what the cache holds of them.
 
-        One whose next page another request is about to fill, or would be if it started before it,
-        is held back until it can share it. Nobody is looked at behind `most_held_back` of them.
+        One whose next page another request is about to fill or to load, or would be if it started
+        before it, is held back until it can share it. Nobody is looked at behind
+        `most_held_back` of them.
         """
         started: set[bytes] = set()
         held_back = 0
@@ -63,14 +85,32 @@ class PrefixCache:
                 continue
             keys = self._keys(request)
             found = self._pages.find(keys)
-            missing = keys[len(found) :]
-            if missing and (missing[0] in self._filling or missing[0] in started):
+            rest = keys[len(found) :]
+            slots = self._offload.find(rest) if self._offload is not None else []
+            begins = (*rest[:1], *rest[len(slots) : len(slots) + 1])
+            if any(key in self._filling or key in started for key in begins):
                 held_back += 1
                 if held_back > most_held_back:
                     return
                 continue
-            yield request, Prefix(found, self._pages.num_held(found))
-            started.update(missing)
+            yield request, Prefix(found, self._pages.num_held(found), slots)
+            started.update(rest)
+
+    def load(self, request: Request, prefix: Prefix) -> Sequence[int]:
+        """The pages that an admitted request starts with. Those that follow what the device holds
+        are filled by the host before the next step."""
+        if self._offload is None:
+            return prefix.pages
+        size, resumes = self._slots.page_size, request.num_preemptions > 0
+        begin, end = len(prefix.pages), prefix.num_pages
+        sought, found = request.num_tokens - begin * size, (end - begin) * size
+        self._offload.count(sought, found, is_resumed=resumes)
+        self._offload.touch(request.page_keys[:begin])
+        pages: list[int] = self._pages.grant(end - begin).tolist()
+        for page, key in zip(pages, request.page_keys[begin:end], strict=True):
+            self._pages.register(page, key)
+        self._offload.load(prefix.slots, pages)
+        return [*prefix.pages, *pages]
 
     def admit(self, slot: int) -> None:
         """A request has got a slot and starts with the pages found."""
@@ -84,8 +124,8 @@ class PrefixCache:
             first = int(self._slots.num_shared[slot])
             self._filling.difference_update(self._slots.request(slot).page_keys[first:])
 
-    def register_full_pages(self) -> None:
-        """Lets later steps find the pages that the steps ordered so far fill with known tokens."""
+    def register_full_pages(self, step: int) -> None:
+        """Lets later steps find the pages that the steps up to this one fill with known tokens."""
         slots = self._slots
         if not self.is_on:
             return
@@ -95,9 +135,12 @@ class PrefixCache:
         for slot, end in zip(running[more].tolist(), full[more].tolist(), strict=True):
             keys = slots.request(slot).page_keys
             self._extend(keys, slots.tokens[slot, : end * slots.page_size])
-            for page in range(int(slots.num_shared[slot]), end):
-                self._pages.register(int(slots.pages[slot, page]), keys[page])
-                self._filling.discard(keys[page])
+            for index in range(int(slots.num_shared[slot]), end):
+                page, key = int(slots.pages[slot, index]), keys[index]
+                self._pages.register(page, key)
+                self._filling.discard(key)
+                if self._offload is not None and self._offload.store(page, key):
+                    self._pages.use_until(page, step + 1)
             slots.num_shared[slot] = end
 
     def _keys(self, request: Request) -> list[bytes]:

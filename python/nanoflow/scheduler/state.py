@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.errors import InvalidLogitsError
+from nanoflow.offload.offload import NO_MOVES, Offload, PageMoves
 from nanoflow.request import FinishReason, Request
 from nanoflow.scheduler.admission import Admission
 from nanoflow.scheduler.choose import Mix
@@ -29,18 +30,28 @@ class Step:
     number: int
     plan: StepPlan
     samples: NDArray[np.bool_]  # [R] whose next token is sampled
+    loads: PageMoves = NO_MOVES  # to be begun before it
+    stores: PageMoves = NO_MOVES  # to be begun behind it
 
 
 class SchedulerState:
     """All requests that have not finished, and the slots and pages they hold. Not thread-safe."""
 
     def __init__(
-        self, policy: Policy, slots: Slots, pages: PageAllocator, *, shares_prefixes: bool = True
+        self,
+        policy: Policy,
+        slots: Slots,
+        pages: PageAllocator,
+        *,
+        shares_prefixes: bool = True,
+        offload: Offload | None = None,
     ) -> None:
-        """`shares_prefixes`: requests that begin alike share the full pages of their beginning."""
+        """`shares_prefixes`: requests that begin alike share the full pages of their beginning.
+        `offload`: where pages are copied to, which needs shares_prefixes."""
         self.slots = slots
         self.pages = pages
-        self._prefixes = PrefixCache(slots, pages, is_on=shares_prefixes)
+        self.offload = offload
+        self._prefixes = PrefixCache(slots, pages, is_on=shares_prefixes, offload=offload)
         self.policy = policy
         self.admission = Admission(pages.num_pages, len(slots.requests), slots.page_size)
         self.counters = Counters()
@@ -68,7 +79,8 @@ class SchedulerState:
     def stats(self) -> SchedulerStats:
         """May be called by any thread, which may then see some of a step's changes already."""
         usage = 1 - self.pages.num_free / self.pages.num_pages
-        return self.counters.snapshot(self.num_running, max(0, self.num_waiting), usage)
+        offload = None if self.offload is None else self.offload.stats()
+        return self.counters.snapshot(self.num_running, max(0, self.num_waiting), usage, offload)
 
     def open_requests(self) -> list[Request]:
         """All that have not finished."""
@@ -114,13 +126,23 @@ class SchedulerState:
         self.counters.finished[reason] += 1
         request.finish(reason, time, stop_reason=stop_reason, error=error)
 
+    def forget_prefixes(self) -> None:
+        """Requests that start from now on find nothing of earlier ones."""
+        self.pages.forget()
+        if self.offload is not None:
+            self.offload.forget()
+
     def reclaim(self, completed_step: int) -> None:
         """Takes back pages and slots that only steps up to `completed_step` used.
 
         A slot also waits until the tokens of those steps have arrived; a preempted request queues
-        again with them.
+        again with them. A page that is copied out with a step is free when the copy is done, which
+        is waited for with the next step at the latest.
         """
-        self.pages.reclaim(completed_step)
+        if self.offload is not None and self.offload.settled_step == self._last_step:
+            self.pages.reclaim(self._last_step + 1)
+        else:
+            self.pages.reclaim(completed_step)
         arrived = min(completed_step, self.arrived_step)
         slots, still_leaving, back = self.slots, [], []
         for slot in self._leaving:
@@ -156,6 +178,8 @@ class SchedulerState:
         for slot in plan.preempted:
             self.slots.request(slot).num_preemptions += 1
             self._release(slot, SlotState.PREEMPTED)
+        for prefix in plan.prefixes:  # all, before a page is granted anew
+            self.pages.share(prefix.pages)
         for (slot, request), prefix in zip(plan.admitted, plan.prefixes, strict=True):
             self._admit(slot, request, prefix)
         if plan.is_empty:
@@ -166,8 +190,11 @@ class SchedulerState:
         self._grant(plan.slots, slots.pages_for(stored) - slots.num_pages[plan.slots])
         slots.computed[plan.slots] = stored
         slots.last_step[plan.slots] = self._last_step
-        self._prefixes.register_full_pages()
-        return Step(self._last_step, plan, stored >= slots.prefill_len[plan.slots])
+        self._prefixes.register_full_pages(self._last_step)
+        samples = stored >= slots.prefill_len[plan.slots]
+        if self.offload is None:
+            return Step(self._last_step, plan, samples)
+        return Step(self._last_step, plan, samples, *self.offload.take_moves())
 
     def complete_step(self, step: Step, result: StepResult, time: float) -> None:
         """Takes the sampled tokens of a step, in order, and finishes requests that they end."""
@@ -200,6 +227,8 @@ class SchedulerState:
         """Asserts that slots and pages add up and that every request is in one place."""
         slots = self.slots
         self.pages.check_integrity()
+        if self.offload is not None:
+            self.offload.check_integrity()
         held = [slots.pages_of(slot) for slot in slots.running.tolist()]
         users = np.bincount(
             np.concatenate([np.empty(0, np.int32), *held]), minlength=self.pages.num_pages
@@ -235,15 +264,15 @@ class SchedulerState:
         self.admission.charge(request)
         assert self._free_slots.pop() == slot
         self._slot_of[request.id] = slot
-        self.pages.share(prefix.pages)
-        self.slots.assign(slot, request, self._age_of[request.id], prefix.pages)
+        pages = self._prefixes.load(request, prefix)
+        self.slots.assign(slot, request, self._age_of[request.id], pages)
         self._prefixes.admit(slot)
         if request.num_preemptions == 0:
             request.expected_tokens = self.admission.forecast.steps_left(request)
             request.num_cached_tokens = int(self.slots.computed[slot])
             if self._prefixes.is_on:
                 self.counters.prefix_queries += len(request.prompt_token_ids)
-                self.counters.prefix_hits += request.num_cached_tokens
+                self.counters.prefix_hits += len(prefix.pages) * self.slots.page_size
 
     def _release(self, slot: int, state: SlotState) -> None:
         self._prefixes.release(slot)

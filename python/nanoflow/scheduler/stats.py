@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 
+from nanoflow.offload.stats import OffloadStats
 from nanoflow.request import FinishReason
 
 # Upper bounds of StepTimes.counts, in seconds; the last count has none.
@@ -44,7 +45,7 @@ class Counters:
     prompt_tokens: int = 0  # of requests that have generated a token
     generation_tokens: int = 0
     prefix_queries: int = 0  # tokens of requests whose beginning was looked for
-    prefix_hits: int = 0  # of them, found in the KV cache
+    prefix_hits: int = 0  # of them, found on the device
     preemptions: int = 0
     finished: dict[FinishReason, int] = field(
         default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
@@ -52,7 +53,9 @@ class Counters:
     forecast: ForecastTokens = field(default_factory=ForecastTokens)
     step_times: StepTimes = field(default_factory=StepTimes)
 
-    def snapshot(self, running: int, waiting: int, kv_cache_usage: float) -> SchedulerStats:
+    def snapshot(
+        self, running: int, waiting: int, kv_cache_usage: float, offload: OffloadStats | None
+    ) -> SchedulerStats:
         return SchedulerStats(
             running=running,
             waiting=waiting,
@@ -66,6 +69,7 @@ class Counters:
             forecast=replace(self.forecast),
             step_seconds=self.step_times.seconds,
             step_counts=tuple(self.step_times.counts),
+            offload=offload,
         )
 
 
@@ -85,3 +89,4 @@ class SchedulerStats:
     forecast: ForecastTokens
     step_seconds: float
     step_counts: tuple[int, ...]  # by STEP_TIME_BOUNDS
+    offload: OffloadStats | None = None  # where there are tiers below the device

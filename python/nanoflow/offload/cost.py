@@ -1,0 +1,56 @@
+"""Whether it pays to bring pages back from a tier, from rates measured while the engine runs."""
+
+from __future__ import annotations
+
+_WEIGHT = 0.2  # of a new observation
+_MIN_ROWS = 64  # a step with fewer is about other things than prompts
+
+
+class Rate:
+    """Amounts a second: an average in which later observations weigh more."""
+
+    def __init__(self) -> None:
+        self._amount = self._seconds = 0.0
+
+    def observe(self, amount: float, seconds: float) -> None:
+        if amount > 0 and seconds > 0:
+            self._amount += _WEIGHT * (amount - self._amount)
+            self._seconds += _WEIGHT * (seconds - self._seconds)
+
+    @property
+    def value(self) -> float | None:
+        """None before the first observation."""
+        return self._amount / self._seconds if self._seconds else None
+
+
+class CostModel:
+    """Compares the time to copy pages with the time to compute them again.
+
+    What has not been measured yet is taken to be worth a try.
+    """
+
+    def __init__(self, page_bytes: int, page_size: int) -> None:
+        self.page_bytes = page_bytes
+        self._page_size = page_size
+        self._prefill = Rate()  # tokens
+
+    def observe_step(self, prefill_rows: int, decodes: int, seconds: float) -> None:
+        """A step has taken so long; those that mostly decode say nothing of prompts."""
+        rows = prefill_rows + decodes
+        if rows >= _MIN_ROWS and prefill_rows >= rows // 2:
+            self._prefill.observe(rows, seconds)
+
+    def compute_seconds(self, pages: int) -> float | None:
+        """For the tokens of so many pages; None before a prompt has been seen."""
+        rate = self._prefill.value
+        return None if rate is None else pages * self._page_size / rate
+
+    def is_worth(self, pages: int, bandwidth: Rate, backlog: int = 0) -> bool:
+        """Whether `pages` behind `backlog` others arrive before they would be computed.
+
+        `bandwidth`: bytes a second.
+        """
+        rate, compute = bandwidth.value, self.compute_seconds(pages)
+        if rate is None or compute is None:
+            return True
+        return (pages + backlog) * self.page_bytes / rate <= compute

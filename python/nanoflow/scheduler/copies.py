@@ -1,0 +1,62 @@
+"""Page copies on their way between the KV cache and the host pool."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from nanoflow.offload.offload import Offload, PageMoves
+from nanoflow.scheduler.engine import CopyHandle, Engine
+from nanoflow.scheduler.state import Step
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    step: int  # that it was begun with
+    moves: PageMoves
+    is_load: bool
+    handle: CopyHandle
+
+
+class Copies:
+    """Hands a step's copies to the engine, and waits for them with the step behind it."""
+
+    def __init__(self, engine: Engine, offload: Offload) -> None:
+        self._engine = engine
+        self._offload = offload
+        self._in_flight: deque[_Copy] = deque()  # oldest first
+        self._submit_times: deque[float] = deque()  # of steps in flight, oldest first
+        self._time_done = 0.0  # of the last step waited for
+
+    def before_submit(self, step: Step) -> None:
+        """Begins to load what the step needs."""
+        self._begin(step.number, step.loads, is_load=True)
+
+    def after_submit(self, step: Step) -> None:
+        """Begins to store what the step fills."""
+        self._begin(step.number, step.stores, is_load=False)
+        self._submit_times.append(perf_counter())
+
+    def after_wait(self, step: Step, *, is_last: bool) -> None:
+        """Waits for the copies of the steps before it, of the step itself if no other is in
+        flight: then nothing is left that could hold a page up."""
+        now = perf_counter()
+        seconds = now - max(self._submit_times.popleft(), self._time_done)
+        self._time_done = now
+        self._offload.observe_step(step.plan.prefill_rows, step.plan.decodes, seconds)
+        settled = step.number if is_last else step.number - 1
+        while self._in_flight and self._in_flight[0].step <= settled:
+            copy = self._in_flight.popleft()
+            done = self._offload.loaded if copy.is_load else self._offload.stored
+            done(copy.moves, copy.handle.wait())
+        self._offload.settled_step = settled
+
+    def _begin(self, step: int, moves: PageMoves, *, is_load: bool) -> None:
+        if not moves:
+            return
+        copy = self._engine.load_pages if is_load else self._engine.store_pages
+        handle = copy(np.array(moves.pages, np.int32), np.array(moves.slots, np.int32))
+        self._in_flight.append(_Copy(step, moves, is_load, handle))
