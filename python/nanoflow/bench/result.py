@@ -86,12 +86,17 @@ def matrix_tflops(model: ModelConfig, state: SteadyState) -> float:
 
     Every token but a request's last passes through all layers; what is sampled, through the head.
     """
+    output = state.output_tokens
+    rows = state.prompt_tokens + output * (1 - 1 / state.mean_output)
+    return matrix_flop(model, rows, output) / state.seconds * 1e-12
+
+
+def matrix_flop(model: ModelConfig, rows: float, sampled: float) -> float:
+    """Of the products of so many rows with all layers, and of so many with the head."""
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     layer = (heads + 3 * model.intermediate_size) * model.hidden_size
     head = model.vocab_size * model.hidden_size
-    output = state.output_tokens
-    rows = state.prompt_tokens + output * (1 - 1 / state.mean_output)
-    return 2 * (rows * model.num_layers * layer + output * head) / state.seconds * 1e-12
+    return 2 * (rows * model.num_layers * layer + sampled * head)
 
 
 def circumstances(
