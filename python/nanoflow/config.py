@@ -40,7 +40,7 @@ class EngineArgs:
     device: str = "auto"  # a GPU that can run the model, else the CPU; or cpu, cuda, cuda:1
     cpu_threads: int = 0  # 0: all that this process may use
     cpu_isa: str = "auto"
-    schedule: str | Path | Schedule = "sequential"
+    schedule: str | Path | Schedule = "auto"  # on a GPU the best found, on a CPU sequential
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool | None = None  # None is True
     kv_offloading_size: float | None = None  # GiB of host memory for pages of the KV cache

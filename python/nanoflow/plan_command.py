@@ -12,8 +12,9 @@ from nanoflow.config import EngineArgs
 from nanoflow.loading import open_checkpoint
 from nanoflow.mixed_step import MixedStep, StepMix, deal_step, run_steps
 from nanoflow.runtime import make_backend
-from nanoflow.schedule import find_schedule, schedule_to_json
+from nanoflow.schedule import schedule_to_json
 from nanoflow.trace import TimedStep, trace_of, write_trace
+from nanoflow.tune.auto import choose_schedules
 
 ENGINE_FLAGS = (
     "model",
@@ -56,9 +57,9 @@ def run_plan(options: argparse.Namespace) -> None:
     if not 0 <= layer < model.num_layers:
         raise ValueError(f"--layer {layer}: the model has layers 0 to {model.num_layers - 1}")
     backend = make_backend(args)
-    schedule = find_schedule(args.schedule, backend.width)
-    step = deal_step(mix, schedule.cuts())
     spec = _core.ModelSpec(**model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    schedule = choose_schedules(args, backend, spec).schedules[0]
+    step = deal_step(mix, schedule.cuts())
     weights = _core.Weights(spec, backend)
     checkpoint.load_weights(weights)
     engine = _core.Engine(step.engine_config(), weights, schedule)

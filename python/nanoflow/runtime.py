@@ -24,7 +24,6 @@ from nanoflow.memory import GRAPH_BYTES, MemoryUse
 from nanoflow.models.config import ModelConfig
 from nanoflow.offload.offload import Offload
 from nanoflow.offload.setup import make_offload, num_host_slots
-from nanoflow.schedule import find_schedule
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
 from nanoflow.scheduler.pages import PageAllocator
@@ -32,6 +31,7 @@ from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.tokenizer import Tokenizer
+from nanoflow.tune.auto import choose_schedules
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def start_runtime(args: EngineArgs) -> Runtime:
     )
     spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
     backend = make_backend(args, spec)
-    schedule = find_schedule(args.schedule, backend.width)
+    choice = choose_schedules(args, backend, spec)
+    schedule = choice.schedules[0]
     tokenizer = None if args.skip_tokenizer_init else _open_tokenizer(args, checkpoint)
     times.append(perf_counter())
     sizer = _Sizer(args, backend, spec, checkpoint.model.max_position_embeddings)
@@ -74,7 +75,13 @@ def start_runtime(args: EngineArgs) -> Runtime:
     _warn(args, limits, checkpoint.model.max_position_embeddings, memory.kind)
     state = _scheduler_state(limits, schedule.cuts(), args, make_offload(engine, memory))
     steps_in_flight = 2 if args.async_scheduling else 1
-    loop = SchedulerLoop(engine, _core.Batch, state, steps_in_flight=steps_in_flight)
+    loop = SchedulerLoop(
+        engine,
+        _core.Batch,
+        state,
+        steps_in_flight=steps_in_flight,
+        chooser=choice.chooser(limits.max_num_seqs),
+    )
     times.append(perf_counter())
     phases = dict(zip(PHASES, (b - a for a, b in pairwise(times)), strict=True))
     logger.info("%s\n%s", backend.description, memory.table())

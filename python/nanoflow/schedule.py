@@ -10,6 +10,7 @@ from typing import Any
 from nanoflow._core import EngineError, LaneSpec, Schedule, StageSpec
 
 BUILT_IN = ("sequential", "nano", "overlap")
+AUTO = "auto"  # chosen by nanoflow.tune.auto
 _MEMORY_SHARE = 24 / 132  # of the device: its memory is saturated by a part of its width
 
 
@@ -32,7 +33,9 @@ def built_in_schedule(name: str, width: int) -> Schedule:
         stages = {**dict.fromkeys(("qkv", "o", "mlp"), compute), "attn": StageSpec([0.5], "memory")}
         order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
         return Schedule(name, lanes, stages, order)
-    raise ValueError(f"schedule {name!r} is unknown; known: {', '.join(BUILT_IN)}, or a JSON file")
+    raise ValueError(
+        f"schedule {name!r} is unknown; known: {', '.join((AUTO, *BUILT_IN))}, or a JSON file"
+    )
 
 
 def without_overlap(schedule: Schedule, width: int) -> Schedule:
@@ -42,11 +45,16 @@ def without_overlap(schedule: Schedule, width: int) -> Schedule:
 
 
 def find_schedule(schedule: str | Path | Schedule, width: int) -> Schedule:
-    """A built-in by its name, a file by its path, or the schedule itself."""
+    """A built-in by its name, a file by its path, or the schedule itself.
+
+    Raises ValueError on "auto", which stands for several: see nanoflow.tune.auto.
+    """
     if isinstance(schedule, Schedule):
         return schedule
     if not isinstance(schedule, str | Path):
         raise TypeError(f"schedule={schedule!r} must be a name, the path of a file or a Schedule")
+    if schedule == AUTO:
+        raise ValueError("schedule 'auto' is chosen by an LLM as it serves; name a schedule here")
     if schedule in BUILT_IN:
         return built_in_schedule(str(schedule), width)
     path = Path(schedule)

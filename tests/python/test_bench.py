@@ -168,7 +168,7 @@ def test_steady_start_measures_a_window_and_ends(model, tmp_path, capsys):
     assert bench("throughput", "--model", model, *lengths, *flags, "--steady-start") == 0
     printed = capsys.readouterr().out
     assert re.search(r"^Steady state: [\d.]+ total tokens/s in 0\.\d+ s, ", printed, re.MULTILINE)
-    result = json.loads((tmp_path / "cpu" / f"{model.name}-20x40-sequential.json").read_text())
+    result = json.loads((tmp_path / "cpu" / f"{model.name}-20x40-auto.json").read_text())
     steady = result["steady_state"]
     assert result["measured"] == "steady state"
     assert steady["seconds"] >= 0.3

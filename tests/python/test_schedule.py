@@ -68,8 +68,10 @@ def test_a_schedule_stands_for_itself() -> None:
 
 
 def test_an_unknown_name_or_file() -> None:
-    with pytest.raises(ValueError, match="'pingpong' is unknown; known: sequential, nano, overlap"):
+    with pytest.raises(ValueError, match="'pingpong' is unknown; known: auto, sequential, nano,"):
         find_schedule("pingpong", 2)
+    with pytest.raises(ValueError, match="'auto' is chosen by an LLM as it serves"):
+        find_schedule("auto", 2)
     with pytest.raises(FileNotFoundError, match=r"no schedule file .*gone\.json"):
         find_schedule("gone.json", 2)
 

@@ -11,6 +11,17 @@ from nanoflow.tune.program import Program, parts_of, program_of
 from nanoflow.tune.simulate import Cost, LaneWidths, Steady, steady
 from nanoflow.tune.table import OpTable
 
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "dtype",
+)
+
 
 class Spec(Protocol):
     """What is needed of `_core.ModelSpec`."""
@@ -31,6 +42,11 @@ class Spec(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def dtype(self) -> str: ...
+
+
+def shape_of(spec: Spec) -> dict[str, int | str]:
+    """The fields of Spec by name."""
+    return {name: getattr(spec, name) for name in _SHAPE}
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,29 +155,38 @@ def _ratio(a: float, b: float) -> float:
     return max(a / b, b / a)
 
 
-def save_table(table: OpTable, path: Path) -> None:
+def table_to_json(table: OpTable) -> dict[str, Any]:
     content = asdict(table)
     content["slowdown"] = [
         {"op": op, "beside": beside, "factor": factor}
         for (op, beside), factor in table.slowdown.items()
     ]
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def table_from_json(content: Mapping[str, Any]) -> OpTable:
+    """Raises KeyError or TypeError where it is no table."""
+    fields = dict(content)
+    fields["products"] = tuple(
+        Product(p["features"], p["depth"], _entries(p["entries"])) for p in content["products"]
+    )
+    for name in ("decode", "prefill", "rows"):
+        fields[name] = _entries(content[name])
+    fields["steps"] = tuple(MeasuredStep(**step) for step in content["steps"])
+    fields["slowdown"] = {
+        (item["op"], item["beside"]): item["factor"] for item in content["slowdown"]
+    }
+    return OpTable(**fields)
+
+
+def save_table(table: OpTable, path: Path) -> None:
+    path.write_text(json.dumps(table_to_json(table), indent=1) + "\n", encoding="utf-8")
 
 
 def load_table(path: Path) -> OpTable:
     """Raises ValueError naming the file where it is no table."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        content["products"] = tuple(
-            Product(p["features"], p["depth"], _entries(p["entries"])) for p in content["products"]
-        )
-        for name in ("decode", "prefill", "rows"):
-            content[name] = _entries(content[name])
-        content["steps"] = tuple(MeasuredStep(**step) for step in content["steps"])
-        content["slowdown"] = {
-            (item["op"], item["beside"]): item["factor"] for item in content["slowdown"]
-        }
-        return OpTable(**content)
+        return table_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of op times: {error!r}") from error
 

@@ -1,0 +1,145 @@
+"""schedule="auto": which schedules an engine starts with, and what each is predicted to take.
+
+On a GPU they come from a run of `nanoflow tune`, else from a search in the op times that the
+package has for it; while serving, `scheduler.choose` tries the best ones and keeps the fastest. A
+GPU without op times tries the built-in overlap. CPUs and several GPUs run everything in turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nanoflow._core import Backend, Schedule
+from nanoflow.config import EngineArgs
+from nanoflow.limits import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
+from nanoflow.schedule import (
+    AUTO,
+    built_in_schedule,
+    find_schedule,
+    schedule_from_json,
+    schedule_to_json,
+)
+from nanoflow.scheduler.choose import Chooser, Mix, Option
+from nanoflow.scheduler.deal import Dealer
+from nanoflow.tune.costs import CostModel, Load, Spec
+from nanoflow.tune.results import device_name, key_of, load_result, save_result
+from nanoflow.tune.search import search
+from nanoflow.tune.table import OpTable, shipped_table, table_from_json, table_to_json
+
+logger = logging.getLogger(__name__)
+
+TRIED = 3  # schedules, beside sequential
+_CONTEXT = 768  # keys of a request on the average, as when 512 tokens follow 512
+_FULL_ROWS = 512  # of a step, from which overlap is tried where nothing predicts it
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Schedules, the one to start with first."""
+
+    schedules: Sequence[Schedule]
+    predict: Callable[[int, Mix], float]  # as in scheduler.choose
+
+    def chooser(self, max_num_seqs: int) -> Chooser | None:
+        """None where there is nothing to choose."""
+        if len(self.schedules) == 1:
+            return None
+        options = [Option(s.id, s, Dealer(s.cuts(), max_num_seqs)) for s in self.schedules]
+        return Chooser(options, self.predict)
+
+
+def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
+    """Raises ValueError on a schedule that there is not."""
+    if args.schedule != AUTO:
+        return _only(find_schedule(args.schedule, backend.width))
+    sequential = built_in_schedule("sequential", backend.width)
+    if backend.device == "cpu" or args.tensor_parallel_size > 1:
+        return _only(sequential)
+    found = _tuned(backend, spec) or _searched(args, backend, spec)
+    if found is None:
+        logger.info(
+            "there are no op times of %s: a built-in schedule is tried; 'nanoflow tune' measures "
+            "them and finds better ones",
+            device_name(backend),
+        )
+        return Choice([sequential, built_in_schedule("overlap", backend.width)], _by_rows)
+    table, schedules = found
+    if sequential not in schedules:
+        schedules = [*schedules, sequential]
+    logger.info("schedules to choose from: %s", ", ".join(s.id for s in schedules))
+    return Choice(schedules, _predictor(CostModel(table, spec), schedules))
+
+
+def full_load(args: EngineArgs) -> Load:
+    """A step of an engine that has as many requests as it runs at once: as many rows of prompts
+    as of decodes, as far as a step has rows for them."""
+    decodes = args.max_num_seqs or DEFAULT_MAX_NUM_SEQS["cuda"]
+    rows = max(args.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS, decodes)
+    return Load(decodes, _CONTEXT, min(decodes, rows - decodes), _CONTEXT // 3)
+
+
+def _only(schedule: Schedule) -> Choice:
+    return Choice([schedule], lambda number, mix: float(mix.rows))
+
+
+def _by_rows(number: int, mix: Mix) -> float:
+    """Nothing is known: the first alone for few rows, otherwise no difference."""
+    return float(mix.rows * (1 if number == 0 or mix.rows >= _FULL_ROWS else 2))
+
+
+def _tuned(backend: Backend, spec: Spec) -> tuple[OpTable, list[Schedule]] | None:
+    """The best that `nanoflow tune` measured, the fastest first."""
+    key = key_of(backend, spec)
+    result = load_result(key.path("tuned"), key)
+    if result is None:
+        return None
+    measured = sorted(result["measured"], key=lambda one: -one["tokens_per_second"])
+    schedules = [schedule_from_json(one["schedule"]) for one in measured[:TRIED]]
+    return table_from_json(result["table"]), schedules
+
+
+def _searched(
+    args: EngineArgs, backend: Backend, spec: Spec
+) -> tuple[OpTable, list[Schedule]] | None:
+    """From the package's op times; remembered, for a search takes a few seconds."""
+    table = shipped_table(device_name(backend))
+    if table is None or table.width != backend.width:
+        return None
+    load = full_load(args)
+    basis = {"load": asdict(load), "table": _digest(table_to_json(table))}
+    key = key_of(backend, spec)
+    key = replace(key, model={**key.model, **basis})
+    path = key.path("searched")
+    result = load_result(path, key)
+    if result is None:
+        candidates = search(CostModel(table, spec), load, TRIED)
+        result = {"schedules": [schedule_to_json(c.schedule) for c in candidates]}
+        try:
+            save_result(path, key, result)
+        except OSError as error:
+            logger.info("the search is not remembered: %s", error)
+    return table, [schedule_from_json(schedule) for schedule in result["schedules"]]
+
+
+def _predictor(model: CostModel, schedules: Sequence[Schedule]) -> Callable[[int, Mix], float]:
+    def predict(number: int, mix: Mix) -> float:
+        return model.predict(schedules[number], load_of(mix)).step_us
+
+    return predict
+
+
+def load_of(mix: Mix) -> Load:
+    """Requests of a step hold about as many keys each; a prompt's rows read half of them."""
+    prompts = max(0, mix.rows - mix.decodes)
+    requests = mix.decodes + (1 if prompts else 0)
+    context = max(1, mix.keys // max(1, requests))
+    return Load(mix.decodes, context, prompts, max(1, min(context, prompts) // 2))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
