@@ -24,7 +24,8 @@ from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.slots import Slots
-from nanoflow.scheduler.state import SchedulerState, Step
+from nanoflow.scheduler.state import SchedulerState
+from nanoflow.scheduler.step import Step
 
 PAGE_SIZE = 64
 EOS = 1

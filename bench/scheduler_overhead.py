@@ -23,11 +23,12 @@ from nanoflow import _core
 from nanoflow.bench import environment
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.deal import Dealer
-from nanoflow.scheduler.loop import SchedulerLoop, StepStats
+from nanoflow.scheduler.loop import SchedulerLoop
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
+from nanoflow.scheduler.stats import StepStats
 
 PAGE_SIZE = 64
 VOCAB_SIZE = 128_256

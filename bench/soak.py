@@ -31,7 +31,7 @@ from nanoflow.processor import Processor
 from nanoflow.request import Request
 from nanoflow.runtime import Runtime, start_runtime
 from nanoflow.sampling_params import SamplingParams
-from nanoflow.scheduler.loop import StepStats
+from nanoflow.scheduler.stats import StepStats
 from shapes import SHAPES, write_model
 
 MAX_MODEL_LEN = 512

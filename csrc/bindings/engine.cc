@@ -122,6 +122,9 @@ void register_engine(py::module_& m) {
           },
           py::arg("pages"), py::arg("slots"),
           "Copies slots of the host pool into pages at once; later steps begin behind it.")
+      .def("restart", &Engine::restart, py::call_guard<py::gil_scoped_release>(),
+           "After a step has failed: lets steps be submitted again, from an empty KV cache. Raises "
+           "EngineError when the device cannot be used any more.")
       .def_property_readonly("host_pool", &host_pool,
                              "uint8 [host_slots, bytes of a slot]: the pool itself.")
       .def_property_readonly("completed_steps", &Engine::completed_steps)

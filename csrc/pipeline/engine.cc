@@ -105,6 +105,19 @@ CopyHandle Engine::copy_pages(CopyDirection direction, PageCopies copies) {
   return CopyHandle(state);
 }
 
+void Engine::restart() {
+  const uint64_t in_flight = impl_->submitted - impl_->worker.completed_steps();
+  NF_CHECK(in_flight == 0, in_flight, " steps are in flight; wait for them before restart()");
+  try {
+    impl_->worker.restart();
+  } catch (const std::exception& error) {
+    fail(
+        "the device reports an error even after a restart, so that this process cannot use it any "
+        "more; start another one: ",
+        error.what());
+  }
+}
+
 std::byte* Engine::host_pool() const { return impl_->worker.host_pool().data(); }
 
 size_t Engine::host_slot_bytes() const { return impl_->worker.host_pool().slot_bytes(); }

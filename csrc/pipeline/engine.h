@@ -121,6 +121,11 @@ class Engine {
   /// neither they nor copies on their way may touch its pages and slots. Throws Error on a page or
   /// slot that there is not, and with kMaxCopiesInFlight unfinished.
   CopyHandle copy_pages(CopyDirection direction, PageCopies copies);
+  /// After a step has failed: returns when the device has nothing left to do, and lets steps be
+  /// submitted again. What the KV cache, the token pool and slots' histories hold is undefined.
+  /// Throws Error when the device reports an error even then: it cannot be used by this process any
+  /// more. Handles of all steps and copies must have been waited for.
+  void restart();
   /// Slots of the host pool, one after another: [host_slots, host_slot_bytes()].
   std::byte* host_pool() const;
   /// Bytes from slot to slot, a multiple of 4096; so are their addresses.

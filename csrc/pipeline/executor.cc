@@ -30,6 +30,14 @@ std::vector<Lane*> Executor::lanes_of(const std::vector<int>& widths, Lane& orig
   return lanes;
 }
 
+std::vector<Lane*> Executor::lanes() const {
+  std::vector<Lane*> lanes;
+  for (const auto& [widths, own] : lanes_) {
+    for (const std::unique_ptr<Lane>& lane : own) lanes.push_back(lane.get());
+  }
+  return lanes;
+}
+
 void Executor::make_events(const Plan& plan) {
   if (finished_.size() < plan.ops.size()) finished_.resize(plan.ops.size());
   while (joined_.size() < plan.lanes.size()) joined_.push_back(backend_.make_event());

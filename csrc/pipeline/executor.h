@@ -25,6 +25,8 @@ class Executor {
   /// lanes fork from it and join into it; a lone lane of its width is the origin itself. `stamps`,
   /// when given, gets two times a NanoOp: begin and end in nanoseconds.
   void run(const Plan& plan, Lane& origin, int64_t* stamps = nullptr);
+  /// All that have been made.
+  std::vector<Lane*> lanes() const;
 
  private:
   void make_events(const Plan& plan);

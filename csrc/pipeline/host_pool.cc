@@ -66,6 +66,11 @@ void HostPool::run(const std::shared_ptr<CopyState>& state, Lane& origin) {
   });
 }
 
+std::vector<Lane*> HostPool::lanes() const {
+  if (num_slots_ == 0) return {};
+  return {directions_[0].lane.get(), directions_[1].lane.get()};
+}
+
 void HostPool::copy(const PageCopies& copies, bool to_host, Lane& lane) {
   const size_t run_bytes = cache_.page_bytes() / static_cast<size_t>(cache_.num_layers());
   for (size_t i = 0; i < copies.pages.size(); ++i) {

@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <memory>
+#include <vector>
 
 #include "kernels/backend.h"
 #include "pipeline/completion.h"
@@ -37,6 +38,8 @@ class HostPool {
   /// own; a load begins at once, and whatever is given to `origin` from now on comes behind it. At
   /// most Engine::kMaxCopiesInFlight of a direction may be unfinished.
   void run(const std::shared_ptr<CopyState>& state, Lane& origin);
+  /// Those of both directions, none without slots.
+  std::vector<Lane*> lanes() const;
   /// Throws Error naming the first entry that is out of range or named twice.
   void validate(const PageCopies& copies) const;
 

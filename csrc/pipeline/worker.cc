@@ -99,6 +99,29 @@ void Worker::enqueue(std::shared_ptr<StepState> state) { enqueue_task(std::move(
 
 void Worker::enqueue(std::shared_ptr<CopyState> state) { enqueue_task(std::move(state)); }
 
+void Worker::restart() {
+  const auto task = std::make_shared<Restart>([this] { clear_errors(); });
+  std::future<void> done = task->get_future();
+  enqueue_task(task);
+  done.get();
+}
+
+void Worker::clear_errors() {
+  std::vector<Lane*> lanes = executor_.lanes(), copying = host_pool_.lanes();
+  lanes.insert(lanes.end(), copying.begin(), copying.end());
+  lanes.push_back(origin_.get());
+  // Errors spread while lanes still wait for each other: so all are cleared before any is asked.
+  std::vector<std::unique_ptr<Event>> reached;
+  for (Lane* lane : lanes) {
+    lane->clear_error();
+    reached.push_back(backend_.make_event());
+    lane->record(*reached.back());
+  }
+  for (const auto& event : reached) event->synchronize();
+  const std::lock_guard lock(mutex_);
+  error_ = nullptr;
+}
+
 void Worker::enqueue_task(Task task) {
   const std::lock_guard lock(mutex_);
   queue_.push_back(std::move(task));

@@ -6,6 +6,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -48,6 +49,8 @@ class Worker {
   /// Queues validated copies behind the steps before them.
   void enqueue(std::shared_ptr<CopyState> state);
   uint64_t completed_steps() const { return completed_.load(std::memory_order_acquire); }
+  /// Forgets the error once all that was queued has gone by; see Engine::restart.
+  void restart();
   /// The first error of any step; later steps are refused.
   std::exception_ptr error() const;
 
@@ -62,11 +65,15 @@ class Worker {
   static constexpr size_t kCachedPlans = 128;
 
   int fix_pages(const Schedule& schedule, const std::function<int()>& choose_pages);
-  using Task = std::variant<std::shared_ptr<StepState>, std::shared_ptr<CopyState>>;
+  using Restart = std::packaged_task<void()>;
+  using Task = std::variant<std::shared_ptr<StepState>, std::shared_ptr<CopyState>,
+                            std::shared_ptr<Restart>>;
   void enqueue_task(Task task);
   void loop();
   void start(const std::shared_ptr<StepState>& state);
   void start(const std::shared_ptr<CopyState>& state);
+  void start(const std::shared_ptr<Restart>& restart) { (*restart)(); }
+  void clear_errors();
   void issue(const std::shared_ptr<StepState>& state);
   void run_plans(StepState& state, const PlanKey& key);
   /// Runs a plan eagerly at first and when it is timed, else its graph.

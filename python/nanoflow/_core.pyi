@@ -473,6 +473,10 @@ class Engine:
         """
         The plans of a step whose segments hold these rows, in the order they run: layers, head.
         """
+    def restart(self) -> None:
+        """
+        After a step has failed: lets steps be submitted again, from an empty KV cache. Raises EngineError when the device cannot be used any more.
+        """
     def set_schedule(self, schedule: Schedule) -> None:
         """
         From the next step on.

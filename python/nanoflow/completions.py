@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanoflow.detokenizer import IncrementalDetokenizer
+from nanoflow.errors import TextError
 from nanoflow.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoflow.prompts import Prompt
 from nanoflow.request import Request, TokenLogprobs
@@ -27,7 +28,7 @@ class OutputMaker:
     def output(
         self, samples: Sequence[Request], prompt: Prompt, params: SamplingParams
     ) -> RequestOutput:
-        """Of all samples of a prompt, which have finished."""
+        """Of all samples of a prompt, which have finished. Raises TextError as completion()."""
         first = samples[0]
         errors = [sample.error for sample in samples if sample.error is not None]
         return RequestOutput(
@@ -46,10 +47,10 @@ class OutputMaker:
             num_cached_tokens=first.num_cached_tokens,
         )
 
-    def failed_output(self, number: int, prompt: Prompt, error: ValueError) -> RequestOutput:
-        """Of a prompt that could not become a request."""
+    def failed_output(self, request_id: str, prompt: Prompt, error: Exception) -> RequestOutput:
+        """Of a prompt that could not become a request, or a request that could not become text."""
         return RequestOutput(
-            request_id=str(number),
+            request_id=request_id,
             prompt=prompt.text,
             prompt_token_ids=list(prompt.token_ids or ()),
             outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
@@ -58,19 +59,24 @@ class OutputMaker:
         )
 
     def completion(self, sample: Request, params: SamplingParams) -> CompletionOutput:
-        """Of a sample that has finished."""
+        """Of a sample that has finished. Raises TextError when its tokens cannot be made text."""
         wants_logprobs = sample.sampling.logprobs >= 0
         ids = sample.output_token_ids
+        try:
+            text = "" if isinstance(sample.error, TextError) else self._text(sample, params)
+            logprobs = self.logprobs(ids, sample.logprobs, params) if wants_logprobs else None
+        except Exception as error:
+            raise TextError(sample.id, error) from error
         return CompletionOutput(
             index=sample.index,
-            text=self._text(sample, params),
+            text=text,
             token_ids=ids,
             finish_reason=sample.finish_reason,
             stop_reason=sample.stop_reason,
             cumulative_logprob=(
                 sum(one.logprob for one in sample.logprobs) if wants_logprobs else None
             ),
-            logprobs=self.logprobs(ids, sample.logprobs, params) if wants_logprobs else None,
+            logprobs=logprobs,
         )
 
     def logprobs(

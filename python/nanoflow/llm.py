@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from nanoflow.config import make_args
-from nanoflow.errors import EngineError, InvalidLogitsError
+from nanoflow.errors import EngineError, RequestError, TextError
 from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
@@ -23,7 +23,7 @@ from nanoflow.prompts import Prompt, PromptLike, parse_prompts
 from nanoflow.request import Request
 from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
-from nanoflow.scheduler.loop import StepListener
+from nanoflow.scheduler.stats import StepListener
 from nanoflow.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class LLM:
                 made = self._processor.make_requests(number, ids, params[index], done.put)
             except ValueError as error:
                 errors[index] = error
-                outputs[index] = self._processor.outputs.failed_output(number, prompt, error)
+                outputs[index] = self._processor.outputs.failed_output(str(number), prompt, error)
                 continue
             for request in made:
                 request.priority = priorities[index]
@@ -196,10 +196,17 @@ class LLM:
         if errors:
             self._tell_errors(errors, len(prompts))
         for index in self._finished(samples, done, use_tqdm):
-            outputs[index] = self._processor.outputs.output(
-                samples[index], prompts[index], params[index]
-            )
+            outputs[index] = self._output(samples[index], prompts[index], params[index])
         return [output for output in outputs if output is not None]
+
+    def _output(
+        self, samples: Sequence[Request], prompt: Prompt, params: SamplingParams
+    ) -> RequestOutput:
+        maker = self._processor.outputs
+        try:
+            return maker.output(samples, prompt, params)
+        except TextError as error:
+            return maker.failed_output(samples[0].id, prompt, error)
 
     def _tell_errors(self, errors: Mapping[int, ValueError], count: int) -> None:
         """Raises the first where there is no prompt without."""
@@ -228,7 +235,7 @@ class LLM:
                 for _ in requests:
                     request = self._next(done)
                     if isinstance(request.error, EngineError) and (
-                        len(requests) == 1 or not isinstance(request.error, InvalidLogitsError)
+                        len(requests) == 1 or not isinstance(request.error, RequestError)
                     ):
                         raise request.error
                     index = index_of[request.id]

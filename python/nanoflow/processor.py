@@ -72,7 +72,7 @@ class Processor:
         tokenizer = self.get_tokenizer()
         try:
             return tokenizer.encode_batch(texts, add_special_tokens)
-        except TypeError:  # a text of surrogates, which has no UTF-8
+        except Exception:  # one text's fault, as surrogates, which have no UTF-8
             return [_encode_or_error(tokenizer, text, add_special_tokens) for text in texts]
 
     def make_requests(
@@ -140,7 +140,10 @@ def _encode_or_error(
         text.encode()
     except UnicodeEncodeError as error:
         return ValueError(f"the prompt is no valid Unicode text: {error}")
-    return tokenizer.encode(text, add_special_tokens)
+    try:
+        return tokenizer.encode(text, add_special_tokens)
+    except Exception as error:
+        return ValueError(f"the tokenizer fails on the prompt: {type(error).__name__}: {error}")
 
 
 def _eos_token_ids(runtime: Runtime) -> tuple[int, ...]:

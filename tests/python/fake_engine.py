@@ -118,7 +118,8 @@ class FakeEngine:
     segments: int = 1
     host_slots: int = 0
     early: np.random.Generator | None = None
-    fail_at: int = 0  # number of the step that fails
+    fail_at: Collection[int] = ()  # numbers of steps that fail, and all until a restart
+    restart_fails: bool = False
     invalid_seeds: frozenset[int] = frozenset()  # whose logits are NaN
 
     completed_steps: int = 0
@@ -135,9 +136,13 @@ class FakeEngine:
         self._pool = np.full(self.max_num_seqs, -1)
         self._pool_seed: dict[int, int] = {}
         self._samples: dict[int, int] = {}  # by seed, which stands for the request
+        self._failure: RuntimeError | None = None
+        self.restarts = 0
 
     def submit(self, batch: FakeBatch) -> FakeHandle:
         assert len(self._queue) < 2, "a third step in flight"
+        if self._failure is not None:
+            raise self._failure
         self._check(batch)
         self._check_not_in_use(batch)
         self.submitted += 1
@@ -172,6 +177,17 @@ class FakeEngine:
         self._loads.append(FakeCopy(self, pages, slots, self.submitted + 1, is_load=True))
         return self._loads[-1]
 
+    def restart(self) -> None:
+        assert not self._queue, "a restart with steps in flight"
+        self.restarts += 1
+        if self.restart_fails:
+            raise RuntimeError("planted failure of the restart")
+        self._failure = None
+        assert not (self._stores or self._loads), "a restart with copies on their way"
+        self._stored[:] = -1
+        self._pool[:] = -1
+        self._pool_seed.clear()
+
     def run_until(self, step: int) -> None:
         while self.completed_steps < step:
             batch = self._queue.popleft()
@@ -179,8 +195,10 @@ class FakeEngine:
             for load in [load for load in self._loads if load.step == number]:
                 self._stored[load.pages] = self._host[load.slots]
                 self._loads.remove(load)
-            if number == self.fail_at:
-                self.outcomes[number] = RuntimeError("planted failure")
+            if number in self.fail_at:
+                self._failure = RuntimeError("planted failure")
+            if self._failure is not None:
+                self.outcomes[number] = self._failure
             else:
                 self.outcomes[number] = self._run(batch)
             self.completed_steps = number

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import DEVICES
 from nanoflow import LLM, SamplingParams, _core
-from nanoflow.scheduler.state import SchedulerState, Step
+from nanoflow.scheduler.state import SchedulerState
+from nanoflow.scheduler.step import Step
 from tiny_models import write_tiny_llama
 
 JITTER_US = {"cpu": 60, "cuda": 150}

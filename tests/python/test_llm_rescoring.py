@@ -13,7 +13,8 @@ from conftest import DEVICES
 from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import LLM, RequestOutput, SamplingParams, _core
 from nanoflow.schedule import built_in_schedule
-from nanoflow.scheduler.state import SchedulerState, Step
+from nanoflow.scheduler.state import SchedulerState
+from nanoflow.scheduler.step import Step
 from tiny_models import write_tiny_llama
 
 REQUESTS = 20

@@ -56,7 +56,7 @@ def test_every_token_and_end_is_counted(blind: None) -> None:
 
 
 def test_requests_that_fail_with_the_engine_are_counted() -> None:
-    service = serve(fail_at=4)
+    service = serve(fail_at=(4, 9))
     service.loop.submit([service.request(n, ignore_eos=True) for n in range(20)])
     service.wait(20)
     service.loop.close()

@@ -11,7 +11,7 @@ from nanoflow.bench.datasets import Request
 from nanoflow.bench.gpu_profile import Profile, ProfileError, Profiler
 from nanoflow.bench.steady import SteadyState, window
 from nanoflow.bench.throughput import Generator, sampling_params
-from nanoflow.scheduler.loop import StepStats
+from nanoflow.scheduler.stats import StepStats
 
 SETTLE_SECONDS = 2.0  # between the last prefill of the fill and the window
 PROFILE_STEPS = 40

@@ -94,6 +94,10 @@ class Offload:
         self._host.settle(moves.slots)
         self._count_copies(Transfer.STORE, self._store_rate, len(moves), seconds)
 
+    def abandon(self, moves: PageMoves, *, is_load: bool) -> None:
+        """Copies have failed, or were never begun; what they brought is to be forgotten."""
+        (self._host.unpin if is_load else self._host.settle)(moves.slots)
+
     def observe_step(self, prefill_rows: int, decodes: int, seconds: float) -> None:
         self._cost.observe_step(prefill_rows, decodes, seconds)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.scheduler.slots import Ints, Slots
-from nanoflow.scheduler.state import Step
+from nanoflow.scheduler.step import Step
 
 
 def build_batch(slots: Slots, step: Step) -> Mapping[str, NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 from time import perf_counter
@@ -10,7 +11,7 @@ import numpy as np
 
 from nanoflow.offload.offload import Offload, PageMoves
 from nanoflow.scheduler.engine import CopyHandle, Engine
-from nanoflow.scheduler.state import Step
+from nanoflow.scheduler.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,13 @@ class Copies:
         self._engine = engine
         self._offload = offload
         self._in_flight: deque[_Copy] = deque()  # oldest first
+        self._planned: list[tuple[PageMoves, bool]] = []  # of the step that is being submitted
         self._submit_times: deque[float] = deque()  # of steps in flight, oldest first
         self._time_done = 0.0  # of the last step waited for
 
     def before_submit(self, step: Step) -> None:
         """Begins to load what the step needs."""
+        self._planned = [(step.loads, True), (step.stores, False)]
         self._begin(step.number, step.loads, is_load=True)
 
     def after_submit(self, step: Step) -> None:
@@ -54,9 +57,25 @@ class Copies:
             done(copy.moves, copy.handle.wait())
         self._offload.settled_step = settled
 
+    def abandon(self, last_step: int) -> None:
+        """The engine has failed, at or behind step `last_step`: returns when no copy is on its way.
+
+        What they brought must not be looked for any more.
+        """
+        for copy in self._in_flight:
+            with contextlib.suppress(Exception):  # which is the engine's
+                copy.handle.wait()
+            self._offload.abandon(copy.moves, is_load=copy.is_load)
+        self._in_flight.clear()
+        self._submit_times.clear()
+        for moves, is_load in self._planned:
+            self._offload.abandon(moves, is_load=is_load)
+        self._planned.clear()
+        self._offload.settled_step = last_step
+
     def _begin(self, step: int, moves: PageMoves, *, is_load: bool) -> None:
-        if not moves:
-            return
-        copy = self._engine.load_pages if is_load else self._engine.store_pages
-        handle = copy(np.array(moves.pages, np.int32), np.array(moves.slots, np.int32))
-        self._in_flight.append(_Copy(step, moves, is_load, handle))
+        if moves:
+            copy = self._engine.load_pages if is_load else self._engine.store_pages
+            handle = copy(np.array(moves.pages, np.int32), np.array(moves.slots, np.int32))
+            self._in_flight.append(_Copy(step, moves, is_load, handle))
+        self._planned.remove((moves, is_load))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoflow.errors import TextError
 from nanoflow.request import FinishReason
 from nanoflow.scheduler.slots import Ints, Slots
 
@@ -16,6 +17,7 @@ class End:
     slot: int
     reason: FinishReason
     stop_reason: str | int | None = None
+    error: Exception | None = None  # of reason "error"
 
 
 def find_ends(slots: Slots, sampled: Ints, tokens: NDArray[np.int32]) -> list[End]:
@@ -37,8 +39,12 @@ def find_ends(slots: Slots, sampled: Ints, tokens: NDArray[np.int32]) -> list[En
             is_stop = np.argmax(matches[i]) < slots.num_stop_ids[slot]
             ends.append(End(slot, "stop", token if is_stop else None))
             continue
-        watcher = slots.request(slot).stop_watcher
-        stop = watcher.push(token) if watcher is not None else None
+        request = slots.request(slot)
+        try:
+            stop = request.stop_watcher.push(token) if request.stop_watcher is not None else None
+        except Exception as error:
+            ends.append(End(slot, "error", error=TextError(request.id, error)))
+            continue
         if stop is not None:
             ends.append(End(slot, "stop", stop))
         elif by_length[i]:

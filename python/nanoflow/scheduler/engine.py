@@ -65,3 +65,9 @@ class Engine(Protocol):
 
     def load_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> CopyHandle:
         """Copies slots of the host pool into pages at once; later steps begin behind it."""
+
+    def restart(self) -> None:
+        """After a step has failed and all have been waited for: lets steps be submitted again.
+
+        What pages and slots held is lost. Raises when the device cannot be used any more.
+        """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoflow.request import Request
+from nanoflow.scheduler.choose import Mix
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
@@ -33,6 +34,10 @@ class StepPlan:
     @property
     def is_empty(self) -> bool:
         return len(self.slots) == 0
+
+    def mix(self, keys: int) -> Mix:
+        """What the step computes, where its attention reads so many keys."""
+        return Mix(self.decodes + self.prefill_rows, self.decodes, keys)
 
 
 @dataclass(slots=True)

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nanoflow.errors import InvalidLogitsError
-from nanoflow.offload.offload import NO_MOVES, Offload, PageMoves
+from nanoflow.errors import InvalidLogitsError, StepError
+from nanoflow.offload.offload import Offload
 from nanoflow.request import FinishReason, Request
 from nanoflow.scheduler.admission import Admission
-from nanoflow.scheduler.choose import Mix
 from nanoflow.scheduler.ends import find_ends
 from nanoflow.scheduler.engine import StepResult
 from nanoflow.scheduler.pages import PageAllocator
-from nanoflow.scheduler.policy import Policy, StepPlan
+from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.prefix import Prefix, PrefixCache
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 from nanoflow.scheduler.stats import Counters, SchedulerStats
+from nanoflow.scheduler.step import Step
 from nanoflow.scheduler.waiting import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step that has been started."""
-
-    number: int
-    plan: StepPlan
-    samples: NDArray[np.bool_]  # [R] whose next token is sampled
-    loads: PageMoves = NO_MOVES  # to be begun before it
-    stores: PageMoves = NO_MOVES  # to be begun behind it
 
 
 class SchedulerState:
@@ -159,11 +146,6 @@ class SchedulerState:
         for request in sorted(back, key=lambda r: self._age_of[r.id], reverse=True):
             self._waiting.add(request, is_first=True)
 
-    def mix_of(self, plan: StepPlan) -> Mix:
-        """What a step that has been started computes."""
-        keys = int(self.slots.computed[plan.slots].sum())
-        return Mix(plan.decodes + plan.prefill_rows, plan.decodes, keys)
-
     def start_step(self) -> Step:
         """Plans the next step and books its pages, slots and tokens. Its plan may be empty."""
         plan = self.policy.next_step(
@@ -221,7 +203,26 @@ class SchedulerState:
             slots.take_logprobs(sampled, rows, logprobs)
         slots.stream(sampled, tokens)
         for end in find_ends(slots, sampled, tokens):
-            self.end(slots.request(end.slot).id, end.reason, time, stop_reason=end.stop_reason)
+            self.end(
+                slots.request(end.slot).id,
+                end.reason,
+                time,
+                stop_reason=end.stop_reason,
+                error=end.error,
+            )
+
+    def fail_running(self, cause: Exception, last_step: int, time: float) -> int:
+        """Finishes all that run, as the engine has failed, and returns how many they were.
+
+        It has taken steps up to `last_step`, of which none is on its way. What the cache held is
+        lost; requests that wait, or were preempted, compute theirs anew.
+        """
+        self._last_step = self.arrived_step = last_step
+        self.forget_prefixes()
+        running = [self.slots.request(slot).id for slot in self.slots.running.tolist()]
+        for request_id in running:
+            self.end(request_id, "error", time, error=StepError(request_id, cause))
+        return len(running)
 
     def check_integrity(self) -> None:
         """Asserts that slots and pages add up and that every request is in one place."""

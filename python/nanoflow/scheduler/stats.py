@@ -1,8 +1,9 @@
-"""What the scheduler counts, for metrics."""
+"""What the scheduler counts and tells of its steps."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from nanoflow.offload.stats import OffloadStats
@@ -10,6 +11,24 @@ from nanoflow.request import FinishReason
 
 # Upper bounds of StepTimes.counts, in seconds; the last count has none.
 STEP_TIME_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """A completed step. Queue lengths and free pages are those after it."""
+
+    step: int
+    time_done: float  # seconds of time.perf_counter
+    prefill_tokens: int
+    decode_tokens: int
+    output_tokens: int  # sampled
+    running: int
+    waiting: int
+    free_pages: int
+    scheduler_seconds: float  # all work on this step in Python, none of it waiting
+
+
+StepListener = Callable[[StepStats], None]
 
 
 @dataclass(slots=True)

@@ -52,3 +52,7 @@ class ScheduleSwitch:
         if self._chooser is not None and step.time <= self._last_done:
             self._chooser.observe(step.option, step.mix, time - self._last_done)
         self._last_done = time
+
+    def forget(self) -> None:
+        """The steps on their way have failed."""
+        self._started.clear()
