@@ -45,6 +45,7 @@ class OutputMaker:
             ),
             error=str(errors[0]) if errors else None,
             num_cached_tokens=first.num_cached_tokens,
+            prompt_logprobs=self.prompt_logprobs(first, params),
         )
 
     def failed_output(self, request_id: str, prompt: Prompt, error: Exception) -> RequestOutput:
@@ -101,6 +102,16 @@ class OutputMaker:
                     entries[other] = Logprob(logprob, rank, text_of(other))
             outputs.append(entries)
         return outputs
+
+    def prompt_logprobs(
+        self, sample: Request, params: SamplingParams
+    ) -> list[dict[int, Logprob] | None] | None:
+        """None for the first token; those of an aborted request may end early."""
+        if sample.sampling.prompt_logprobs < 0:
+            return None
+        found = sample.prompt_logprobs
+        ids = sample.prompt_token_ids[1 : 1 + len(found)].tolist()
+        return [None, *self.logprobs(ids, found, params)]
 
     def _text(self, sample: Request, params: SamplingParams) -> str:
         if self._tokenizer is None or not params.detokenize:

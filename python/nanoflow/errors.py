@@ -22,7 +22,8 @@ class InvalidLogitsError(RequestError):
     def __init__(self, request_id: str, generated: int) -> None:
         super().__init__(
             f"request {request_id}: the logits after {generated} generated tokens hold NaN or "
-            "infinity; check the model's weights, or load it with a wider dtype"
+            "infinity, or bad_words, allowed_token_ids and the like leave no token; check the "
+            "model's weights, or load it with a wider dtype"
         )
 
 

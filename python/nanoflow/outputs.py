@@ -57,5 +57,6 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     error: str | None = None  # why it could not be run; outputs[0].finish_reason is then "error"
     num_cached_tokens: int = 0  # of the prompt, found in the KV cache
-    prompt_logprobs: list[dict[int, Any]] | None = None
+    # Of each token of the prompt, as CompletionOutput.logprobs; None for the first.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     lora_request: Any = None

@@ -14,6 +14,7 @@ from nanoflow.request import Request
 from nanoflow.runtime import Runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.stop_strings import StopStrings
+from nanoflow.token_masks import MaskMaker
 from nanoflow.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Processor:
         self._vocab_size = runtime.vocab_size
         self._max_model_len = runtime.limits.max_model_len
         self._seed = seed
+        self._masks = MaskMaker(runtime.tokenizer, runtime.vocab_size)
         self._eos_token_ids = _eos_token_ids(runtime)
         self._defaults = _default_params(runtime.generation_config)
 
@@ -92,6 +94,7 @@ class Processor:
         output_len = self._max_model_len if params.max_tokens is None else params.max_tokens
         prompt_token_ids = np.asarray(ids, np.int32)
         seed = _mix(self._seed, number)
+        masks = self._masks.make(params)
         return [
             Request(
                 id=str(number) if index == 0 else f"{number}_{index}",
@@ -106,6 +109,7 @@ class Processor:
                 max_len=min(len(ids) + output_len, self._max_model_len),
                 on_finish=on_finish,
                 stop_watcher=self._stop_watcher(ids, params),
+                token_mask=masks(),
             )
             for index in range(params.n)
         ]

@@ -16,6 +16,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 # error: it could not be run; Request.error says why
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Bias:
+    """What is added to the logits of some tokens."""
+
+    tokens: NDArray[np.int32]  # each once at most
+    values: NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """What sampling parameters come to once model and request are known."""
@@ -33,6 +41,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int = -1  # how many tokens' beside that of the sampled one; -1: none at all
+    prompt_logprobs: int = -1  # the same of each token of the prompt, beside that token's
+    bias: Bias | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -47,6 +57,21 @@ class TokenLogprobs:
     rank: int  # among all tokens, from 1
     top: NDArray[np.int32]  # the likeliest tokens
     top_logprobs: NDArray[np.float32]
+
+
+class TokenMask(Protocol):
+    """Which tokens a sample may take next. The scheduler's once the request has been submitted."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is the same for all tokens, and so known before the last one is."""
+
+    @property
+    def bits(self) -> NDArray[np.int32]:
+        """[ceil(V / 32)] token t is allowed if bit t % 32 of t // 32 is 1."""
+
+    def push(self, token: int) -> None:
+        """Takes a token that has been sampled. Raises ValueError where none can follow it."""
 
 
 class StopWatcher(Protocol):
@@ -70,6 +95,7 @@ class Request:
     max_len: int  # prompt and generated tokens together, at most
     on_finish: Callable[[Request], None]  # must not block or raise
     stop_watcher: StopWatcher | None = None
+    token_mask: TokenMask | None = None
     index: int = 0  # among the samples of its prompt
     priority: int = 0  # int32; lower ones go first
     # Called from the scheduler's thread with each token as it arrives, before `on_finish`.
@@ -77,6 +103,7 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)  # complete once finished
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each, where they are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all but the first
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token
     error: BaseException | None = None
@@ -92,6 +119,12 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and generated tokens that are known while the request waits."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted that have not arrived."""
+        missing = len(self.prompt_token_ids) - 1 - len(self.prompt_logprobs)
+        return self.sampling.prompt_logprobs >= 0 and missing > 0
 
     @property
     def is_length_certain(self) -> bool:

@@ -27,7 +27,7 @@ from nanoflow.offload.setup import make_offload, num_host_slots
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
 from nanoflow.scheduler.pages import PageAllocator
-from nanoflow.scheduler.policy import Policy
+from nanoflow.scheduler.policy import SCORED_ROWS, Policy
 from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.tokenizer import Tokenizer
@@ -174,6 +174,7 @@ class _Sizer:
         config = _core.EngineConfig(
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_num_seqs=limits.max_num_seqs,
+            max_scored_rows=SCORED_ROWS,
             max_model_len=limits.max_model_len,
             page_size=limits.page_size,
             num_pages=0 if is_cuda else limits.num_pages,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
-from nanoflow.request import Sampling
+import numpy as np
+
+from nanoflow.request import Bias, Sampling
 
 MAX_BANNED_TOKENS = 64  # end-of-sequence and stop tokens of a request with min_tokens
-MAX_LOGPROBS = 20  # of a generated token, beside it
+MAX_LOGPROBS = 20  # of a token, beside it
+MAX_BIASES = 512  # of a request
+_MOST_BIAS = 100.0  # and least, negative
 _LEAST_REPETITION, _MOST_REPETITION = 1e-30, 1e30  # what float32 has room for
 _GREEDY_TEMPERATURE = 1e-5  # and below: the logits would overflow
 
@@ -25,11 +29,7 @@ class RequestOutputKind(Enum):
 
 # Fields that are there for compatibility, with the values that change nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (None,),
     "structured_outputs": (None,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "extra_args": (None, {}),
 }
 
@@ -59,7 +59,7 @@ class SamplingParams:
     max_tokens: int | None = 16  # None: as far as max_model_len goes
     min_tokens: int = 0
     logprobs: int | None = None  # of so many of the likeliest tokens, and of the one generated
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = None  # the same of each token of the prompt but the first
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True  # no effect: detokenizers here put none there
@@ -67,9 +67,10 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None  # the last so many alone; -1: as many as fit
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # of AsyncLLM; LLM has the last
     structured_outputs: Any = None
+    # Added to the logits of tokens, before penalties and temperature; from -100 to 100.
     logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None  # no other token is sampled
+    bad_words: list[str] | None = None  # no token is sampled that would complete one
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -95,10 +96,13 @@ class SamplingParams:
             raise ValueError(
                 f"repetition_penalty={self.repetition_penalty} must be a number above 0"
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(
-                f"logprobs={self.logprobs} must be from 0 to {MAX_LOGPROBS}, or None for none"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise ValueError(
+                    f"{name}={count} must be from 0 to {MAX_LOGPROBS}, or None for none"
+                )
+        self._check_constraints()
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be a number of at least 0")
         if not 0 < self.top_p <= 1:
@@ -132,6 +136,19 @@ class SamplingParams:
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: they need detokenize=True")
 
+    def _check_constraints(self) -> None:
+        if len(self.logit_bias or ()) > MAX_BIASES:
+            raise ValueError(
+                f"logit_bias has {len(self.logit_bias or ())} tokens, at most {MAX_BIASES}"
+            )
+        for token, value in (self.logit_bias or {}).items():
+            if not math.isfinite(value):
+                raise ValueError(f"logit_bias of token {token} is {value}, not a finite number")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty: no token could be sampled")
+        if not all(word.strip() for word in self.bad_words or ()):
+            raise ValueError("bad_words holds an empty string")
+
     def _check_types(self) -> None:
         numbers = ("temperature", "top_p", "min_p")
         penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -139,7 +156,8 @@ class SamplingParams:
             _check_type(name, getattr(self, name), "a number", (Real,))
         for name in ("n", "top_k", "min_tokens"):
             _check_type(name, getattr(self, name), "an integer", (Integral,))
-        for name in ("seed", "max_tokens", "logprobs", "truncate_prompt_tokens"):
+        maybe = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+        for name in maybe:
             _check_type(name, getattr(self, name), "an integer or None", (Integral, type(None)))
         for flag in (
             "ignore_eos",
@@ -152,10 +170,21 @@ class SamplingParams:
                 raise TypeError(f"{flag}={getattr(self, flag)!r} must be True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind={self.output_kind!r} must be a RequestOutputKind")
-        if isinstance(self.stop_token_ids, str | int):
-            raise TypeError(f"stop_token_ids={self.stop_token_ids!r} must be a list of integers")
-        for token in self.stop_token_ids or ():
-            _check_type("stop_token_ids", token, "a list of integers", (Integral,))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            ids = getattr(self, name)
+            if isinstance(ids, str | int):
+                raise TypeError(f"{name}={ids!r} must be a list of integers")
+            for token in ids or ():
+                _check_type(name, token, "a list of integers", (Integral,))
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise TypeError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
+        for token, value in (self.logit_bias or {}).items():
+            _check_type("logit_bias", token, "a map from integers", (Integral,))
+            _check_type("logit_bias", value, "a map to numbers", (Real,))
+        if isinstance(self.bad_words, str) or not all(
+            isinstance(word, str) for word in self.bad_words or ()
+        ):
+            raise TypeError(f"bad_words={self.bad_words!r} must be a list of strings")
         if not all(isinstance(stop, str) for stop in self.stop_strings):
             raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
 
@@ -164,13 +193,14 @@ class SamplingParams:
     ) -> Sampling:
         """What the scheduler needs, for a model and a sample.
 
-        Raises ValueError on stop tokens outside the vocabulary, or more of them than min_tokens can
+        Raises ValueError on tokens outside the vocabulary, or more stop tokens than min_tokens can
         keep from being sampled.
         """
         self.check()
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            if outside := [t for t in getattr(self, name) or () if not 0 <= t < vocab_size]:
+                raise ValueError(f"{name} {outside} are outside the vocabulary of {vocab_size}")
         stop_token_ids = tuple(dict.fromkeys(self.stop_token_ids or ()))
-        if outside := [token for token in stop_token_ids if token >= vocab_size]:
-            raise ValueError(f"stop_token_ids {outside} are outside the vocabulary of {vocab_size}")
         ends = len({*stop_token_ids, *eos_token_ids})
         if self.min_tokens > 0 and ends > MAX_BANNED_TOKENS:
             raise ValueError(
@@ -194,6 +224,18 @@ class SamplingParams:
                 max(float(self.repetition_penalty), _LEAST_REPETITION), _MOST_REPETITION
             ),
             logprobs=-1 if self.logprobs is None else self.logprobs,
+            # Once for all samples: the others find the prompt in the KV cache.
+            prompt_logprobs=-1 if self.prompt_logprobs is None or index else self.prompt_logprobs,
+            bias=self._bias(),
+        )
+
+    def _bias(self) -> Bias | None:
+        if not self.logit_bias:
+            return None
+        values = np.fromiter(self.logit_bias.values(), np.float32)
+        return Bias(
+            tokens=np.fromiter(self.logit_bias, np.int32),
+            values=np.clip(values, -_MOST_BIAS, _MOST_BIAS),
         )
 
 

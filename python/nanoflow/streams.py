@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from nanoflow.completions import OutputMaker
-from nanoflow.outputs import RequestOutput
+from nanoflow.outputs import Logprob, RequestOutput
 from nanoflow.prompts import Prompt
 from nanoflow.request import Request
 from nanoflow.sample_stream import SampleStream
@@ -107,6 +107,7 @@ class OutputStream:
         self._outbox = outbox
         self._changed = asyncio.Event()
         self._prompt_ids: list[int] = []
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._samples: list[SampleStream] = []
 
     @property
@@ -141,7 +142,12 @@ class OutputStream:
         completions = [sample.output() for sample in self._samples if sample.has_news]
         if self.is_finished:
             output = self._maker.output(self.requests, self._prompt, self._params)
-            return replace(output, request_id=self._request_id, outputs=completions)
+            return replace(
+                output,
+                request_id=self._request_id,
+                outputs=completions,
+                prompt_logprobs=self._news_of_prompt(),
+            )
         first = self.requests[0]
         return RequestOutput(
             request_id=self._request_id,
@@ -150,7 +156,17 @@ class OutputStream:
             outputs=completions,
             finished=False,
             num_cached_tokens=first.num_cached_tokens,
+            prompt_logprobs=self._news_of_prompt(),
         )
+
+    def _news_of_prompt(self) -> list[dict[int, Logprob] | None] | None:
+        """Log-probabilities of the prompt, once all are there; DELTA outputs tell them once."""
+        first = self.requests[0]
+        if self._prompt_logprobs is None and (not first.scores_prompt or self.is_finished):
+            self._prompt_logprobs = self._maker.prompt_logprobs(first, self._params)
+        elif self._params.output_kind is RequestOutputKind.DELTA:
+            return None
+        return self._prompt_logprobs
 
     def put_token(self, index: int, token: int) -> None:
         self._outbox.put(self, index, token)

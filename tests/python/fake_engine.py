@@ -31,7 +31,8 @@ PENALTIES = {
     **dict.fromkeys(("history_indptr", "history_tokens"), np.int32),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), np.float32),
 }
-OPTIONAL_DTYPES = {**PENALTIES, "logprobs": np.int32}
+MASKS = {"mask_rows": np.int32, "masks": np.int32}
+OPTIONAL_DTYPES = {**PENALTIES, **MASKS, "logprobs": np.int32}
 
 
 @dataclass
@@ -47,7 +48,8 @@ class FakeBatch:
 def make_batch(**arrays: NDArray[Any]) -> FakeBatch:
     optional = arrays.keys() & OPTIONAL_DTYPES.keys()
     assert arrays.keys() - optional == DTYPES.keys()
-    assert not optional & PENALTIES.keys() or optional >= PENALTIES.keys()
+    for group in (PENALTIES, MASKS):
+        assert not optional & group.keys() or optional >= group.keys()
     for name, array in arrays.items():
         dtype = (DTYPES | OPTIONAL_DTYPES)[name]
         assert array.dtype == dtype, f"{name} is {array.dtype}"
@@ -276,12 +278,20 @@ class FakeEngine:
                 assert self._pool_seed[slot] == seed, "the pool slot has another's token"
             if seed not in self.invalid_seeds:
                 banned = b.banned[b.banned_indptr[i] : b.banned_indptr[i + 1]].tolist()
+                banned += self._masked(b, i)
                 salt = salt_of(float(b.temperature[i]), seed, counter)
                 history = self._history(b, request)
                 sampled[i] = next_token(history, self.vocab_size, salt, banned)
             self._pool_seed[slot] = seed
         self._pool[b.slots] = np.maximum(sampled, 0)
         return sampled
+
+    def _masked(self, b: FakeBatch, sample: int) -> list[int]:
+        """Tokens that the mask of a sampled row leaves out."""
+        if "masks" not in b.arrays or b.mask_rows[sample] < 0:
+            return []
+        bits = b.masks.reshape(-1, -(-self.vocab_size // 32))[b.mask_rows[sample]]
+        return [t for t in range(self.vocab_size) if not bits[t // 32] >> t % 32 & 1]
 
     def _history(self, b: FakeBatch, request: int) -> NDArray[np.int64]:
         """The tokens a request's last row attends to; their positions must be 0, 1, 2, ..."""

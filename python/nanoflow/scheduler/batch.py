@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoflow.scheduler.scoring import add_scored
 from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.step import Step
+from nanoflow.token_bits import leaves_nothing
 
 
 def build_batch(slots: Slots, step: Step) -> Mapping[str, NDArray[Any]]:
@@ -18,8 +20,14 @@ def build_batch(slots: Slots, step: Step) -> Mapping[str, NDArray[Any]]:
     sampled = step.plan.slots[step.samples]
     if slots.has_penalties[sampled].any():
         batch |= _penalties(slots, sampled)
+    if slots.has_bias[sampled].any():
+        batch |= _biases(slots, sampled)
+    if slots.has_mask[sampled].any():
+        batch |= _masks(slots, sampled)
     if (slots.logprobs[sampled] >= 0).any():
         batch["logprobs"] = slots.logprobs[sampled]
+    if len(step.scoring) > 0:
+        add_scored(batch, slots, step.scoring)
     return batch
 
 
@@ -51,6 +59,11 @@ def _samples(slots: Slots, step: Step) -> dict[str, NDArray[Any]]:
     takers = step.plan.slots[step.samples]
     counter = slots.computed[takers] - slots.prompt_len[takers]
     num_banned = np.where(counter < slots.min_tokens[takers], slots.num_banned_ids[takers], 0)
+    for i in np.flatnonzero(slots.has_mask[takers] & (num_banned > 0)).tolist():
+        mask = slots.request(int(takers[i])).token_mask
+        assert mask is not None
+        if leaves_nothing(mask.bits, slots.end_ids[takers[i], : num_banned[i]]):
+            num_banned[i] = 0  # what a grammar completes cannot go on to min_tokens
     banned_indptr, banned = _ragged(slots.end_ids, takers, num_banned)
     return {
         "slots": takers.astype(np.int32),
@@ -76,6 +89,26 @@ def _penalties(slots: Slots, takers: Ints) -> dict[str, NDArray[Any]]:
         "repetition_penalty": slots.repetition_penalty[takers],
         "history_indptr": indptr,
         "history_tokens": tokens,
+    }
+
+
+def _biases(slots: Slots, takers: Ints) -> dict[str, NDArray[Any]]:
+    biases = [slots.request(slot).sampling.bias for slot in takers.tolist()]
+    given = [bias for bias in biases if bias is not None]
+    counts = np.array([0 if bias is None else len(bias.tokens) for bias in biases])
+    return {
+        "bias_indptr": _indptr(counts).astype(np.int32),
+        "bias_tokens": np.concatenate([bias.tokens for bias in given]),
+        "bias_values": np.concatenate([bias.values for bias in given]),
+    }
+
+
+def _masks(slots: Slots, takers: Ints) -> dict[str, NDArray[Any]]:
+    masked = slots.has_mask[takers]
+    masks = [slots.request(slot).token_mask for slot in takers[masked].tolist()]
+    return {
+        "mask_rows": np.where(masked, np.cumsum(masked) - 1, -1).astype(np.int32),
+        "masks": np.concatenate([mask.bits for mask in masks if mask is not None]),
     }
 
 

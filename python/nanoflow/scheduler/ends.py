@@ -23,15 +23,16 @@ class End:
 def find_ends(slots: Slots, sampled: Ints, tokens: NDArray[np.int32]) -> list[End]:
     """The requests that end with the tokens they have just taken, which `slots` already holds.
 
-    Tokens come before stop strings, and both before the length. min_tokens needs no look here: the
-    engine samples no token that ends a request before it.
+    Tokens come before stop strings, and both before the length. Masks that depend on tokens take
+    those that end nothing; one that no token can follow ends its request with an error. min_tokens
+    needs no look here: the engine samples no token that ends a request before it.
     """
     column = np.arange(slots.end_ids.shape[1])
     matches = slots.end_ids[sampled] == tokens[:, None]
     matches &= column < slots.num_end_ids[sampled, None]
     by_token = matches.any(axis=1)
     by_length = slots.known[sampled] >= slots.max_len[sampled]
-    watched = slots.has_stop_strings[sampled]
+    watched = slots.has_stop_strings[sampled] | slots.binds_late[sampled]
     ends: list[End] = []
     for i in np.flatnonzero(by_token | by_length | watched).tolist():
         slot, token = int(sampled[i]), int(tokens[i])
@@ -49,4 +50,9 @@ def find_ends(slots: Slots, sampled: Ints, tokens: NDArray[np.int32]) -> list[En
             ends.append(End(slot, "stop", stop))
         elif by_length[i]:
             ends.append(End(slot, "length"))
+        elif slots.binds_late[slot] and request.token_mask is not None:
+            try:
+                request.token_mask.push(token)
+            except ValueError as error:
+                ends.append(End(slot, "error", error=error))
     return ends

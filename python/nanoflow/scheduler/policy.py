@@ -14,6 +14,7 @@ from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
 
+SCORED_ROWS = 64  # head rows that prompts can count on, beside one a request
 # Of all pages: kept from admission, as the forecast guesses how full the last pages will be.
 RESERVE = 0.005
 
@@ -49,6 +50,7 @@ class _Prefill:
     room: int  # rows that fit into the pages it has, or is sure to get
     admission: tuple[Request, Prefix] | None = None  # when it is to be admitted
     claims: int = 0  # free pages that its prefix takes then
+    is_scored: bool = False  # its rows tell how likely the prompt's tokens are
 
 
 class Policy:
@@ -61,9 +63,13 @@ class Policy:
     on, and as the cache holds at least one request of full length, every request finishes.
     """
 
-    def __init__(self, dealer: Dealer, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, dealer: Dealer, max_num_batched_tokens: int, max_scored_rows: int = SCORED_ROWS
+    ) -> None:
+        """`max_scored_rows`: of a step, where as many requests are sampled as there are slots."""
         self._dealer = dealer
         self._max_rows = max_num_batched_tokens
+        self._max_scored_rows = max_scored_rows
 
     def deal_with(self, dealer: Dealer) -> None:
         """From the next step on: the schedule's segments have changed."""
@@ -106,13 +112,15 @@ class Policy:
     def _takers(self, slots: Slots, running: Ints) -> Ints:
         """Running slots with a row to compute in this step, if they get a page for it.
 
-        A request whose last token is in flight has none. Prefills count as far as the step's rows
-        go when none takes more than a segment's share, and a few more for cuts to be made up.
+        A request whose last token is in flight has none, nor one whose mask waits for its token.
+        Prefills count as far as the step's rows go when none takes more than a segment's share, and
+        a few more for cuts to be made up.
         """
         computed = slots.computed[running]
         left = slots.prefill_len[running] - computed
         is_prefill = left > 0
         takes = ~is_prefill & (computed + 1 < slots.max_len[running])
+        takes &= ~slots.binds_late[running] | (slots.known[running] > computed)
         if is_prefill.any():
             budget = self._max_rows - int(takes.sum())
             left = np.minimum(left[is_prefill], self._share(budget))
@@ -169,7 +177,9 @@ class Policy:
                 break
             spare_pages -= pages
             covered += min(left, share)
-            admissible.append(_Prefill(slot, left, 0, (request, prefix), prefix.claims))
+            admissible.append(
+                _Prefill(slot, left, 0, (request, prefix), prefix.claims, request.scores_prompt)
+            )
         return admissible
 
     def _deal(
@@ -195,11 +205,15 @@ class Policy:
         admitted: list[tuple[int, Request]] = []
         prefixes: list[Prefix] = []
         rows_left = budget
+        scored_left = self._max_scored_rows + len(slots.requests) - len(decodes) - len(prefills)
         for prefill in prefills:
             later -= prefill.left
             segment = int(np.argmax(lacking))
             room = prefill.room + (free_pages - prefill.claims) * slots.page_size
             rows = min(prefill.left, rows_left, room, max(int(lacking[segment]), rows_left - later))
+            if prefill.is_scored:
+                rows = min(rows, scored_left)
+                scored_left -= rows
             if rows <= 0:
                 break
             if prefill.admission is not None:
@@ -268,8 +282,9 @@ def _running_prefills(slots: Slots, prefilling: Ints) -> list[_Prefill]:
     pages = slots.num_pages[prefilling] + _pages_lacking(slots, prefilling)
     room = pages * slots.page_size - slots.computed[prefilling]
     left = slots.prefill_len[prefilling] - slots.computed[prefilling]
-    rows = np.stack([prefilling, left, room], axis=1).tolist()
-    return [_Prefill(slot, left, room) for slot, left, room in rows]
+    scored = slots.prompt_logprobs[prefilling] >= 0
+    rows = np.stack([prefilling, left, room, scored], axis=1).tolist()
+    return [_Prefill(slot, left, room, is_scored=bool(s)) for slot, left, room, s in rows]
 
 
 def _pages_of_prefills_to_come(slots: Slots, running: Ints) -> int:

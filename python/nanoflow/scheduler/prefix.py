@@ -80,7 +80,7 @@ class PrefixCache:
         started: set[bytes] = set()
         held_back = 0
         for request in waiting:
-            if not self.is_on:
+            if not self.is_on or request.scores_prompt:  # whose rows are all to be computed
                 yield request, Prefix()
                 continue
             keys = self._keys(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -61,7 +61,13 @@ class Slots:
         self.presence_penalty = np.zeros(num_slots, np.float32)
         self.frequency_penalty = np.zeros(num_slots, np.float32)
         self.repetition_penalty = np.ones(num_slots, np.float32)
+        self.has_bias = np.zeros(num_slots, np.bool_)
+        self.has_mask = np.zeros(num_slots, np.bool_)
+        # Its mask depends on its last token: it takes part in no step before that has arrived.
+        self.binds_late = np.zeros(num_slots, np.bool_)
         self.logprobs = np.full(num_slots, -1, np.int32)  # -1: none
+        self.prompt_logprobs = np.full(num_slots, -1, np.int32)  # -1: none that are missing
+        self.first_unscored: Ints = np.zeros(num_slots, np.int64)  # token of the prompt, on start
         self.min_tokens: Ints = np.zeros(num_slots, np.int64)
         self.has_stop_strings = np.zeros(num_slots, np.bool_)
         self.is_length_certain = np.zeros(num_slots, np.bool_)
@@ -108,6 +114,11 @@ class Slots:
         self.frequency_penalty[slot] = sampling.frequency_penalty
         self.repetition_penalty[slot] = sampling.repetition_penalty
         self.logprobs[slot] = sampling.logprobs
+        self.has_bias[slot] = sampling.bias is not None
+        self.has_mask[slot] = request.token_mask is not None
+        self.binds_late[slot] = request.token_mask is not None and not request.token_mask.is_fixed
+        self.prompt_logprobs[slot] = sampling.prompt_logprobs if request.scores_prompt else -1
+        self.first_unscored[slot] = 1 + len(request.prompt_logprobs)
         self.min_tokens[slot] = sampling.min_tokens
         self.has_stop_strings[slot] = request.stop_watcher is not None
         self.is_length_certain[slot] = request.is_length_certain
@@ -150,17 +161,9 @@ class Slots:
         wants = self.logprobs[sampled] >= 0
         if not wants.any():
             return
-        top, values, ranks = logprobs.top, logprobs.logprobs, logprobs.ranks
-        for slot, row in zip(sampled[wants].tolist(), rows[wants].tolist(), strict=True):
-            count = int(self.logprobs[slot])
-            self.request(slot).logprobs.append(
-                TokenLogprobs(
-                    logprob=float(values[row, 0]),
-                    rank=int(ranks[row]),
-                    top=top[row, :count].copy(),
-                    top_logprobs=values[row, 1 : 1 + count].copy(),
-                )
-            )
+        found = rows_of(logprobs, rows[wants], self.logprobs[sampled[wants]])
+        for slot, one in zip(sampled[wants].tolist(), found, strict=True):
+            self.request(slot).logprobs.append(one)
 
     def stream(self, sampled: Ints, tokens: NDArray[np.int32]) -> None:
         """Tells requests that want to know of the tokens they take."""
@@ -172,6 +175,27 @@ class Slots:
     def pages_of(self, slot: int) -> NDArray[np.int32]:
         return self.pages[slot, : self.num_pages[slot]]
 
+    def append_pages(self, takers: Ints, counts: Ints, pages: NDArray[np.int32]) -> None:
+        """Gives `pages` to takers in their order, so many to each."""
+        begin = self.num_pages[takers] - (np.cumsum(counts) - counts)
+        places = np.repeat(begin, counts) + np.arange(len(pages))
+        self.pages[np.repeat(takers, counts), places] = pages
+        self.num_pages[takers] += counts
+
     def pages_for(self, tokens: Ints) -> Ints:
         """Pages that hold so many tokens."""
         return (tokens + (self.page_size - 1)) // self.page_size
+
+
+def rows_of(
+    logprobs: StepLogprobs, rows: Ints, counts: NDArray[np.int32]
+) -> Iterator[TokenLogprobs]:
+    """Of some rows of a step, with so many of the likeliest tokens each."""
+    top, values, ranks = logprobs.top, logprobs.logprobs, logprobs.ranks
+    for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+        yield TokenLogprobs(
+            logprob=float(values[row, 0]),
+            rank=int(ranks[row]),
+            top=top[row, :count].copy(),
+            top_logprobs=values[row, 1 : 1 + count].copy(),
+        )

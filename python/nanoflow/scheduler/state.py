@@ -15,6 +15,7 @@ from nanoflow.scheduler.engine import StepResult
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.prefix import Prefix, PrefixCache
+from nanoflow.scheduler.scoring import find_scored, take_scores
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 from nanoflow.scheduler.stats import Counters, SchedulerStats
 from nanoflow.scheduler.step import Step
@@ -165,7 +166,7 @@ class SchedulerState:
         for (slot, request), prefix in zip(plan.admitted, plan.prefixes, strict=True):
             self._admit(slot, request, prefix)
         if plan.is_empty:
-            return Step(self._last_step, plan, np.empty(0, np.bool_))
+            return Step(self._last_step, plan, np.empty(0, np.bool_), find_scored(self.slots, plan))
         self._last_step += 1
         slots = self.slots
         stored = slots.computed[plan.slots] + plan.rows
@@ -174,15 +175,17 @@ class SchedulerState:
         slots.last_step[plan.slots] = self._last_step
         self._prefixes.register_full_pages(self._last_step)
         samples = stored >= slots.prefill_len[plan.slots]
-        if self.offload is None:
-            return Step(self._last_step, plan, samples)
-        return Step(self._last_step, plan, samples, *self.offload.take_moves())
+        moves = () if self.offload is None else self.offload.take_moves()
+        return Step(self._last_step, plan, samples, find_scored(slots, plan), *moves)
 
     def complete_step(self, step: Step, result: StepResult, time: float) -> None:
         """Takes the sampled tokens of a step, in order, and finishes requests that they end."""
         self.arrived_step = step.number
-        slots, tokens, logprobs = self.slots, result.tokens, result.logprobs
+        slots, logprobs = self.slots, result.logprobs
         sampled = step.plan.slots[step.samples]
+        tokens = result.tokens[: len(sampled)]
+        if logprobs is not None:
+            take_scores(slots, step.scoring, len(sampled), logprobs)
         state = slots.state[sampled]
         takes = (state == SlotState.RUNNING) | (state == SlotState.PREEMPTED)
         rows = np.flatnonzero(takes)
@@ -203,13 +206,8 @@ class SchedulerState:
             slots.take_logprobs(sampled, rows, logprobs)
         slots.stream(sampled, tokens)
         for end in find_ends(slots, sampled, tokens):
-            self.end(
-                slots.request(end.slot).id,
-                end.reason,
-                time,
-                stop_reason=end.stop_reason,
-                error=end.error,
-            )
+            name = slots.request(end.slot).id
+            self.end(name, end.reason, time, stop_reason=end.stop_reason, error=end.error)
 
     def fail_running(self, cause: Exception, last_step: int, time: float) -> int:
         """Finishes all that run, as the engine has failed, and returns how many they were.
@@ -291,10 +289,5 @@ class SchedulerState:
     def _grant(self, takers: Ints, counts: Ints) -> None:
         """Appends so many free pages to those of each taker."""
         total = int(counts.sum())
-        if total == 0:
-            return
-        slots = self.slots
-        rows = np.repeat(takers, counts)
-        begin = slots.num_pages[takers] - (np.cumsum(counts) - counts)
-        slots.pages[rows, np.repeat(begin, counts) + np.arange(total)] = self.pages.grant(total)
-        slots.num_pages[takers] += counts
+        if total > 0:
+            self.slots.append_pages(takers, counts, self.pages.grant(total))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from nanoflow.offload.offload import NO_MOVES, PageMoves
 from nanoflow.scheduler.policy import StepPlan
+from nanoflow.scheduler.scoring import Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,5 +19,6 @@ class Step:
     number: int
     plan: StepPlan
     samples: NDArray[np.bool_]  # [R] whose next token is sampled
+    scoring: Scoring
     loads: PageMoves = NO_MOVES  # to be begun before it
     stores: PageMoves = NO_MOVES  # to be begun behind it
