@@ -41,6 +41,8 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "kv_offloading_backend": "native",
         "async_scheduling": "plan a step while the one before it runs",
         "scheduling_policy": "fcfs, or priority: requests with a lower one go first",
+        "max_num_queued_reqs": "requests that may wait; more are rejected",
+        "max_num_queued_tokens": "prompt tokens that may wait; requests beyond are rejected",
         "disable_log_stats": "log no line of status every few seconds",
     }
 )
@@ -55,6 +57,7 @@ _ALIASES: Mapping[str, Sequence[str]] = MappingProxyType(
         "max_num_seqs": ("--max-running-requests",),
         "max_num_batched_tokens": ("--chunked-prefill-size", "--max-prefill-tokens"),
         "block_size": ("--page-size",),
+        "max_num_queued_reqs": ("--max-queued-requests",),
     }
 )
 # SGLang's switches: the field and what it becomes.

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanoflow.config import make_args
+from nanoflow.config import check_timeout, make_args
 from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
@@ -51,6 +51,7 @@ class AsyncLLM:
         request_id: str,
         *,
         priority: int = 0,
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates for one prompt, with outputs as `sampling_params.output_kind` says.
 
@@ -60,7 +61,10 @@ class AsyncLLM:
         slower than the model gets fewer outputs, of more tokens each. When the task is cancelled,
         or leaves the loop, the request is aborted. With scheduling_policy="priority", requests with
         a lower `priority` go first.
-        Raises ValueError on a prompt or parameters that cannot be run and on an id in use,
+        `timeout`: seconds until the request ends with what there is, waiting included: its last
+        output then has finish_reason "abort" and stop_reason "timeout".
+        Raises QueueFullError beyond max_num_queued_reqs and max_num_queued_tokens, ValueError on a
+        prompt or parameters that cannot be run and on an id in use,
         TypeError on anything of a wrong type, EngineError with its cause when the engine fails.
         """
         prompts = parse_prompts(prompt)
@@ -75,6 +79,7 @@ class AsyncLLM:
             requests = await asyncio.to_thread(self._make_requests, prompts[0], params, stream)
             for request in requests:
                 request.priority = priority
+                request.timeout = check_timeout(timeout)
             self._submit(stream, requests)
             is_last = False
             while not is_last:

@@ -117,8 +117,9 @@ class OutputMaker:
         if self._tokenizer is None or not params.detokenize:
             return ""
         ids, watcher = sample.output_token_ids, sample.stop_watcher
-        is_stop_string = isinstance(sample.stop_reason, str)
-        is_stop_token = sample.finish_reason == "stop" and not is_stop_string
+        is_stop = sample.finish_reason == "stop"
+        is_stop_string = is_stop and isinstance(sample.stop_reason, str)
+        is_stop_token = is_stop and not is_stop_string
         if isinstance(watcher, StopStrings):  # which has seen all tokens but one that ended it
             if is_stop_string:
                 return watcher.text

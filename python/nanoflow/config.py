@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -47,11 +48,15 @@ class EngineArgs:
     kv_offloading_backend: str = "native"
     async_scheduling: bool = True  # plan a step while the one before it runs
     scheduling_policy: str = "fcfs"  # or priority: requests with a lower one go first
+    max_num_queued_reqs: int | None = None  # that wait; more are rejected
+    max_num_queued_tokens: int | None = None  # of their prompts
     disable_log_stats: bool = False  # no status line every few seconds
 
     def __post_init__(self) -> None:
         self._check_supported()
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
             _check_positive(name, getattr(self, name))
         for name in ("num_gpu_blocks_override", "block_size"):
             _check_positive(name, getattr(self, name))
@@ -165,6 +170,17 @@ def parse_length(name: str, length: int | str | None) -> int | None:
         length = int(float(match[1]) * unit)
     _check_positive(name, length)
     return length
+
+
+def check_timeout(timeout: float | None) -> float:
+    """Seconds, infinity for None. Raises ValueError, or TypeError, on what is no time to wait."""
+    if timeout is None:
+        return math.inf
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout={timeout!r} must be a number of seconds")
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be above 0 seconds")
+    return float(timeout)
 
 
 def _check_positive(name: str, value: int | None) -> None:

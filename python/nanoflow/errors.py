@@ -48,8 +48,10 @@ class TextError(RequestError):
 class QueueFullError(RequestError):
     """As many requests, or tokens, wait as may."""
 
-    def __init__(self, request_id: str, waiting: int, limit: int, what: str) -> None:
+    def __init__(self, request_id: str, waiting: int, limit: int, unit: str) -> None:
+        """`unit`: of the limit, reqs or tokens."""
         super().__init__(
-            f"request {request_id}: the queue is full: {waiting} {what} wait and max_num_queued_"
-            f"{'reqs' if what == 'requests' else what}={limit}; try again later, or raise it"
+            f"request {request_id}: the queue is full: {waiting} {unit} wait and "
+            f"max_num_queued_{unit}={limit}; try again later, or raise it"
         )
+        self.unit = unit

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nanoflow.config import make_args
+from nanoflow.config import check_timeout, make_args
 from nanoflow.errors import EngineError, RequestError, TextError
 from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
@@ -60,17 +60,20 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Generates for one prompt or many; outputs are in the order of the prompts.
 
         A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
         `sampling_params`: one for all, one for each, or None for `get_default_sampling_params()`.
         `priority`: of each; with scheduling_policy="priority", lower ones go first.
+        `timeout`: seconds that each may take, waiting included; then it ends with what there is,
+        finish_reason "abort" and stop_reason "timeout".
         A prompt that cannot be run fails alone: its output has finish_reason "error" and says why
         in `error`, and a warning is logged. ValueError is raised when no prompt can be run,
         TypeError on anything of a wrong type, EngineError when the engine fails.
         """
-        return self._run(parse_prompts(prompts), sampling_params, use_tqdm, priority)
+        return self._run(parse_prompts(prompts), sampling_params, use_tqdm, priority, timeout)
 
     def chat(
         self,
@@ -168,6 +171,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         params = self._params_of_each(sampling_params, len(prompts))
         priorities = [0] * len(prompts) if priority is None else list(priority)
@@ -192,6 +196,7 @@ class LLM:
                 continue
             for request in made:
                 request.priority = priorities[index]
+                request.timeout = check_timeout(timeout)
             samples[index] = made
         if errors:
             self._tell_errors(errors, len(prompts))

@@ -78,6 +78,14 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
             Counter("nanoflow:request_success", labels | {"finished_reason": reason}, value)
             for reason, value in stats.finished
         ),
+        *(
+            Counter(
+                "nanoflow:admission_rejections",
+                labels | {"reason": f"max_num_queued_{unit}"},
+                value,
+            )
+            for unit, value in stats.rejected
+        ),
         Histogram(
             "nanoflow:scheduler_step_time_seconds",
             labels,

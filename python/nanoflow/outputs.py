@@ -25,7 +25,8 @@ class CompletionOutput:
     text: str  # without the stop string or token, unless include_stop_str_in_output
     token_ids: list[int]  # all that were generated, the one that ended it included
     finish_reason: FinishReason | None
-    stop_reason: str | int | None = None  # the stop string or stop token; None at end of sequence
+    # The stop string or stop token, None at end of sequence; "timeout" where that aborted it.
+    stop_reason: str | int | None = None
     cumulative_logprob: float | None = None  # of all token_ids together
     # Of each of token_ids, by token: that token first, then as many of the likeliest as were asked
     # for, which it may be one of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -98,6 +99,7 @@ class Request:
     token_mask: TokenMask | None = None
     index: int = 0  # among the samples of its prompt
     priority: int = 0  # int32; lower ones go first
+    timeout: float = math.inf  # seconds from its arrival; then it ends with what there is
     # Called from the scheduler's thread with each token as it arrives, before `on_finish`.
     on_token: Callable[[int], None] | None = None  # must not block or raise
 

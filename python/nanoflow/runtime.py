@@ -30,6 +30,7 @@ from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import SCORED_ROWS, Policy
 from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
+from nanoflow.scheduler.waiting import WaitingQueue
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.tune.auto import choose_schedules
 
@@ -260,4 +261,5 @@ def _scheduler_state(
         PageAllocator(limits.num_pages),
         shares_prefixes=args.enable_prefix_caching is not False,
         offload=offload,
+        waiting=WaitingQueue(args.max_num_queued_reqs, args.max_num_queued_tokens),
     )

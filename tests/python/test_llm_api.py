@@ -273,6 +273,24 @@ def test_another_thread_may_abort_all(llm: LLM) -> None:
     assert texts(generate(llm, "the quick fox"))[0]
 
 
+def test_a_timeout_ends_requests_with_what_there_is(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True, stop="never said by this model")
+    outputs = llm.generate([[1, 2, 3]] * 40, params, use_tqdm=False, timeout=1e-4)
+    assert {output.outputs[0].stop_reason for output in outputs} == {"timeout"}
+    assert {output.outputs[0].finish_reason for output in outputs} == {"abort"}
+    with pytest.raises(ValueError, match="timeout=0 must be above 0 seconds"):
+        llm.generate([[1, 2, 3]], params, timeout=0)
+    with pytest.raises(TypeError, match="timeout='1' must be a number of seconds"):
+        llm.generate([[1, 2, 3]], params, timeout="1")  # type: ignore[arg-type]
+
+
+def test_prompts_beyond_the_limit_of_the_queue_fail_alone(model: Path) -> None:
+    with LLM(model, max_num_queued_reqs=3, **SIZES) as llm:
+        outputs = llm.generate([[1, 2, 3]] * 8, GREEDY, use_tqdm=False)
+    assert [output.error is None for output in outputs] == [True] * 3 + [False] * 5
+    assert "the queue is full: 3 reqs wait and max_num_queued_reqs=3" in str(outputs[-1].error)
+
+
 def test_a_closed_llm_says_so(model: Path) -> None:
     with LLM(model, **SIZES) as llm:
         generate(llm, "the")

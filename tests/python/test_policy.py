@@ -165,7 +165,7 @@ def test_outputs_do_not_depend_on_the_batching(data: st.DataObject) -> None:
     for turn in range(41):
         setup.add(*(item for item, at in zip(items, arrivals, strict=True) if at == turn))
         for name in (name for name, at in aborts.items() if at == turn):
-            setup.state.abort(name, 0.0)
+            setup.state.end(name, "abort", 0.0)
         setup.turn()
     setup.finish()
     for item in items:

@@ -169,7 +169,7 @@ def test_sharing_changes_no_output(data: st.DataObject) -> None:
         setup.add(*(item for item, at in zip(items, arrivals, strict=True) if at == turn))
         if turn == 25:
             for name in sorted(aborted):
-                setup.state.abort(name, 0.0)
+                setup.state.end(name, "abort", 0.0)
         setup.turn()
     setup.finish()
     for item in items:

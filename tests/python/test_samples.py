@@ -102,7 +102,7 @@ def test_nobody_waits_for_one_that_has_gone() -> None:
     setup.add(*items)
     assert [item.id for _, item in setup.turn().admitted] == ["0"]
     assert setup.turn().admitted == []
-    setup.state.abort("0", 0.0)
+    setup.state.end("0", "abort", 0.0)
     assert [item.id for _, item in setup.turn().admitted] == ["1"]
     setup.finish()
     check_output(items[1])

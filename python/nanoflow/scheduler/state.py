@@ -33,6 +33,7 @@ class SchedulerState:
         *,
         shares_prefixes: bool = True,
         offload: Offload | None = None,
+        waiting: WaitingQueue | None = None,
     ) -> None:
         """`shares_prefixes`: requests that begin alike share the full pages of their beginning.
         `offload`: where pages are copied to, which needs shares_prefixes."""
@@ -43,7 +44,7 @@ class SchedulerState:
         self.policy = policy
         self.admission = Admission(pages.num_pages, len(slots.requests), slots.page_size)
         self.counters = Counters()
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue() if waiting is None else waiting
         self._age_of: dict[str, int] = {}  # by priority, then number: who is lower goes first
         self._next_age = 0
         self._free_slots = list(range(len(slots.requests)))[::-1]
@@ -75,16 +76,14 @@ class SchedulerState:
         return [*self._waiting, *map(self.slots.request, self._slot_of.values())]
 
     def add(self, request: Request) -> None:
-        """Queues a request behind all of its priority. Raises ValueError on an id in use."""
+        """Queues a request behind all of its priority. Raises ValueError on an id in use and
+        QueueFullError."""
         if request.id in self._age_of:
             raise ValueError(f"request id {request.id!r} is in use")
+        self._waiting.check_room(request)
         self._age_of[request.id] = (request.priority << 32) + self._next_age
         self._next_age += 1
         self._waiting.add(request)
-
-    def abort(self, request_id: str, time: float) -> None:
-        """Finishes a request with what has arrived. An unknown or finished one is left alone."""
-        self.end(request_id, "abort", time)
 
     def end(
         self,

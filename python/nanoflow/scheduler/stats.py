@@ -69,6 +69,7 @@ class Counters:
     finished: dict[FinishReason, int] = field(
         default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
     )
+    rejected: dict[str, int] = field(default_factory=lambda: {"reqs": 0, "tokens": 0})
     forecast: ForecastTokens = field(default_factory=ForecastTokens)
     step_times: StepTimes = field(default_factory=StepTimes)
 
@@ -85,6 +86,7 @@ class Counters:
             prefix_hits=self.prefix_hits,
             preemptions=self.preemptions,
             finished=tuple(self.finished.items()),
+            rejected=tuple(self.rejected.items()),
             forecast=replace(self.forecast),
             step_seconds=self.step_times.seconds,
             step_counts=tuple(self.step_times.counts),
@@ -105,6 +107,7 @@ class SchedulerStats:
     prefix_hits: int
     preemptions: int
     finished: tuple[tuple[FinishReason, int], ...]
+    rejected: tuple[tuple[str, int], ...]  # by the limit of the queue
     forecast: ForecastTokens
     step_seconds: float
     step_counts: tuple[int, ...]  # by STEP_TIME_BOUNDS

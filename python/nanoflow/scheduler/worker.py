@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from nanoflow.errors import QueueFullError
 from nanoflow.scheduler.batch import build_batch
 from nanoflow.scheduler.copies import Copies
+from nanoflow.scheduler.deadlines import TIMEOUT, Deadlines
 from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
 from nanoflow.scheduler.inbox import Inbox
 from nanoflow.scheduler.state import SchedulerState
@@ -65,6 +67,7 @@ class Worker:
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
         self._copies = None if state.offload is None else Copies(engine, state.offload)
+        self._deadlines = Deadlines()
         self._restarts_left = 1
         self._submitted = 0  # number of the last step that the engine took
 
@@ -97,14 +100,19 @@ class Worker:
         for request in requests:
             try:
                 self._state.add(request)
-            except ValueError as error:
+                self._deadlines.add(request)
+            except (ValueError, QueueFullError) as error:
+                if isinstance(error, QueueFullError):
+                    self._state.counters.rejected[error.unit] += 1
                 self._state.counters.finished["error"] += 1
                 request.finish("error", now, error=error)
         if doomed is not None:
             spared = {request.id for request in requests[doomed:]}
             aborts += [r.id for r in self._state.open_requests() if r.id not in spared]
         for request_id in aborts:
-            self._state.abort(request_id, now)
+            self._state.end(request_id, "abort", now)
+        for request in self._deadlines.expired(now):
+            self._state.end(request.id, "abort", now, stop_reason=TIMEOUT)
         return self._is_busy() or not is_closing
 
     def _is_busy(self) -> bool:
