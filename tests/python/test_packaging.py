@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from importlib import metadata
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
+
+spec = importlib.util.spec_from_file_location("wheel_check", Path(__file__).parents[1] / "wheel.py")
+assert spec is not None and spec.loader is not None
+wheel = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(wheel)
 
 MAX_BYTES = 20 << 20  # of all but the CUDA backend
 MAX_CUDA_BYTES = 130 << 20
@@ -64,3 +70,25 @@ def test_installs_the_console_command():
     (script,) = scripts
     assert script.value == "nanoflow.cli:main"
     assert callable(script.load())
+
+
+AUDIT = {
+    "overall_tag": "manylinux_2_35_x86_64",
+    "external_libs": {},
+    "unsupported_isa": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("audit", "megabytes", "message"),
+    [
+        ({}, 3.0, None),
+        ({}, 20.4, "it has 20.4 MB, more than 20"),
+        ({"external_libs": {"libcuda.so.1": None}}, 3.0, "does not promise: libcuda.so.1"),
+        ({"overall_tag": "linux_x86_64"}, 3.0, "it fits no manylinux tag, only linux_x86_64"),
+        ({"unsupported_isa": True}, 3.0, "its code needs instructions"),
+    ],
+)
+def test_what_a_wheel_must_not_be(audit, megabytes, message):
+    found = wheel.findings(AUDIT | audit, megabytes, 20)
+    assert (message is None and not found) or (len(found) == 1 and message in found[0])
