@@ -14,6 +14,7 @@ from nanoflow.chat import add_chat_arguments
 from nanoflow.errors import EngineError
 from nanoflow.export_command import add_export_arguments
 from nanoflow.plan_command import add_plan_arguments
+from nanoflow.tune.command import add_tune_arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,6 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_plan_arguments(commands.add_parser("plan", help="show what a schedule does with a step"))
     add_export_arguments(
         commands.add_parser("export-spec", help="write a model as programs in C++ read it")
+    )
+    add_tune_arguments(
+        commands.add_parser("tune", help="measure the device, and find the fastest schedule for it")
     )
     return parser
 

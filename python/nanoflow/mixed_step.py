@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,21 +55,15 @@ class MixedStep:
 
     def engine_config(self) -> _core.EngineConfig:
         """Capacities for this step and no more."""
-        return _core.EngineConfig(
-            max_num_batched_tokens=int(self.rows.sum()),
-            max_num_seqs=len(self.rows),
-            max_model_len=int(self.kv_len.max()),
-            page_size=PAGE_SIZE,
-            num_pages=int(self._pages().sum()),
-        )
+        return capacities([self])
 
-    def batch(self, vocab_size: int) -> _core.Batch:
-        """As a batch that wants its timings. The keys before its rows are whatever the cache holds:
-        for measuring, not for reading the tokens."""
+    def batch(self, vocab_size: int, *, want_timings: bool = True) -> _core.Batch:
+        """The keys before its rows are whatever the cache holds: for measuring, not for reading the
+        tokens."""
         requests, total = len(self.rows), int(self.rows.sum())
         ends = np.cumsum(self.rows)
         first_position = self.kv_len - self.rows
-        pages = self._pages()
+        pages = self.pages()
 
         def ints(values: Ints) -> NDArray[np.int32]:
             return values.astype(np.int32)
@@ -96,11 +91,22 @@ class MixedStep:
             counter=zeros,
             banned_indptr=np.zeros(requests + 1, np.int32),
             banned=np.zeros(0, np.int32),
-            want_timings=True,
+            want_timings=want_timings,
         )
 
-    def _pages(self) -> Ints:
+    def pages(self) -> Ints:
         return -(-self.kv_len // PAGE_SIZE)
+
+
+def capacities(steps: Sequence[MixedStep]) -> _core.EngineConfig:
+    """Of an engine that can run each of these steps."""
+    return _core.EngineConfig(
+        max_num_batched_tokens=max(int(step.rows.sum()) for step in steps),
+        max_num_seqs=max(len(step.rows) for step in steps),
+        max_model_len=max(int(step.kv_len.max()) for step in steps),
+        page_size=PAGE_SIZE,
+        num_pages=max(int(step.pages().sum()) for step in steps),
+    )
 
 
 def deal_step(mix: StepMix, cuts: list[float]) -> MixedStep:

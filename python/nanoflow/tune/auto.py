@@ -2,7 +2,8 @@
 
 On a GPU they come from a run of `nanoflow tune`, else from a search in the op times that the
 package has for it; while serving, `scheduler.choose` tries the best ones and keeps the fastest. A
-GPU without op times tries the built-in overlap. CPUs and several GPUs run everything in turn.
+GPU without op times tries the built-in overlap. A CPU runs everything in turn, or with the one
+schedule that `nanoflow tune` found fastest; several GPUs run everything in turn.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
     if args.schedule != AUTO:
         return _only(find_schedule(args.schedule, backend.width))
     sequential = built_in_schedule("sequential", backend.width)
-    if backend.device == "cpu" or args.tensor_parallel_size > 1:
+    if args.tensor_parallel_size > 1:
         return _only(sequential)
-    found = _tuned(backend, spec) or _searched(args, backend, spec)
+    tuned = _tuned(backend, spec)
+    if backend.device == "cpu":
+        return _only(sequential if tuned is None else tuned[1][0])
+    found = tuned or _searched(args, backend, spec)
     if found is None:
         logger.info(
             "there are no op times of %s: a built-in schedule is tried; 'nanoflow tune' measures "

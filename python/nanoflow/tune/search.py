@@ -84,8 +84,8 @@ def _improved(model: CostModel, load: Load, structure: _Structure, memory: int) 
     )
 
     def build(settings: Mapping[str, float]) -> Schedule:
-        parted = _parted(structure.counts, settings["cut"], round(settings["memory"]), table.width)
-        return ordered(parted, program)
+        schedule = parted(structure.counts, settings["cut"], round(settings["memory"]), table.width)
+        return ordered(schedule, program)
 
     settings, _ = descend(
         {"cut": 0.5, "memory": float(memory)},
@@ -117,7 +117,7 @@ def _split(count: int, cut: float) -> list[float]:
     return {1: [], 2: [cut], 4: [cut / 2, cut, (1 + cut) / 2]}[count]
 
 
-def _parted(counts: Sequence[int], cut: float, memory: int, width: int) -> Schedule:
+def parted(counts: Sequence[int], cut: float, memory: int, width: int) -> Schedule:
     """Each stage in turn, attention on its own lane, the head on the whole device."""
     stages = {
         stage: StageSpec(_split(count, cut), MEMORY if stage == "attn" else COMPUTE)
@@ -128,8 +128,15 @@ def _parted(counts: Sequence[int], cut: float, memory: int, width: int) -> Sched
     return Schedule(name, lanes, {**stages, "head": StageSpec([], WHOLE)})
 
 
+def ping_pong(memory: int, width: int) -> Schedule:
+    """Two halves: attention of one beside all else of the other."""
+    schedule = _schedule(_Structure((2,) * len(STAGES), starts=True), 0.5, memory, width)
+    assert schedule is not None
+    return schedule
+
+
 def _schedule(structure: _Structure, cut: float, memory: int, width: int) -> Schedule | None:
-    schedule = _parted(structure.counts, cut, memory, width)
+    schedule = parted(structure.counts, cut, memory, width)
     if not structure.starts:
         return schedule
     program = _ping_pong(schedule)

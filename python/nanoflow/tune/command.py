@@ -1,0 +1,220 @@
+"""The command `nanoflow tune`: measure a device, search schedules, and measure the best ones."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from nanoflow import _core
+from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.bench import environment
+from nanoflow.bench.default_model import default_model
+from nanoflow.bench.telemetry import Telemetry
+from nanoflow.config import EngineArgs
+from nanoflow.loading import open_checkpoint
+from nanoflow.mixed_step import PAGE_SIZE, StepMix, capacities, deal_step
+from nanoflow.runtime import make_backend
+from nanoflow.schedule import built_in_schedule, schedule_to_json
+from nanoflow.tune.costs import CostModel, shape_of
+from nanoflow.tune.measure import Run, Runner
+from nanoflow.tune.profile import Device, Grid, load_of, profile
+from nanoflow.tune.results import device_name, key_of, save_result
+from nanoflow.tune.search import Candidate, memory_widths, search
+from nanoflow.tune.table import MeasuredStep, OpTable, save_table, table_to_json
+
+ENGINE_FLAGS = (
+    "model",
+    "dtype",
+    "load_format",
+    "revision",
+    "seed",
+    "device",
+    "cpu_threads",
+    "cpu_isa",
+)
+CACHE_SHARE = 0.8  # of the free memory, for keys and values
+IDLE_SECONDS = 2.0
+_EIGHTHS = [i / 8 for i in range(1, 8)]  # cuts finer than those of any schedule that is searched
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    rows: tuple[int, ...]
+    decodes: tuple[int, ...]
+    context: int
+    seconds: float
+    width_step: int
+    most_widths: int
+
+
+DEFAULTS = {
+    "cuda": _Defaults((256, 512, 768, 1024, 1536, 2048), (256, 512), 768, 2.5, 8, 8),
+    "cpu": _Defaults((8, 16, 32), (8, 16), 64, 0.4, 1, 3),
+}
+
+
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_tune)
+    add = parser.add_argument
+    add("--rows", type=int, nargs="+", help="rows of prompts in the steps that are measured")
+    add("--decodes", type=int, nargs="+", help="requests that decode in such steps")
+    add("--context", type=int, help="keys that each of them reads")
+    add("--widths", type=int, nargs="+", help="of the lane of attention: SMs, or threads of a CPU")
+    add("--seconds", type=float, help="of every run, its first half dropped")
+    add("--candidates", type=int, default=6, help="schedules run for real (default: 6)")
+    add("--table", type=Path, metavar="FILE", help="also write the op times, as in the package")
+    add_engine_arguments(parser, ENGINE_FLAGS)
+
+
+def run_tune(options: argparse.Namespace) -> None:
+    """Raises ValueError on sizes that the model or the device do not have."""
+    arguments = engine_arguments(options)
+    if "model" not in arguments:
+        arguments["model"] = default_model()
+    args = EngineArgs(**arguments)
+    checkpoint = open_checkpoint(
+        args.model, args.load_format, revision=args.revision, seed=args.seed
+    )
+    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    backend = make_backend(args, spec)
+    weights = _core.Weights(spec, backend)
+    checkpoint.load_weights(weights)
+    weights.finish()
+    grid = make_grid(options, backend, spec, checkpoint.model.max_position_embeddings)
+    with Telemetry(backend.device) as telemetry:
+        sequential = built_in_schedule("sequential", backend.width)
+        engine = _core.Engine(_capacities(grid), weights, sequential)
+        default = DEFAULTS[backend.device.partition(":")[0]]
+        runner = Runner(engine, spec.vocab_size, telemetry, options.seconds or default.seconds)
+        tuned = _tune(options, runner, telemetry, backend, spec, grid)
+    _report(tuned, grid)
+    key = key_of(backend, spec)
+    path = key.path("tuned")
+    content = {
+        "command": environment.command_line(),
+        "table": table_to_json(tuned.table),
+        "measured": [result.to_json(grid) for result in tuned.results],
+    }
+    save_result(path, key, content)
+    print(f"{path}: schedule='auto' uses it from now on")
+    if options.table is not None:
+        save_table(tuned.table, options.table)
+        print(f"{options.table}: op times")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A schedule that was searched, and run."""
+
+    candidate: Candidate
+    run: Run
+
+    def tokens_per_second(self, grid: Grid) -> float:
+        return load_of(grid.full).rows / self.run.us * 1e6
+
+    def to_json(self, grid: Grid) -> dict[str, Any]:
+        return {
+            "schedule": schedule_to_json(self.candidate.schedule),
+            "load": asdict(load_of(grid.full)),
+            "predicted_step_us": self.candidate.prediction.step_us,
+            "step_us": self.run.us,
+            "tokens_per_second": self.tokens_per_second(grid),
+            "watts": self.run.watts,
+            "sm_mhz": self.run.mhz,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    table: OpTable
+    results: list[Result]  # the fastest first
+
+
+def make_grid(
+    options: argparse.Namespace, backend: _core.Backend, spec: _core.ModelSpec, positions: int
+) -> Grid:
+    """What the options say, else what suits the kind of device and fits its memory."""
+    default = DEFAULTS[backend.device.partition(":")[0]]
+    context = min(options.context or default.context, positions)
+    pages = int(CACHE_SHARE * backend.free_memory) // (spec.kv_bytes_per_token * PAGE_SIZE)
+    fitting = pages // -(-context // PAGE_SIZE)
+    decodes = options.decodes or [min(count, fitting) for count in default.decodes]
+    widths = options.widths or memory_widths(backend.width, default.width_step)
+    grid = Grid(
+        rows=sorted(set(options.rows or default.rows)),
+        decodes=sorted(set(decodes)),
+        context=context,
+        widths=sorted(set(widths))[: default.most_widths] if not options.widths else sorted(widths),
+    )
+    if grid.rows[0] < 1 or grid.decodes[0] < 1:
+        raise ValueError(f"rows {grid.rows} and decodes {grid.decodes} must be at least 1")
+    for width in grid.widths:
+        if not 1 <= width < backend.width:
+            raise ValueError(f"--widths {width} must be below the device's {backend.width}")
+    grid.full.check(positions)
+    return grid
+
+
+def _capacities(grid: Grid) -> _core.EngineConfig:
+    mixes = [*grid.prefills, *grid.decode_steps, grid.full]
+    return capacities([deal_step(mix, cuts) for mix in mixes for cuts in ([], _EIGHTHS)])
+
+
+def _tune(
+    options: argparse.Namespace,
+    runner: Runner,
+    telemetry: Telemetry,
+    backend: _core.Backend,
+    spec: _core.ModelSpec,
+    grid: Grid,
+) -> Tuned:
+    with tqdm(total=grid.runs + options.candidates, desc="measuring", unit="run") as bar:
+
+        def measure(schedule: _core.Schedule, mix: StepMix) -> Run:
+            bar.set_postfix_str(f"{schedule.id}, {mix.decodes} + {mix.prefill_rows} rows")
+            run = runner.run(schedule, mix)
+            bar.update()
+            return run
+
+        step = DEFAULTS[backend.device.partition(":")[0]].width_step
+        device = Device(device_name(backend), backend.width, step, _idle_watts(telemetry))
+        table = profile(measure, spec, device, grid, environment.command_line())
+        candidates = search(CostModel(table, spec), load_of(grid.full), options.candidates)
+        results = [Result(one, measure(one.schedule, grid.full)) for one in candidates]
+    results.sort(key=lambda result: result.run.us)
+    load = asdict(load_of(grid.full))
+    steps = tuple(
+        MeasuredStep(shape_of(spec), schedule_to_json(r.candidate.schedule), load, r.run.us)
+        for r in results
+    )
+    return Tuned(replace(table, steps=steps), results)
+
+
+def _idle_watts(telemetry: Telemetry) -> float:
+    """Of the device with its memory in use and nothing running."""
+    if telemetry.reason is not None:
+        return 0.0
+    begin = time.perf_counter()
+    time.sleep(IDLE_SECONDS)
+    power = telemetry.power(begin + IDLE_SECONDS / 2, time.perf_counter())
+    return power.watts if power else 0.0
+
+
+def _report(tuned: Tuned, grid: Grid) -> None:
+    full = grid.full
+    print(
+        f"{full.decodes} requests decode, {full.context} tokens each, "
+        f"{full.prefill_rows} rows prefill"
+    )
+    print(f"{'schedule':28}{'tokens/s':>10}{'step ms':>9}{'predicted':>11}{'W':>6}{'MHz':>6}")
+    for result in tuned.results:
+        run, predicted = result.run, result.candidate.prediction.step_us
+        print(
+            f"{result.candidate.schedule.id:28}{result.tokens_per_second(grid):10.0f}"
+            f"{run.us / 1e3:9.2f}{predicted / 1e3:11.2f}{run.watts:6.0f}{run.mhz:6.0f}"
+        )

@@ -1,0 +1,223 @@
+"""From runs of a model's own steps to a table of op times.
+
+Products and attention are timed alone, on lanes that part the device between them: a step that is
+not cut runs one after the other, whatever lanes it uses. What they do to each other is seen in
+steps of two halves in ping-pong. The energy of attention is what a step of decodes takes beyond a
+step of as many prompt rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from nanoflow import _core
+from nanoflow.mixed_step import StepMix, deal_step
+from nanoflow.schedule import built_in_schedule
+from nanoflow.tune.costs import CostModel, Load, Spec
+from nanoflow.tune.measure import Run
+from nanoflow.tune.program import parts_of
+from nanoflow.tune.search import parted, ping_pong
+from nanoflow.tune.table import Entry, OpTable, Product
+
+Measure = Callable[[_core.Schedule, StepMix], Run]
+STAGES_OF_PRODUCTS = ("qkv", "o", "mlp")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured."""
+
+    rows: Sequence[int]  # of steps of prompts, ascending
+    decodes: Sequence[int]  # of steps of decodes, ascending
+    context: int  # keys of each decode; tokens of a prompt, at most
+    widths: Sequence[int]  # of the lane of attention, beside the rest for all else
+
+    @property
+    def prefills(self) -> list[StepMix]:
+        return [StepMix(0, self.context, rows) for rows in self.rows]
+
+    @property
+    def decode_steps(self) -> list[StepMix]:
+        return [StepMix(decodes, self.context) for decodes in self.decodes]
+
+    @property
+    def full(self) -> StepMix:
+        """As many rows of prompts as of decodes, as far as the grid goes."""
+        return StepMix(self.decodes[-1], self.context, min(self.decodes[-1], self.rows[-1]))
+
+    @property
+    def runs(self) -> int:
+        alone = len(self.rows) + len(self.decodes)
+        return alone + len(self.widths) * (len(self.decodes) + 2)
+
+
+def load_of(mix: StepMix) -> Load:
+    """As the cost model counts it."""
+    return Load(mix.decodes, mix.context, mix.prefill_rows, round(_prefill_keys(mix)))
+
+
+def _prefill_keys(mix: StepMix) -> float:
+    """That a row of a prompt reads, in the mean."""
+    if mix.prefill_rows == 0:
+        return 0.0
+    step = deal_step(replace(mix, decodes=0), [])
+    return float((step.rows * (step.rows + 1) / 2).sum() / mix.prefill_rows)
+
+
+@dataclass(slots=True)
+class _Collected:
+    products: dict[tuple[int, int], list[Entry]] = field(default_factory=dict)
+    decode: list[Entry] = field(default_factory=list)
+    prefill: list[Entry] = field(default_factory=list)
+    rows: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a table says of its device; see OpTable."""
+
+    name: str
+    width: int
+    width_step: int
+    idle_watts: float
+
+
+def profile(measure: Measure, spec: Spec, device: Device, grid: Grid, origin: str) -> OpTable:
+    """Runs the grid. Raises EngineError on widths that the device does not have."""
+    profiler = _Profiler(spec)
+    runs: list[Run] = []
+    decodes: list[tuple[StepMix, int, Run]] = []  # width of attention
+    sequential = built_in_schedule("sequential", device.width)
+    for mix in grid.prefills:
+        runs.append(run := measure(sequential, mix))
+        profiler.add_products(run, mix, device.width)
+        profiler.add_prefill(run, mix, device.width)
+    for mix in grid.decode_steps:
+        runs.append(run := measure(sequential, mix))
+        profiler.add_head(run, mix, device.width)
+        decodes.append((mix, device.width, run))
+    for width in grid.widths:
+        apart = parted((1, 1, 1, 1), 0.5, width, device.width)
+        for mix in grid.decode_steps:
+            runs.append(run := measure(apart, mix))
+            profiler.add_products(run, mix, device.width - width)
+            decodes.append((mix, width, run))
+        runs.append(run := measure(apart, grid.prefills[-1]))
+        profiler.add_products(run, grid.prefills[-1], device.width - width)
+        profiler.add_prefill(run, grid.prefills[-1], width)
+    table = OpTable(
+        device=device.name,
+        width=device.width,
+        width_step=device.width_step,
+        idle_watts=device.idle_watts,
+        cap_watts=max(run.watts for run in runs),
+        max_mhz=max(run.mhz for run in runs),
+        products=tuple(
+            Product(features, depth, tuple(entries))
+            for (features, depth), entries in profiler.found.products.items()
+        ),
+        decode=(),
+        prefill=tuple(profiler.found.prefill),
+        rows=tuple(profiler.found.rows),
+        origin={"command": origin},
+    )
+    table = replace(table, decode=tuple(profiler.decode_entry(table, *one) for one in decodes))
+    pairs = [(width, measure(ping_pong(width, device.width), grid.full)) for width in grid.widths]
+    return replace(table, slowdown=_slowdown(table, spec, grid.full, pairs))
+
+
+class _Profiler:
+    """Sorts the ops of runs into the table's entries."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._bytes = 4 if spec.dtype == "float32" else 2
+        self._heads = spec.num_heads * spec.head_dim
+        self._qkv = self._heads + 2 * spec.num_kv_heads * spec.head_dim
+        self.found = _Collected()
+
+    def add_products(self, run: Run, mix: StepMix, width: int) -> None:
+        """Those of a layer, and the work on rows between them."""
+        spec, rows = self._spec, mix.decodes + mix.prefill_rows
+        hidden, wide = spec.hidden_size, spec.intermediate_size
+        for stage, op, features, depth in (
+            ("qkv", "gemm", self._qkv, hidden),
+            ("o", "gemm", hidden, self._heads),
+            ("mlp", "gemm_silu_mul", 2 * wide, hidden),
+            ("mlp", "gemm", hidden, wide),
+        ):
+            self._add_product(run, run.op_us[stage, 0, op], (features, depth), rows, width)
+        moved = 2 * rows * self._bytes * (2 * hidden + self._qkv)  # two norms and a rotation
+        others = [
+            us
+            for (stage, _, op), us in run.op_us.items()
+            if stage in STAGES_OF_PRODUCTS and not op.startswith("gemm")
+        ]
+        mean = (moved / len(others), sum(others) / len(others))
+        self.found.rows.append(Entry(mean[0], width, mean[1], run.watts, run.mhz))
+
+    def add_head(self, run: Run, mix: StepMix, width: int) -> None:
+        shape = (self._spec.vocab_size, self._spec.hidden_size)
+        self._add_product(run, run.op_us["head", 0, "gemm"], shape, mix.decodes, width)
+
+    def add_prefill(self, run: Run, mix: StepMix, width: int) -> None:
+        flops = 4 * mix.prefill_rows * _prefill_keys(mix) * self._heads
+        us = run.op_us["attn", 0, "attention"]
+        self.found.prefill.append(Entry(flops, width, us, run.watts, run.mhz))
+
+    def decode_entry(self, table: OpTable, mix: StepMix, width: int, run: Run) -> Entry:
+        """Attention does not stretch with the clock where memory is what it waits for; a lower one
+        is therefore not taken off."""
+        model, load = CostModel(table, self._spec), load_of(mix)
+        layers = self._spec.num_layers
+        rest = sum(
+            model.stage(stage, 1.0, table.width, load).joules for stage in STAGES_OF_PRODUCTS
+        )
+        rest = rest * layers + model.head(built_in_schedule("sequential", table.width), load).joules
+        us = run.op_us["attn", 0, "attention"]
+        own = run.joules - table.idle_watts * run.us * 1e-6 - rest
+        watts = table.idle_watts + max(0.0, own) / layers / us * 1e6
+        read = 2 * mix.decodes * mix.context * self._spec.num_kv_heads * self._spec.head_dim
+        return Entry(read * self._bytes, width, us, watts, table.max_mhz)
+
+    def _add_product(
+        self, run: Run, us: float, shape: tuple[int, int], rows: int, width: int
+    ) -> None:
+        entry = Entry(rows, width, us, run.watts, run.mhz)
+        self.found.products.setdefault(shape, []).append(entry)
+
+
+def _slowdown(
+    table: OpTable, spec: Spec, mix: StepMix, pairs: Sequence[tuple[int, Run]]
+) -> dict[tuple[str, str], float]:
+    """Mean over pairs of widths: what ops take beside each other over what they take alone, both
+    at full clock.
+
+    All of a shorter attention is beside products, but only as much of them is beside it.
+    """
+    if not pairs:
+        return {}
+    model, load = CostModel(table, spec), load_of(mix)
+    factors: dict[tuple[str, str], list[float]] = {
+        ("memory", "compute"): [],
+        ("compute", "memory"): [],
+    }
+    for width, run in pairs:
+        schedule = ping_pong(width, table.width)
+        alone, beside = {"attn": 0.0, "rest": 0.0}, {"attn": 0.0, "rest": 0.0}
+        costs = model.costs(schedule, load)
+        for part, cost in zip(parts_of(schedule), costs, strict=True):
+            kind = "attn" if part.stage == "attn" else "rest"
+            alone[kind] += cost.us
+            beside[kind] += sum(
+                us
+                for (stage, number, _), us in run.op_us.items()
+                if (stage, number) == (part.stage, part.number)
+            )
+        clock = run.mhz / table.max_mhz if table.max_mhz else 1.0
+        factors["memory", "compute"].append(max(1.0, beside["attn"] / alone["attn"]))
+        shared = min(beside["attn"], beside["rest"]) * clock
+        lost = min(max(0.0, beside["rest"] * clock - alone["rest"]), 0.8 * shared)
+        factors["compute", "memory"].append(shared / (shared - lost))
+    return {pair: sum(found) / len(found) for pair, found in factors.items()}
