@@ -39,6 +39,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "enable_prefix_caching": "share the KV cache of equal beginnings",
         "kv_offloading_size": "GiB of host memory that keep what the KV cache has no room for",
         "kv_offloading_backend": "native",
+        "kv_offloading_ssd": "PATH:SIZE, a folder on an SSD and GiB, for what the host gives up",
         "async_scheduling": "plan a step while the one before it runs",
         "scheduling_policy": "fcfs, or priority: requests with a lower one go first",
         "max_num_queued_reqs": "requests that may wait; more are rejected",

@@ -46,6 +46,7 @@ class EngineArgs:
     enable_prefix_caching: bool | None = None  # None is True
     kv_offloading_size: float | None = None  # GiB of host memory for pages of the KV cache
     kv_offloading_backend: str = "native"
+    kv_offloading_ssd: str | None = None  # PATH:SIZE, a folder and GiB, for what the host gives up
     async_scheduling: bool = True  # plan a step while the one before it runs
     scheduling_policy: str = "fcfs"  # or priority: requests with a lower one go first
     max_num_queued_reqs: int | None = None  # that wait; more are rejected
@@ -94,6 +95,10 @@ class EngineArgs:
 
     def _check_offloading(self) -> None:
         size = self.kv_offloading_size
+        if self.kv_offloading_ssd is not None:
+            parse_ssd(self.kv_offloading_ssd)
+            if size is None:
+                raise ValueError("kv_offloading_ssd needs kv_offloading_size: pages go through it")
         if size is None:
             return
         if isinstance(size, bool) or not isinstance(size, int | float):
@@ -181,6 +186,18 @@ def check_timeout(timeout: float | None) -> float:
     if not timeout > 0:
         raise ValueError(f"timeout={timeout} must be above 0 seconds")
     return float(timeout)
+
+
+def parse_ssd(argument: str) -> tuple[Path, int]:
+    """The folder and the bytes of PATH:SIZE. A size is GiB, or has a unit as in 500M, 20GiB, 1T."""
+    path, _, size = argument.rpartition(":")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
+    if not path or match is None or float(match[1]) == 0:
+        raise ValueError(
+            f"kv_offloading_ssd={argument!r} is no PATH:SIZE such as /mnt/ssd/kv:200 (GiB)"
+        )
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40}[(match[2] or "G").upper()]
+    return Path(path).expanduser(), int(float(match[1]) * (1 << unit))
 
 
 def _check_positive(name: str, value: int | None) -> None:

@@ -112,6 +112,7 @@ class Request:
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # that were found in the KV cache when it first started
     expected_tokens: int = 0  # to be generated, by the forecast when it first started
+    is_prefetched: bool = False  # what only an SSD holds of it has been asked for
     page_keys: list[bytes] = field(default_factory=list)  # of its first pages (scheduler/prefix.py)
     arrival_time: float = 0.0  # seconds of time.perf_counter, as all times
     first_token_time: float = 0.0

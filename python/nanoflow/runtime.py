@@ -74,7 +74,8 @@ def start_runtime(args: EngineArgs) -> Runtime:
     times.append(perf_counter())
     engine, limits, memory = sizer.make_engine(weights, schedule)
     _warn(args, limits, checkpoint.model.max_position_embeddings, memory.kind)
-    state = _scheduler_state(limits, schedule.cuts(), args, make_offload(engine, memory))
+    offload = make_offload(args, engine, checkpoint, memory)
+    state = _scheduler_state(limits, schedule.cuts(), args, offload)
     steps_in_flight = 2 if args.async_scheduling else 1
     loop = SchedulerLoop(
         engine,

@@ -158,6 +158,10 @@ class FakeEngine:
         """All that a schedule is here."""
         self.segments = segments
 
+    @property
+    def host_pool(self) -> NDArray[np.uint8]:
+        return self._host.view(np.uint8).reshape(self.host_slots, -1)
+
     def store_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> FakeCopy:
         assert len(pages) == len(slots) == len(set(slots.tolist())) > 0
         for load in self._loads:

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fake_engine import FakeEngine, FakeHandle, expected_output, make_batch
 from nanoflow.errors import EngineError, InvalidLogitsError
 from nanoflow.offload.cost import CostModel
 from nanoflow.offload.host import HostTier
 from nanoflow.offload.offload import Offload
+from nanoflow.offload.ssd import SsdTier
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.choose import Chooser
 from nanoflow.scheduler.deal import Dealer
@@ -80,6 +82,7 @@ def serve(
     chooser: Chooser | None = None,
     host_slots: int = 0,
     waiting: WaitingQueue | None = None,
+    make_ssd: Callable[[NDArray[np.uint8]], SsdTier] | None = None,
     **engine: Any,
 ) -> Service:
     fake = engine_type(
@@ -93,7 +96,8 @@ def serve(
         segments=len(cuts) + 1,
         **engine,
     )
-    offload = Offload(HostTier(host_slots), CostModel(64, 4)) if host_slots else None
+    ssd = None if make_ssd is None else make_ssd(fake.host_pool)
+    offload = Offload(HostTier(host_slots), CostModel(64, 4), ssd) if host_slots else None
     state = SchedulerState(
         Policy(Dealer(cuts, 6), 16),
         Slots(6, 40, 4),

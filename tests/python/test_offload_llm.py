@@ -128,6 +128,27 @@ def test_a_second_round_computes_what_is_new(model: Path, device: str, eager: No
         assert rounds[HOST_GIB].outputs[0].token_ids == rounds[None].outputs[0].token_ids
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_restart_finds_the_ssd_as_it_was_left(
+    model: Path, device: str, tmp_path: Path, eager: None
+) -> None:
+    tokens = np.random.default_rng(1).integers(0, 160, 100).tolist()
+    greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    tiers = {"kv_offloading_size": HOST_GIB, "kv_offloading_ssd": f"{tmp_path}:50M"}
+    answers = []
+    for _ in range(2):
+        with make_llm(model, device, **tiers) as llm:
+            with pytest.raises(ValueError, match="in use by another engine"):
+                make_llm(model, device, **tiers)
+            answers.append(llm.generate({"prompt_token_ids": tokens}, greedy, use_tqdm=False)[0])
+            metrics = values(llm)
+    assert [answer.num_cached_tokens for answer in answers] == [0, 96]
+    assert metrics["kv_offload_hits:ssd"] == 96 and metrics["kv_offload_hits:host"] == 0
+    assert metrics["kv_offload_total_bytes:SSD_to_CPU"] > 0
+    if device == "cpu":
+        assert answers[0].outputs[0].token_ids == answers[1].outputs[0].token_ids
+
+
 def test_nothing_is_left_when_all_is_done(model: Path, blind: None, eager: None) -> None:
     with make_llm(model, "cpu", kv_offloading_size=HOST_GIB) as llm:
         llm.generate(prompts(20), sampling(20), use_tqdm=False)
@@ -148,6 +169,8 @@ def test_nothing_is_left_when_all_is_done(model: Path, blind: None, eager: None)
         ({"kv_offloading_size": 1e-6}, "hold no page of 16 tokens"),
         ({"kv_offloading_size": 1, "enable_prefix_caching": False}, "enable_prefix_caching"),
         ({"kv_offloading_backend": "lmcache"}, "supported: 'native'"),
+        ({"kv_offloading_ssd": "/tmp/kv:1"}, "needs kv_offloading_size"),
+        ({"kv_offloading_ssd": "/tmp/kv", "kv_offloading_size": 1}, "PATH:SIZE"),
     ],
 )
 def test_arguments_that_cannot_be(model: Path, arguments: dict[str, Any], message: str) -> None:

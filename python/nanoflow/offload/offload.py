@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from time import perf_counter
 
 from nanoflow.offload.cost import CostModel, Rate
 from nanoflow.offload.host import HostTier
+from nanoflow.offload.ssd import READERS, Done, SsdTier
 from nanoflow.offload.stats import OffloadStats, Transfer
+
+WRITE_BATCH = 16  # pages
+WRITE_LOOKAHEAD = 64  # of the pages that the host would give away next: to be on the SSD by then
+WRITE_USAGE = 0.5  # of the host tier, from which on they are written
+FLUSH_SECONDS = 10.0  # at the end, to write what only the host has
+MOST_READ_SECONDS = 1.0  # for a request's pages, while it is not known how long it computes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,43 +39,101 @@ class Offload:
     Every full page is copied out once, as soon as its tokens are known: nothing is left to do when
     a request ends or is preempted, and a page can be granted anew as soon as its copy is done. A
     request that starts takes from the host what the device no longer has. Both end with steps: the
-    copies begun with one are settled by the caller's settle().
+    copies begun with one are settled when the next has been waited for.
+
+    What the host would give away next is written to the SSD before; what is only there is read
+    back when a request that wants it gets near its start, and the request is held back meanwhile,
+    but not for longer than computing the pages would take twice.
     """
 
-    def __init__(self, host: HostTier, cost: CostModel) -> None:
+    def __init__(self, host: HostTier, cost: CostModel, ssd: SsdTier | None = None) -> None:
         self._host = host
         self._cost = cost
+        self._ssd = ssd
         # (page, slot), of the step being planned
         self._loads: list[tuple[int, int]] = []
         self._stores: list[tuple[int, int]] = []
         self._store_rate, self._load_rate = Rate(), Rate()  # bytes
+        self._read_rate = Rate()  # bytes, of all readers
+        self._awaited: dict[bytes, float] = {}  # being read, and until when requests wait for it
+        self._read_slots: set[int] = set()  # whose content came from the SSD and has not been used
         self._stats = OffloadStats()
         self.settled_step = -1  # all copies of steps up to it are done
 
     def stats(self) -> OffloadStats:
-        return self._stats.snapshot({"host": self._host.num_used / self._host.num_slots})
+        usage = {"host": self._host.num_used / self._host.num_slots}
+        if self._ssd is not None:
+            usage["ssd"] = self._ssd.num_used / self._ssd.num_places
+        return self._stats.snapshot(usage)
+
+    @property
+    def has_ssd(self) -> bool:
+        return self._ssd is not None
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._awaited)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether poll() will have something to do though no step runs."""
+        return self._ssd is not None and self._ssd.is_working
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """Slots of the first keys that are worth loading."""
         slots = self._host.find(keys)
         return slots if slots and self._cost.is_worth(len(slots), self._load_rate) else []
 
+    def is_awaited(self, key: bytes) -> bool:
+        """Whether content is being read that a request should wait for."""
+        return perf_counter() < self._awaited.get(key, 0.0)
+
+    def prefetch(self, keys: Sequence[bytes]) -> None:
+        """Begins to read what only the SSD has of the first keys, if it comes in time."""
+        assert self._ssd is not None
+        wanted = []
+        for key in keys:
+            if key not in self._host:
+                if not self._ssd.is_readable(key):
+                    break
+                wanted.append(key)
+        backlog = self._ssd.num_reading
+        if not wanted or not self._cost.is_worth(len(wanted), self._read_rate, backlog):
+            return
+        compute = self._cost.compute_seconds(len(wanted))
+        seconds = MOST_READ_SECONDS if compute is None else 2 * compute
+        deadline = perf_counter() + seconds
+        for key in wanted:
+            slot = self._host.reserve(key)
+            if slot is None:
+                break
+            self._read_slots.discard(slot)
+            self._ssd.read(key, slot)
+            self._awaited[key] = deadline
+
     def touch(self, keys: Sequence[bytes]) -> None:
         """The device has content of these keys in use."""
         self._host.touch(keys)
 
-    def count(self, queries: int, hits: int, *, is_resumed: bool) -> None:
-        """A request has started: tokens that were looked for here, and those found."""
-        if is_resumed:
-            self._stats.resumed += hits
-            return
-        self._stats.queries += queries
-        self._stats.hits["host"] += hits
+    def load(
+        self, slots: Sequence[int], pages: Sequence[int], *, sought: int, found: int, resumes: bool
+    ) -> None:
+        """A request starts with the next step, which needs what slots hold in these pages.
 
-    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        """The next step needs what slots hold in these pages."""
+        Tokens: `sought` behind what the device has, and `found` in the slots. `resumes`: it has
+        been preempted before.
+        """
         self._host.pin(slots)
         self._loads.extend(zip(pages, slots, strict=True))
+        read = self._read_slots.intersection(slots)
+        self._read_slots -= read
+        if resumes:
+            self._stats.resumed += found
+            return
+        of_ssd = found * len(read) // len(slots) if read else 0
+        self._stats.queries += sought
+        self._stats.hits["ssd"] += of_ssd
+        self._stats.hits["host"] += found - of_ssd
 
     def store(self, page: int, key: bytes) -> bool:
         """A page is full behind the step being planned; says whether it is copied out then."""
@@ -75,6 +142,7 @@ class Offload:
         slot = self._host.reserve(key)
         if slot is None:
             return False
+        self._read_slots.discard(slot)
         self._stores.append((page, slot))
         return True
 
@@ -95,24 +163,92 @@ class Offload:
         self._count_copies(Transfer.STORE, self._store_rate, len(moves), seconds)
 
     def abandon(self, moves: PageMoves, *, is_load: bool) -> None:
-        """Copies have failed, or were never begun; what they brought is to be forgotten."""
-        (self._host.unpin if is_load else self._host.settle)(moves.slots)
+        """Copies have failed, or were never begun: what they brought is lost."""
+        (self._host.unpin if is_load else self._host.drop)(moves.slots)
 
     def observe_step(self, prefill_rows: int, decodes: int, seconds: float) -> None:
         self._cost.observe_step(prefill_rows, decodes, seconds)
 
+    def poll(self) -> None:
+        """Takes what the SSD has done, and gives it more to do. Once a turn."""
+        if self._ssd is None:
+            return
+        for done in self._ssd.poll():
+            self._take(done)
+        self._write_ahead(self._ssd)
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps until something has been read or written."""
+        if self._ssd is not None:
+            for done in self._ssd.wait(seconds):
+                self._take(done)
+
     def forget(self) -> None:
         """Requests from now on find nothing here."""
         self._host.forget()
+        self._awaited.clear()
+        if self._ssd is not None:
+            self._ssd.forget()
+
+    def close(self) -> None:
+        """Leaves on the SSD what only the host has, as far as that goes in FLUSH_SECONDS."""
+        if self._ssd is None:
+            return
+        deadline = perf_counter() + FLUSH_SECONDS
+        dirty = [(key, slot) for slot, key in self._host.oldest() if key not in self._ssd]
+        dirty = dirty[-self._ssd.num_places :]
+        while (dirty or self._ssd.num_writing) and perf_counter() < deadline:
+            if dirty and self._ssd.can_write:
+                self._write(self._ssd, dirty[:WRITE_BATCH])
+                dirty = dirty[WRITE_BATCH:]
+            elif not self._ssd.num_writing:
+                break  # the SSD takes no more
+            else:
+                self.wait(deadline - perf_counter())
+        for done in self._ssd.close():
+            self._take(done)
 
     def check_integrity(self) -> None:
         self._host.check_integrity()
+        if self._ssd is not None:
+            self._ssd.check_integrity()
 
     def check_idle(self) -> None:
         """Asserts, when no step is on its way, that no slot is kept for anybody."""
-        self._host.check_integrity()
-        assert self._host.num_pinned() == 0
+        self.check_integrity()
+        assert self._host.num_pinned() == 0 and not self._awaited
         assert len(self._loads) == len(self._stores) == 0
+
+    def _write_ahead(self, ssd: SsdTier) -> None:
+        if self._host.num_used < WRITE_USAGE * self._host.num_slots or not ssd.can_write:
+            return
+        if not self._cost.is_worth(1, self._read_rate):
+            return
+        oldest = islice(self._host.oldest(), WRITE_LOOKAHEAD)
+        dirty = [(key, slot) for slot, key in oldest if key not in ssd]
+        self._write(ssd, dirty[:WRITE_BATCH])
+
+    def _write(self, ssd: SsdTier, pages: list[tuple[bytes, int]]) -> None:
+        self._host.pin([slot for _, slot in ssd.write(pages)])
+
+    def _take(self, done: Done) -> None:
+        if done.is_read:
+            self._awaited.pop(done.key, None)
+        else:
+            self._host.unpin([done.slot])
+        if done.error:
+            self._stats.errors[done.error] = self._stats.errors.get(done.error, 0) + 1
+            if done.is_read:
+                self._host.drop([done.slot])
+            return
+        size = self._cost.page_bytes
+        if done.is_read:
+            self._host.settle([done.slot])
+            self._read_slots.add(done.slot)
+            self._stats.add(Transfer.READ, size, done.seconds)
+            self._read_rate.observe(size * READERS, done.seconds)
+        else:
+            self._stats.add(Transfer.WRITE, size, done.seconds)
 
     def _count_copies(self, transfer: Transfer, rate: Rate, pages: int, seconds: float) -> None:
         size = pages * self._cost.page_bytes

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 
 from nanoflow import _core
-from nanoflow.config import EngineArgs
+from nanoflow.config import EngineArgs, parse_ssd
+from nanoflow.loading import Checkpoint
+from nanoflow.loading.fingerprint import fingerprint
 from nanoflow.memory import MemoryUse
 from nanoflow.offload.cost import CostModel
 from nanoflow.offload.host import HostTier
 from nanoflow.offload.offload import Offload
+from nanoflow.offload.ssd import SsdTier
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +34,23 @@ def num_host_slots(args: EngineArgs, spec: _core.ModelSpec) -> int:
     return slots
 
 
-def make_offload(engine: _core.Engine, memory: MemoryUse) -> Offload | None:
-    """The tiers of an engine with a host pool; None without."""
+def make_offload(
+    args: EngineArgs, engine: _core.Engine, checkpoint: Checkpoint, memory: MemoryUse
+) -> Offload | None:
+    """The tiers of an engine with a host pool; None without. Raises ValueError on an SSD folder
+    that cannot be used."""
     slots = engine.config.host_slots
     if slots == 0:
         return None
     page_bytes = memory.kv_cache // memory.num_pages
-    logger.info(
-        "KV offload: %s pages in %.2f GiB of host memory", slots, slots * page_bytes / 2**30
-    )
-    return Offload(HostTier(slots), CostModel(page_bytes, memory.page_size))
+    logger.info("KV offload: %d pages, %.2f GiB of host memory", slots, slots * page_bytes / 2**30)
+    ssd = None
+    if args.kv_offloading_ssd is not None:
+        folder, size = parse_ssd(args.kv_offloading_ssd)
+        dtype = checkpoint.resolve_dtype(args.dtype)
+        kind = f"{fingerprint(checkpoint)} {dtype} {memory.page_size} {memory.kind}"
+        ssd = SsdTier(folder, size, engine.host_pool, kind)
+        logger.info(
+            "KV offload: %d of %d pages are held by %s", ssd.num_used, ssd.num_places, folder
+        )
+    return Offload(HostTier(slots), CostModel(page_bytes, memory.page_size), ssd)

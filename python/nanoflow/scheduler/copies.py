@@ -13,6 +13,8 @@ from nanoflow.offload.offload import Offload, PageMoves
 from nanoflow.scheduler.engine import CopyHandle, Engine
 from nanoflow.scheduler.step import Step
 
+READ_SECONDS = 0.02  # between looks at requests that wait for nothing but reads
+
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
@@ -23,15 +25,40 @@ class _Copy:
 
 
 class Copies:
-    """Hands a step's copies to the engine, and waits for them with the step behind it."""
+    """Hands a step's copies to the engine, and waits for them with the step behind it.
 
-    def __init__(self, engine: Engine, offload: Offload) -> None:
+    Without an offload there are none, and all of this does nothing.
+    """
+
+    def __init__(self, engine: Engine, offload: Offload | None) -> None:
         self._engine = engine
         self._offload = offload
         self._in_flight: deque[_Copy] = deque()  # oldest first
         self._planned: list[tuple[PageMoves, bool]] = []  # of the step that is being submitted
         self._submit_times: deque[float] = deque()  # of steps in flight, oldest first
         self._time_done = 0.0  # of the last step waited for
+
+    @property
+    def is_working(self) -> bool:
+        """Whether poll() will have something to do though no step runs."""
+        return self._offload is not None and self._offload.is_working
+
+    def poll(self) -> None:
+        """To be called every turn, and while there are none as long as is_working."""
+        if self._offload is not None:
+            self._offload.poll()
+
+    def wait_for_reads(self) -> bool:
+        """Sleeps a little if requests may be waiting for reads; says whether they may."""
+        if self._offload is None or not self._offload.is_reading:
+            return False
+        self._offload.wait(READ_SECONDS)
+        return True
+
+    def close(self) -> None:
+        """Leaves on the SSD what is worth keeping."""
+        if self._offload is not None:
+            self._offload.close()
 
     def before_submit(self, step: Step) -> None:
         """Begins to load what the step needs."""
@@ -46,6 +73,8 @@ class Copies:
     def after_wait(self, step: Step, *, is_last: bool) -> None:
         """Waits for the copies of the steps before it, of the step itself if no other is in
         flight: then nothing is left that could hold a page up."""
+        if self._offload is None:
+            return
         now = perf_counter()
         seconds = now - max(self._submit_times.popleft(), self._time_done)
         self._time_done = now
@@ -62,6 +91,8 @@ class Copies:
 
         What they brought must not be looked for any more.
         """
+        if self._offload is None:
+            return
         for copy in self._in_flight:
             with contextlib.suppress(Exception):  # which is the engine's
                 copy.handle.wait()

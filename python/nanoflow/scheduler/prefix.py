@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from nanoflow.scheduler.slots import Slots
 
 _KEY_BYTES = 16
 ROOT = b""  # before the first page
+PREFETCH_REQUESTS = 32  # next in the queue, for whom pages are read from the SSD
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,24 @@ class PrefixCache:
         self._offload = offload
         self._filling: set[bytes] = set()  # keys of pages that running requests are to fill
 
+    def prefetch(self, waiting: Iterable[Request]) -> None:
+        """Has what only the SSD holds read for those that are next."""
+        if self._offload is None or not self._offload.has_ssd:
+            return
+        for request in islice(waiting, PREFETCH_REQUESTS):
+            if not request.is_prefetched:
+                request.is_prefetched = True
+                keys = self._keys(request)
+                self._offload.prefetch(keys[len(self._pages.find(keys)) :])
+
     def admissible(
         self, waiting: Iterable[Request], most_held_back: int
     ) -> Iterator[tuple[Request, Prefix]]:
         """Those of `waiting` that may start now, in their order, with what the cache holds of them.
 
         One whose next page another request is about to fill or to load, or would be if it started
-        before it, is held back until it can share it. Nobody is looked at behind
-        `most_held_back` of them.
+        before it, is held back until it can share it, and one whose next page is being read from
+        the SSD until it has come. Nobody is looked at behind `most_held_back` of them.
         """
         started: set[bytes] = set()
         held_back = 0
@@ -88,7 +100,8 @@ class PrefixCache:
             rest = keys[len(found) :]
             slots = self._offload.find(rest) if self._offload is not None else []
             begins = (*rest[:1], *rest[len(slots) : len(slots) + 1])
-            if any(key in self._filling or key in started for key in begins):
+            awaits = self._offload is not None and any(map(self._offload.is_awaited, begins))
+            if awaits or any(key in self._filling or key in started for key in begins):
                 held_back += 1
                 if held_back > most_held_back:
                     return
@@ -104,12 +117,11 @@ class PrefixCache:
         size, resumes = self._slots.page_size, request.num_preemptions > 0
         begin, end = len(prefix.pages), prefix.num_pages
         sought, found = request.num_tokens - begin * size, (end - begin) * size
-        self._offload.count(sought, found, is_resumed=resumes)
         self._offload.touch(request.page_keys[:begin])
         pages: list[int] = self._pages.grant(end - begin).tolist()
         for page, key in zip(pages, request.page_keys[begin:end], strict=True):
             self._pages.register(page, key)
-        self._offload.load(prefix.slots, pages)
+        self._offload.load(prefix.slots, pages, sought=sought, found=found, resumes=resumes)
         return [*prefix.pages, *pages]
 
     def admit(self, slot: int) -> None:

@@ -123,8 +123,7 @@ class SchedulerState:
         """Takes back pages and slots that only steps up to `completed_step` used.
 
         A slot also waits until the tokens of those steps have arrived; a preempted request queues
-        again with them. A page that is copied out with a step is free when the copy is done, which
-        is waited for with the next step at the latest.
+        again with them. A page waits for its copies, which are done with the step behind theirs.
         """
         if self.offload is not None and self.offload.settled_step == self._last_step:
             self.pages.reclaim(self._last_step + 1)
@@ -211,11 +210,11 @@ class SchedulerState:
     def fail_running(self, cause: Exception, last_step: int, time: float) -> int:
         """Finishes all that run, as the engine has failed, and returns how many they were.
 
-        It has taken steps up to `last_step`, of which none is on its way. What the cache held is
-        lost; requests that wait, or were preempted, compute theirs anew.
+        It has taken steps up to `last_step`, of which none is on its way. What the device held is
+        lost; requests that wait, or were preempted, load or compute theirs anew.
         """
         self._last_step = self.arrived_step = last_step
-        self.forget_prefixes()
+        self.pages.forget()
         running = [self.slots.request(slot).id for slot in self.slots.running.tolist()]
         for request_id in running:
             self.end(request_id, "error", time, error=StepError(request_id, cause))
@@ -254,6 +253,7 @@ class SchedulerState:
         """Nobody overtakes a preempted request whose last token is in flight."""
         if np.any(self.slots.state[self._leaving] == SlotState.PREEMPTED):
             return ()
+        self._prefixes.prefetch(self._waiting)
         offered = self.admission.offer(self._waiting, self.num_running)
         return self._prefixes.admissible(offered, len(self.slots.requests))
 

@@ -23,6 +23,8 @@ from nanoflow.scheduler.switch import ScheduleSwitch
 
 logger = logging.getLogger(__name__)
 
+IDLE_SECONDS = 0.05  # between looks at an SSD that works while no step runs
+
 
 @dataclass(slots=True)
 class _StepInFlight:
@@ -66,8 +68,8 @@ class Worker:
         self._state = state
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
-        self._copies = None if state.offload is None else Copies(engine, state.offload)
         self._deadlines = Deadlines()
+        self._copies = Copies(engine, state.offload)
         self._restarts_left = 1
         self._submitted = 0  # number of the last step that the engine took
 
@@ -82,13 +84,15 @@ class Worker:
         except Exception as error:
             self._fail(error)
         self._end_turn()
+        self._copies.close()
 
     def _take_inbox(self) -> bool:
         """Sleeps while there is nothing to do; False when the thread is to end."""
         inbox = self._inbox
         with inbox.changed:
             while not (inbox.has_news() or self._is_busy()):
-                inbox.changed.wait()
+                inbox.changed.wait(IDLE_SECONDS if self._copies.is_working else None)
+                self._copies.poll()
             if inbox.forgets_prefixes:
                 self._state.forget_prefixes()
                 inbox.forgets_prefixes = False
@@ -127,6 +131,7 @@ class Worker:
         begin = perf_counter()
         self._state.reclaim(self._state.arrived_step)
         self._switch.prepare()
+        self._copies.poll()
         step = self._state.start_step()
         if not step.plan.is_empty:
             batch = self._make_batch(**build_batch(self._state.slots, step))
@@ -134,6 +139,8 @@ class Worker:
             assert handle.step == step.number, f"step {step.number} became {handle.step}"
             self._in_flight.append(_StepInFlight(step, handle, perf_counter() - begin))
         elif not self._in_flight:
+            if self._copies.wait_for_reads():
+                return
             assert step.plan.preempted or not self._state.has_requests, "no request can get on"
             return
         if step.plan.is_empty or len(self._in_flight) >= self._steps_in_flight:
@@ -141,14 +148,12 @@ class Worker:
 
     def _submit(self, step: Step, batch: Any) -> StepHandle:
         with _marked():
-            if self._copies is not None:
-                self._copies.before_submit(step)
+            self._copies.before_submit(step)
             handle = self._engine.submit(batch)
             self._submitted = step.number
             keys = int(self._state.slots.computed[step.plan.slots].sum())
             self._switch.start(step.plan.mix(keys), perf_counter())
-            if self._copies is not None:
-                self._copies.after_submit(step)
+            self._copies.after_submit(step)
         return handle
 
     def _end_turn(self) -> None:
@@ -159,8 +164,7 @@ class Worker:
         with _marked():
             result = oldest.handle.wait()
             time_done = perf_counter()
-            if self._copies is not None:
-                self._copies.after_wait(oldest.step, is_last=not self._in_flight)
+            self._copies.after_wait(oldest.step, is_last=not self._in_flight)
         self._switch.complete(time_done)
         self._state.complete_step(oldest.step, result, time_done)
         seconds = oldest.seconds + perf_counter() - time_done
@@ -189,8 +193,7 @@ class Worker:
             with contextlib.suppress(_EngineFailure):  # of a step behind the one that failed
                 self._complete(self._in_flight.popleft())
         self._switch.forget()
-        if self._copies is not None:
-            self._copies.abandon(self._submitted)
+        self._copies.abandon(self._submitted)
         if self._restarts_left == 0:
             raise cause
         self._restarts_left -= 1
