@@ -7,6 +7,7 @@ from nanoflow.errors import EngineError
 from nanoflow.llm import LLM
 from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
+from nanoflow.structured import StructuredOutputsParams
 
 AsyncLLMEngine = AsyncLLM  # its other name in vLLM
 
@@ -25,4 +26,5 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]

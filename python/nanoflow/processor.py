@@ -39,8 +39,8 @@ class Processor:
         self._vocab_size = runtime.vocab_size
         self._max_model_len = runtime.limits.max_model_len
         self._seed = seed
-        self._masks = MaskMaker(runtime.tokenizer, runtime.vocab_size)
         self._eos_token_ids = _eos_token_ids(runtime)
+        self._masks = MaskMaker(runtime.tokenizer, self._eos_token_ids, runtime.vocab_size)
         self._defaults = _default_params(runtime.generation_config)
 
     def get_tokenizer(self) -> Tokenizer:

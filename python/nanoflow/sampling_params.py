@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow.request import Bias, Sampling
+from nanoflow.structured import StructuredOutputsParams
 
 MAX_BANNED_TOKENS = 64  # end-of-sequence and stop tokens of a request with min_tokens
 MAX_LOGPROBS = 20  # of a token, beside it
@@ -29,7 +30,6 @@ class RequestOutputKind(Enum):
 
 # Fields that are there for compatibility, with the values that change nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "structured_outputs": (None,),
     "extra_args": (None, {}),
 }
 
@@ -66,7 +66,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None  # the last so many alone; -1: as many as fit
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # of AsyncLLM; LLM has the last
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | None = None  # what the text must conform to
     # Added to the logits of tokens, before penalties and temperature; from -100 to 100.
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None  # no other token is sampled
@@ -168,6 +168,10 @@ class SamplingParams:
         ):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag}={getattr(self, flag)!r} must be True or False")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise TypeError(
+                f"structured_outputs={self.structured_outputs!r} must be a StructuredOutputsParams"
+            )
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind={self.output_kind!r} must be a RequestOutputKind")
         for name in ("stop_token_ids", "allowed_token_ids"):

@@ -12,9 +12,13 @@ Bits: TypeAlias = NDArray[np.int32]  # [ceil(V / 32)] token t is bit t % 32 of t
 _WORD_BITS = 32
 
 
+def num_words(vocab_size: int) -> int:
+    return -(-vocab_size // _WORD_BITS)
+
+
 def bits_of(tokens: Iterable[int], vocab_size: int) -> Bits:
     """Only these tokens."""
-    allowed = np.zeros(-(-vocab_size // _WORD_BITS) * _WORD_BITS, np.bool_)
+    allowed = np.zeros(num_words(vocab_size) * _WORD_BITS, np.bool_)
     allowed[list(tokens)] = True
     return np.packbits(allowed, bitorder="little").view(np.int32)
 

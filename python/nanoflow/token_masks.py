@@ -1,4 +1,4 @@
-"""Which tokens samples may take next: of a list, or none that completes a bad word."""
+"""Which tokens samples may take next: of a list, within a grammar, completing no bad word."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import reduce
 
 import numpy as np
 
+from nanoflow.grammars import GrammarMaker
 from nanoflow.request import TokenMask
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.token_bits import Bits, bits_of
@@ -72,13 +73,16 @@ class AllOf:
 class MaskMaker:
     """Makes the masks of sampling parameters. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int], vocab_size: int
+    ) -> None:
         self._tokenizer = tokenizer
+        self._grammars = GrammarMaker(tokenizer, eos_token_ids, vocab_size)
         self._vocab_size = vocab_size
 
     def make(self, params: SamplingParams) -> Callable[[], TokenMask | None]:
-        """What makes a new mask for a sample. Raises ValueError where no token could be sampled,
-        and on bad words without a tokenizer."""
+        """What makes a new mask for a sample. Raises ValueError where no token could be sampled, on
+        a bad schema or grammar, and on what needs a tokenizer where there is none."""
         sequences = self._bad_sequences(params.bad_words or ())
         single = {sequence[0] for sequence in sequences if len(sequence) == 1}
         longer = [sequence for sequence in sequences if len(sequence) > 1]
@@ -94,6 +98,8 @@ class MaskMaker:
             masks: list[TokenMask] = [] if fixed is None else [FixedMask(fixed)]
             if longer:
                 masks.append(BadWords(longer, self._vocab_size))
+            if params.structured_outputs is not None:
+                masks.append(self._grammars.make(params.structured_outputs))
             return AllOf(masks) if len(masks) > 1 else masks[0] if masks else None
 
         return make_mask

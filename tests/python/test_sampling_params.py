@@ -59,7 +59,6 @@ def test_defaults_are_those_of_vllm() -> None:
         ("logit_bias", dict.fromkeys(range(513), 1.0), "logit_bias has 513 tokens, at most 512"),
         ("allowed_token_ids", [], "allowed_token_ids is empty: no token could be sampled"),
         ("bad_words", ["x", " "], "bad_words holds an empty string"),
-        ("structured_outputs", {"json": "{}"}, "structured_outputs"),
         ("extra_args", {"a": 1}, "extra_args"),
     ],
 )
@@ -98,6 +97,7 @@ def test_a_wrong_value_is_named(field: str, value: Any, message: str) -> None:
         ("allowed_token_ids", ["3"]),
         ("bad_words", "x"),
         ("bad_words", [3]),
+        ("structured_outputs", {"json": "{}"}),
         ("ignore_eos", 1),
         ("detokenize", None),
     ],

@@ -3,6 +3,7 @@ every device in bfloat16 against the CPU in float32."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import DEVICES
 from engine_driver import Chunk, EngineDriver, load_engine
-from nanoflow import LLM, SamplingParams, _core
+from nanoflow import LLM, SamplingParams, StructuredOutputsParams, _core
 from nanoflow.bench.default_model import default_model
 from nanoflow.schedule import built_in_schedule
 
@@ -154,3 +155,47 @@ def test_chat_knows_the_capital_of_france(model: Path, device: str) -> None:
         )
     assert output.outputs[0].text == "The capital of France is Paris."
     assert output.outputs[0].finish_reason == "stop"
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "likes": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+    },
+    "required": ["name", "age", "likes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_limits_of_requests_hold_beside_each_other(model: Path, device: str) -> None:
+    """A schema, a choice, allowed tokens, a bias and bad words, and the likelihood of a prompt."""
+    schema = StructuredOutputsParams(json=PERSON)
+    choice = StructuredOutputsParams(choice=["Paris", "London"])
+    params = [
+        SamplingParams(temperature=0, max_tokens=120, structured_outputs=schema),
+        SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice),
+        SamplingParams(seed=1, max_tokens=20, allowed_token_ids=[500, 600, 40_000]),
+        SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logit_bias={1234: 100.0}),
+        SamplingParams(temperature=0, max_tokens=16, bad_words=["Paris"]),
+        SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=1),
+    ]
+    prompts = ["Describe a person as JSON.", *["What is the capital of France?"] * 5]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    with LLM(str(model), dtype="bfloat16", device=device, max_model_len=256) as llm:
+        outputs = llm.chat(chats, params, use_tqdm=False)
+    person = json.loads(outputs[0].outputs[0].text)
+    assert list(person) == ["name", "age", "likes"] and type(person["age"]) is int
+    assert outputs[0].outputs[0].finish_reason == "stop" and len(person["likes"]) <= 3
+    assert outputs[1].outputs[0].text in ("Paris", "London")
+    assert set(outputs[2].outputs[0].token_ids) <= {500, 600, 40_000}
+    assert outputs[3].outputs[0].token_ids == [1234] * 5
+    assert "Paris" not in outputs[4].outputs[0].text and "Paris" in outputs[5].outputs[0].text
+    scored = outputs[5].prompt_logprobs
+    assert scored is not None and scored[0] is None
+    ids = outputs[5].prompt_token_ids
+    own = [entries[token] for token, entries in zip(ids[1:], scored[1:], strict=True) if entries]
+    assert len(own) == len(ids) - 1 and own[-1].rank == 1
+    assert np.mean([entry.logprob for entry in own]) > -3.0  # the template's tokens are certain
