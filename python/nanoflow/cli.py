@@ -14,6 +14,7 @@ from nanoflow.chat import add_chat_arguments
 from nanoflow.errors import EngineError
 from nanoflow.export_command import add_export_arguments
 from nanoflow.plan_command import add_plan_arguments
+from nanoflow.run_batch.command import add_run_batch_arguments
 from nanoflow.tune.command import add_tune_arguments
 
 
@@ -23,6 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="", required=True)
     add_bench_arguments(commands.add_parser("bench", help="measure throughput"))
     add_chat_arguments(commands.add_parser("chat", help="talk to a model in the terminal"))
+    add_run_batch_arguments(
+        commands.add_parser("run-batch", help="answer a file of requests in OpenAI's batch format")
+    )
     add_plan_arguments(commands.add_parser("plan", help="show what a schedule does with a step"))
     add_export_arguments(
         commands.add_parser("export-spec", help="write a model as programs in C++ read it")
