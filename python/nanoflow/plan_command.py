@@ -8,14 +8,19 @@ from pathlib import Path
 from nanoflow import _core, plan_view
 from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.bench.default_model import default_model
+from nanoflow.bench.telemetry import Telemetry
 from nanoflow.config import EngineArgs
 from nanoflow.loading import open_checkpoint
 from nanoflow.mixed_step import MixedStep, StepMix, deal_step, run_steps
+from nanoflow.plan_page import PlanPage, predicted_panel
 from nanoflow.runtime import make_backend
 from nanoflow.schedule import schedule_to_json
 from nanoflow.trace import TimedStep, trace_of, write_trace
-from nanoflow.tune.auto import choose_schedules
+from nanoflow.tune.auto import choose_schedules, known_table
+from nanoflow.tune.costs import CostModel
+from nanoflow.tune.measure import Run, Runner
 
+SECONDS = 1.0  # of steps whose rate is shown
 ENGINE_FLAGS = (
     "model",
     "dtype",
@@ -37,6 +42,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-rows", type=int, default=0, help="rows of prompts in the step (default: 0)")
     add("--layer", type=int, help="the layer to show (default: the middle one)")
     add("--png", type=Path, metavar="FILE", help="run the step and draw its lanes over the layer")
+    add("--html", type=Path, metavar="FILE", help="the same as a page, with lanes, rows and rates")
     add("--trace", type=Path, metavar="FILE", help="run the step and write a Perfetto timeline")
     add("--steps", type=int, default=3, help="steps of the timeline (default: 3)")
     add_engine_arguments(parser, ENGINE_FLAGS)
@@ -68,19 +74,52 @@ def run_plan(options: argparse.Namespace) -> None:
     print(head)
     for finding in layers.validate(backend.width) + head.validate(backend.width):
         print(f"finding: {finding}")
-    if options.png is None and options.trace is None:
+    if options.png is None and options.html is None and options.trace is None:
         return
     results = run_steps(engine, step.batch(spec.vocab_size), options.steps)
     name = Path(args.model).name
-    if options.png is not None:
-        title = f"{schedule.id}: layer {layer} of {name}, {_words(mix)}, on {backend.description}"
-        lanes = [lane.name for lane in schedule.lanes]
-        plan_view.draw_lanes(results[-1].timings, lanes, layer, title, options.png)
-        print(f"{options.png}: lanes over layer {layer}, measured")
+    if options.png is not None or options.html is not None:
+        panels, prediction = [plan_view.Panel("measured", results[-1].timings)], None
+        table = known_table(backend, spec)
+        if table is not None:
+            panel, prediction = predicted_panel(CostModel(table, spec), schedule, mix, layer)
+            panels.insert(0, panel)
+        page = PlanPage(
+            title=f"{schedule.id}: layer {layer} of {name}, {_words(mix)}, {backend.description}",
+            schedule=schedule,
+            width=backend.width,
+            unit="threads" if backend.device == "cpu" else "SMs",
+            segment_rows=step.segment_rows,
+            mix=mix,
+            layer=layer,
+            panels=panels,
+            run=_sustained(engine, backend, spec, schedule, mix),
+            prediction=prediction,
+        )
+        _draw(page, options.png, options.html)
     if options.trace is not None:
         facts = {"model": name, "dtype": spec.dtype, "device": backend.description}
         _write_trace(options.trace, results, schedule, {**facts, **_sizes(mix, step)})
         print(f"{options.trace}: {len(results)} steps, measured; open it at ui.perfetto.dev")
+
+
+def _sustained(
+    engine: _core.Engine,
+    backend: _core.Backend,
+    spec: _core.ModelSpec,
+    schedule: _core.Schedule,
+    mix: StepMix,
+) -> Run:
+    with Telemetry(backend.device) as telemetry:
+        return Runner(engine, spec.vocab_size, telemetry, SECONDS).run(schedule, mix)
+
+
+def _draw(page: PlanPage, png: Path | None, html: Path | None) -> None:
+    shown = "measured" if page.prediction is None else "predicted and measured"
+    for path, write in ((png, page.write_png), (html, page.write_html)):
+        if path is not None:
+            write(path)
+            print(f"{path}: lanes over layer {page.layer}, {shown}")
 
 
 def _step_mix(options: argparse.Namespace, positions: int) -> StepMix:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from nanoflow import _core
 
@@ -88,20 +88,58 @@ def plan_of_layer(plan: _core.Plan, layer: int) -> str:
     return "\n".join([*head, *(line for line in lines if f" layers.{layer}." in line)])
 
 
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One picture of a layer: as measured, say, or as predicted."""
+
+    title: str
+    timings: Sequence[Timing]
+
+
 def draw_lanes(
-    timings: Sequence[Timing], lanes: Sequence[str], layer: int, title: str, path: Path
+    panels: Sequence[Panel],
+    lanes: Mapping[str, str],
+    layer: int,
+    title: str,
+    to: Path | BinaryIO,
+    *,
+    form: str = "png",
 ) -> None:
-    """Writes a PNG: a row for each lane, the layer's ops in full colour, others' pale."""
+    """Writes a PNG or SVG: panels on one scale of time; in each a row for each lane that runs
+    something, the layer's ops in full colour, others' pale.
+
+    `lanes`: the names of lanes in order, and what else to say of each.
+    """
     from matplotlib.figure import Figure  # slow to import, and needed here only
 
-    bars = bars_of_layer(timings, layer)
+    drawn = [bars_of_layer(panel.timings, layer) for panel in panels]
+    rows = [[lane for lane in lanes if any(bar.lane == lane for bar in bars)] for bars in drawn]
+    height = 0.6 + sum(1.0 + 0.9 * len(names) for names in rows)
+    figure = Figure(figsize=(14, height), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    ratios = [1 + len(names) for names in rows]
+    plots = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
+    for axes, panel, bars, names in zip(plots, panels, drawn, rows, strict=True):
+        _draw_bars(axes, bars, layer, {lane: lanes[lane] for lane in names})
+        axes.set_title(panel.title, fontsize=9, loc="left")
+    plots[-1].set_xlabel(f"µs from the start of layer {layer}")
+    figure.legend(
+        handles=_legend([bar for bars in drawn for bar in bars]),
+        loc="outside right upper",
+        fontsize=8,
+    )
+    figure.savefig(to, dpi=150, format=form)
+
+
+def _draw_bars(axes: Any, bars: Sequence[Bar], layer: int, lanes: Mapping[str, str]) -> None:
     own = [bar for bar in bars if bar.layer == layer]
     begin, end = min(bar.begin_us for bar in own), max(bar.end_us for bar in own)
-    figure = Figure(figsize=(14, 1.6 + 0.9 * len(lanes)), layout="constrained")
-    axes = figure.subplots()
+    names = list(lanes)
+    busy = dict.fromkeys(names, 0.0)
     for bar in bars:
         left, right = max(bar.begin_us, begin), min(bar.end_us, end)
-        row = len(lanes) - 1 - lanes.index(bar.lane)
+        busy[bar.lane] += right - left
+        row = len(names) - 1 - names.index(bar.lane)
         color, is_own = STAGE_COLORS[bar.stage], bar.layer == layer
         axes.barh(
             row,
@@ -117,17 +155,10 @@ def draw_lanes(
         if is_own and right - left > (end - begin) / 45:
             text = f"{bar.stage}.{bar.part}\n{bar.op}"
             axes.text((left + right) / 2 - begin, row, text, ha="center", va="center", fontsize=7)
-    busy = {
-        lane: sum(min(b.end_us, end) - max(b.begin_us, begin) for b in bars if b.lane == lane)
-        for lane in lanes
-    }
-    labels = [f"{lane}\nbusy {busy[lane] / (end - begin):.0%}" for lane in reversed(lanes)]
-    axes.set_yticks(range(len(lanes)), labels)
-    axes.set_xlim(0, end - begin)
-    axes.set_xlabel(f"µs from the start of layer {layer}")
-    axes.set_title(title, fontsize=10)
-    figure.legend(handles=_legend(bars), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=150, format="png")
+    labels = [
+        f"{lane}{lanes[lane]}\nbusy {busy[lane] / (end - begin):.0%}" for lane in reversed(names)
+    ]
+    axes.set_yticks(range(len(names)), labels)
 
 
 def _legend(bars: Sequence[Bar]) -> list[Patch]:

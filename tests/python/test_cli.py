@@ -14,7 +14,7 @@ from nanoflow.arguments import ArgumentParser, add_engine_arguments, engine_argu
 from nanoflow.chat import HELP, converse
 from nanoflow.cli import main
 from nanoflow.config import EngineArgs
-from nanoflow.plan_view import bars_of_layer, draw_lanes, to_bar
+from nanoflow.plan_view import Panel, bars_of_layer, draw_lanes, to_bar
 from tiny_models import write_tiny_llama
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -199,6 +199,26 @@ def test_plan_draws_the_lanes_of_a_layer(model, tmp_path, capsys):
     assert f"{png}: lanes over layer 2, measured" in capsys.readouterr().out
 
 
+def test_plan_shows_what_was_tuned_beside_what_is_measured(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("nanoflow.plan_command.SECONDS", 0.05)
+    device = ["--model", str(model), "--device", "cpu", "--cpu-threads", "4"]
+    grid = ["--rows", "8", "16", "--decodes", "4", "8", "--context", "32", "--widths", "1"]
+    assert main(["tune", *device, *grid, "--seconds", "0.02", "--candidates", "2"]) == 0
+    page, png = tmp_path / "plan.html", tmp_path / "plan.png"
+    mix = ["--rows", "8", "--context", "32", "--prefill-rows", "8", "--schedule", "overlap"]
+    assert main(["plan", *device, *mix, "--html", str(page), "--png", str(png)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{page}: lanes over layer 1, predicted and measured" in printed
+    assert png.read_bytes().startswith(PNG_SIGNATURE)
+    text = page.read_text()
+    for cell in ("compute</td><td>3</td><td>75%", "attn</td><td>memory</td><td>8 + 8", "tokens/s"):
+        assert cell in text
+    assert "o.0 mlp.0 qkv.0@+1 o.1 mlp.1 qkv.1@+1" in text
+    assert text.count("<svg") == text.count("</svg>") == 1
+    assert text.index("predicted: ") > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -247,5 +267,7 @@ def test_a_layer_comes_with_what_ran_beside_it():
 
 def test_drawing_needs_no_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    draw_lanes(TIMINGS, ["compute", "memory"], 1, "a title", tmp_path / "lanes.png")
+    panels = [Panel("measured", TIMINGS), Panel("predicted", TIMINGS[2:5])]
+    lanes = {"compute": ", 3 threads", "memory": ", 1 thread", "idle": ""}
+    draw_lanes(panels, lanes, 1, "a title", tmp_path / "lanes.png")
     assert (tmp_path / "lanes.png").read_bytes().startswith(PNG_SIGNATURE)

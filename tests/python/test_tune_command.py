@@ -14,7 +14,7 @@ from nanoflow import _core
 from nanoflow.cli import main
 from nanoflow.config import EngineArgs
 from nanoflow.mixed_step import StepMix
-from nanoflow.schedule import built_in_schedule
+from nanoflow.schedule import built_in_schedule, load_schedule
 from nanoflow.tune.auto import choose_schedules
 from nanoflow.tune.costs import CostModel, Load
 from nanoflow.tune.measure import Run, mean_op_us
@@ -138,13 +138,15 @@ def test_the_command_measures_searches_and_keeps_the_winner(
     table_path = tmp_path / "table.json"
     flags = ["--model", str(model), "--device", "cpu", "--cpu-threads", "3", "--seconds", "0.02"]
     sizes = ["--rows", "4", "16", "--decodes", "4", "8", "--context", "32", "--candidates", "3"]
-    assert main(["tune", *flags, *sizes, "--table", str(table_path)]) == 0
+    outputs = ["--table", str(table_path), "--output", str(tmp_path / "best.json")]
+    assert main(["tune", *flags, *sizes, *outputs]) == 0
     printed = capsys.readouterr().out
     (path,) = (tmp_path / "cache" / "nanoflow" / "schedules").glob("tuned-*.json")
     assert f"{path}: schedule='auto' uses it from now on" in printed
     result = json.loads(path.read_text())
     names = [one["schedule"]["id"] for one in result["measured"]]
     assert len(names) == 3 and "sequential" in names
+    assert load_schedule(tmp_path / "best.json").id == names[0]
     rates = [one["tokens_per_second"] for one in result["measured"]]
     assert rates == sorted(rates, reverse=True)
     assert all(name in printed for name in names)

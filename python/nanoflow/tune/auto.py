@@ -79,6 +79,12 @@ def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
     return Choice(schedules, _predictor(CostModel(table, spec), schedules))
 
 
+def known_table(backend: Backend, spec: Spec) -> OpTable | None:
+    """The op times that predictions for this device are made from: measured here, or shipped."""
+    tuned = _tuned(backend, spec)
+    return shipped_table(device_name(backend)) if tuned is None else tuned[0]
+
+
 def full_load(args: EngineArgs) -> Load:
     """A step of an engine that has as many requests as it runs at once: as many rows of prompts
     as of decodes, as far as a step has rows for them."""

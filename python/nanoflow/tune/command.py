@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,6 +68,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--widths", type=int, nargs="+", help="of the lane of attention: SMs, or threads of a CPU")
     add("--seconds", type=float, help="of every run, its first half dropped")
     add("--candidates", type=int, default=6, help="schedules run for real (default: 6)")
+    add("--output", type=Path, metavar="FILE", help="also write the fastest one, for --schedule")
     add("--table", type=Path, metavar="FILE", help="also write the op times, as in the package")
     add_engine_arguments(parser, ENGINE_FLAGS)
 
@@ -102,6 +104,10 @@ def run_tune(options: argparse.Namespace) -> None:
     }
     save_result(path, key, content)
     print(f"{path}: schedule='auto' uses it from now on")
+    if options.output is not None:
+        best = schedule_to_json(tuned.results[0].candidate.schedule)
+        options.output.write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
+        print(f"{options.output}: schedule {best['id']}")
     if options.table is not None:
         save_table(tuned.table, options.table)
         print(f"{options.table}: op times")
