@@ -11,21 +11,25 @@
 namespace nanoflow {
 namespace {
 
-/// Calls visit(name, field) for every field of a spec: what to_text() and SpecReader know of it.
+/// Calls visit(name, field) for every field of a spec: what to_text() and SpecReader know of it. A
+/// field that is missing here does not compile.
 template <typename Spec, typename Visit>
 void visit_fields(Spec& spec, Visit&& visit) {
-  visit("vocab_size", spec.vocab_size);
-  visit("hidden_size", spec.hidden_size);
-  visit("intermediate_size", spec.intermediate_size);
-  visit("num_layers", spec.num_layers);
-  visit("num_heads", spec.num_heads);
-  visit("num_kv_heads", spec.num_kv_heads);
-  visit("head_dim", spec.head_dim);
-  visit("rms_norm_eps", spec.rms_norm_eps);
-  visit("tie_word_embeddings", spec.tie_word_embeddings);
-  visit("qkv_bias", spec.qkv_bias);
-  visit("dtype", spec.dtype);
-  visit("rope_inv_freq", spec.rope_inv_freq);
+  auto& [vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim,
+         rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, dtype, rope_inv_freq] = spec;
+  visit("vocab_size", vocab_size);
+  visit("hidden_size", hidden_size);
+  visit("intermediate_size", intermediate_size);
+  visit("num_layers", num_layers);
+  visit("num_heads", num_heads);
+  visit("num_kv_heads", num_kv_heads);
+  visit("head_dim", head_dim);
+  visit("rms_norm_eps", rms_norm_eps);
+  visit("tie_word_embeddings", tie_word_embeddings);
+  visit("qkv_bias", qkv_bias);
+  visit("qk_norm", qk_norm);
+  visit("dtype", dtype);
+  visit("rope_inv_freq", rope_inv_freq);
 }
 
 template <typename T>
@@ -101,7 +105,7 @@ ModelSpec SpecReader::finish() const {
   visit_fields(spec_, [&](const char* name, const auto&) {
     if (seen_.find(between_spaces(name)) == std::string::npos) missing += " " + std::string(name);
   });
-  NF_CHECK(missing.empty(), "fields are missing:", missing);
+  NF_CHECK(missing.empty(), "fields are missing:", missing, "; export the model again");
   spec_.check();
   return spec_;
 }
