@@ -11,6 +11,7 @@ import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # core/dtype.h
 GEMM_WORKSPACE = 64 << 20
+NO_WINDOW = 1 << 30  # kernels/cuda/attention.h
 
 
 class GemmArguments(ctypes.Structure):
@@ -34,8 +35,9 @@ class PlanArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in PLAN_TABLES),
         *(
             (name, ctypes.c_int)
-            for name in ("segment_begin", "segment_end", "requests", "group", "kv_heads", "ctas")
+            for name in ("segment_begin", "segment_end", "requests", "group", "kv_heads")
         ),
+        *((name, ctypes.c_int) for name in ("window", "ctas")),
         ("work", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]
@@ -48,7 +50,7 @@ class AttentionArguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("q_stride", "out_stride", "page_stride", "head_stride", "key_stride")
         ),
-        *((name, ctypes.c_int) for name in ("group", "kv_heads", "page_shift")),
+        *((name, ctypes.c_int) for name in ("group", "kv_heads", "page_shift", "window")),
         ("scale_log2", ctypes.c_float),
         ("work", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
@@ -170,6 +172,7 @@ class Kernels:
             batch.tables["row_begin"].numel(),
             heads // kv_heads,
             kv_heads,
+            NO_WINDOW,
             sms or self.sms,
             work.data_ptr(),
             stream(),
@@ -200,6 +203,7 @@ class Kernels:
             q.shape[1] // (head_dim * kv_heads),
             kv_heads,
             page_size.bit_length() - 1,
+            NO_WINDOW,
             head_dim**-0.5 * math.log2(math.e),
             work.data_ptr(),
             self._workspace.data_ptr(),

@@ -21,6 +21,7 @@ void register_spec(py::module_& m) {
                        int num_heads, int num_kv_heads, int head_dim,
                        std::vector<float> rope_inv_freq, float rms_norm_eps,
                        bool tie_word_embeddings, bool qkv_bias, bool qk_norm,
+                       float rope_attention_factor, std::vector<int> layer_windows,
                        const std::string& dtype) {
              ModelSpec spec{.vocab_size = vocab_size,
                             .hidden_size = hidden_size,
@@ -34,7 +35,9 @@ void register_spec(py::module_& m) {
                             .qkv_bias = qkv_bias,
                             .qk_norm = qk_norm,
                             .dtype = parse_dtype(dtype),
-                            .rope_inv_freq = std::move(rope_inv_freq)};
+                            .rope_inv_freq = std::move(rope_inv_freq),
+                            .rope_attention_factor = rope_attention_factor,
+                            .layer_windows = std::move(layer_windows)};
              spec.check();
              return spec;
            }),
@@ -42,7 +45,9 @@ void register_spec(py::module_& m) {
            py::arg("intermediate_size"), py::arg("num_layers"), py::arg("num_heads"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("rope_inv_freq"),
            py::arg("rms_norm_eps") = 1e-5f, py::arg("tie_word_embeddings") = false,
-           py::arg("qkv_bias") = false, py::arg("qk_norm") = false, py::arg("dtype") = "bfloat16")
+           py::arg("qkv_bias") = false, py::arg("qk_norm") = false,
+           py::arg("rope_attention_factor") = 1.0f, py::arg("layer_windows") = std::vector<int>(),
+           py::arg("dtype") = "bfloat16")
       .def_readonly("vocab_size", &ModelSpec::vocab_size)
       .def_readonly("hidden_size", &ModelSpec::hidden_size)
       .def_readonly("intermediate_size", &ModelSpec::intermediate_size)
@@ -51,6 +56,8 @@ void register_spec(py::module_& m) {
       .def_readonly("num_kv_heads", &ModelSpec::num_kv_heads)
       .def_readonly("head_dim", &ModelSpec::head_dim)
       .def_readonly("rope_inv_freq", &ModelSpec::rope_inv_freq)
+      .def_readonly("rope_attention_factor", &ModelSpec::rope_attention_factor)
+      .def_readonly("layer_windows", &ModelSpec::layer_windows)
       .def_readonly("rms_norm_eps", &ModelSpec::rms_norm_eps)
       .def_readonly("tie_word_embeddings", &ModelSpec::tie_word_embeddings)
       .def_readonly("qkv_bias", &ModelSpec::qkv_bias)

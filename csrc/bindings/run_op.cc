@@ -133,6 +133,7 @@ Op make_attention(Operands& a) {
                    .segment_begin = a.scalar<int>("segment_begin"),
                    .segment_end = a.scalar<int>("segment_end"),
                    .scale = a.scalar<float>("scale"),
+                   .window = a.scalar_or("window", 0),
                    .work = {},
                    .rows = all_rows(q)};
 }
@@ -256,6 +257,7 @@ Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
                        .segment_end = attention->segment_end,
                        .num_heads = static_cast<int>(attention->q.size(1)) / D,
                        .num_kv_heads = static_cast<int>(attention->k_cache.size(1)),
+                       .window = attention->window,
                        .work = {},
                        .rows = attention->rows};
     const size_t bytes = backend.attention_work_bytes(static_cast<int>(plan.tables.kv_len.size(0)),

@@ -119,14 +119,15 @@ struct AttentionTables {
 };
 
 /// Turns the tables of the requests in segments [segment_begin, segment_end) into what the
-/// Attention ops of all layers on a lane of this width read. Only for backends that ask for it
-/// (Backend::attention_work_bytes).
+/// Attention ops of all layers of this window on a lane of this width read. Only for backends that
+/// ask for it (Backend::attention_work_bytes).
 struct PlanAttention {
   AttentionTables tables;
   int segment_begin, segment_end;
   int num_heads, num_kv_heads;
-  Tensor work;  // [words] int32, contents private to the backend
-  KvRows rows;  // the rows these segments hold
+  int window = 0;  // of the Attention ops
+  Tensor work;     // [words] int32, contents private to the backend
+  KvRows rows;     // the rows these segments hold
 
   static constexpr std::string_view kName = "plan_attention";
   Regions reads() const;
@@ -134,16 +135,18 @@ struct PlanAttention {
 };
 
 /// Causal paged attention of the requests in segments [segment_begin, segment_end). Row i of a
-/// request with n rows sees the first kv_len - n + 1 + i keys.
+/// request with n rows sees the first kv_len - n + 1 + i keys, or with a window the last `window`
+/// of them.
 struct Attention {
   Tensor q;                 // [T_all, Hq * D], a column slice of qkv; indexed by row_begin
   Tensor out;               // [T_all, Hq * D]
   Tensor k_cache, v_cache;  // [P, Hkv, page_size, D]
   AttentionTables tables;
   int segment_begin, segment_end;
-  float scale;  // on q·k, usually D^-1/2
-  Tensor work;  // PlanAttention's, or none
-  KvRows rows;  // the rows these segments hold
+  float scale;     // on q·k, usually D^-1/2
+  int window = 0;  // 0: none
+  Tensor work;     // PlanAttention's, or none
+  KvRows rows;     // the rows these segments hold
 
   static constexpr std::string_view kName = "attention";
   Regions reads() const;

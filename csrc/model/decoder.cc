@@ -1,5 +1,6 @@
 #include "model/decoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -24,7 +25,15 @@ std::string_view to_string(Stage stage) {
 }
 
 Decoder::Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers)
-    : weights_(std::move(weights)), buffers_(std::move(buffers)) {}
+    : weights_(std::move(weights)), buffers_(std::move(buffers)) {
+  const std::vector<int> windows = spec().distinct_windows();
+  for (int layer = 0; layer < spec().num_layers; ++layer) {
+    const auto found = std::find(windows.begin(), windows.end(), spec().window(layer));
+    const auto plan = static_cast<int>(found - windows.begin());
+    plan_of_layer_.push_back(plan);
+    if (plan == static_cast<int>(plan_layers_.size())) plan_layers_.push_back(layer);
+  }
+}
 
 std::vector<Op> Decoder::emit(Stage stage, int layer, const RowRange& range) const {
   switch (stage) {
@@ -74,14 +83,17 @@ std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
 std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const {
   const DecoderBuffers& b = buffers_;
   const int64_t query_columns = static_cast<int64_t>(spec().num_heads) * spec().head_dim;
-  const Tensor work = b.attention_work ? b.attention_work.select(0, range.segment_begin) : Tensor();
+  const int plan = plan_of_layer_[layer];
+  Tensor work;
+  if (b.attention_work) work = b.attention_work.select(0, plan).select(0, range.segment_begin);
   std::vector<Op> ops;
-  if (layer == 0 && work) {
+  if (layer == plan_layers_[plan] && work) {
     ops.push_back(PlanAttention{.tables = b.attention,
                                 .segment_begin = range.segment_begin,
                                 .segment_end = range.segment_end,
                                 .num_heads = spec().num_heads,
                                 .num_kv_heads = spec().num_kv_heads,
+                                .window = spec().window(layer),
                                 .work = work,
                                 .rows = kv_rows(layer, range)});
   }
@@ -93,6 +105,7 @@ std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const 
                           .segment_begin = range.segment_begin,
                           .segment_end = range.segment_end,
                           .scale = 1.0f / std::sqrt(static_cast<float>(spec().head_dim)),
+                          .window = spec().window(layer),
                           .work = work,
                           .rows = kv_rows(layer, range)});
   return ops;
@@ -193,8 +206,8 @@ std::vector<float> rope_table(const ModelSpec& spec, int positions) {
     float* row = table.data() + static_cast<size_t>(position) * 2 * half;
     for (size_t i = 0; i < half; ++i) {
       const float angle = static_cast<float>(position) * spec.rope_inv_freq[i];
-      row[i] = std::cos(angle);
-      row[half + i] = std::sin(angle);
+      row[i] = std::cos(angle) * spec.rope_attention_factor;
+      row[half + i] = std::sin(angle) * spec.rope_attention_factor;
     }
   }
   return table;

@@ -58,7 +58,8 @@ struct DecoderBuffers {
   Tensor tokens, positions, kv_slots;  // [T] int32
   Tensor sample_rows;                  // [S] int32
   AttentionTables attention;
-  Tensor attention_work;  // [segments, words] int32, by a part's first segment; or none
+  Tensor attention_work;  // [distinct windows, segments, words] int32, by a part's first segment;
+                          // or none
   SamplingTables sampling;
   PenaltyTables penalties;
   BiasTables bias;
@@ -97,6 +98,8 @@ class Decoder {
 
   std::shared_ptr<const Weights> weights_;
   DecoderBuffers buffers_;
+  std::vector<int> plan_of_layer_;  // index of its window among the distinct ones
+  std::vector<int> plan_layers_;    // first layer of each
 };
 
 /// [positions, D] values for RopeAppend::cos_sin from a spec's inverse frequencies.

@@ -1,5 +1,7 @@
 #include "model/spec.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "kernels/ops.h"
 
@@ -7,6 +9,16 @@ namespace nanoflow {
 
 size_t ModelSpec::kv_bytes_per_token() const {
   return static_cast<size_t>(num_layers) * 2 * num_kv_heads * head_dim * size_of(dtype);
+}
+
+std::vector<int> ModelSpec::distinct_windows() const {
+  std::vector<int> windows;
+  for (int layer = 0; layer < num_layers; ++layer) {
+    if (std::find(windows.begin(), windows.end(), window(layer)) == windows.end()) {
+      windows.push_back(window(layer));
+    }
+  }
+  return windows;
 }
 
 void ModelSpec::check() const {
@@ -28,6 +40,14 @@ void ModelSpec::check() const {
   NF_CHECK(rope_inv_freq.size() * 2 == static_cast<size_t>(head_dim),
            "model spec: rope_inv_freq has ", rope_inv_freq.size(), " values but head_dim ",
            head_dim, " needs ", head_dim / 2);
+  NF_CHECK(rope_attention_factor > 0, "model spec: rope_attention_factor is ",
+           rope_attention_factor);
+  NF_CHECK(layer_windows.empty() || layer_windows.size() == static_cast<size_t>(num_layers),
+           "model spec: layer_windows has ", layer_windows.size(), " values for ", num_layers,
+           " layers");
+  for (int window : layer_windows) {
+    NF_CHECK(window >= 0, "model spec: a window is ", window, "; 0 is none");
+  }
   NF_CHECK(rms_norm_eps > 0, "model spec: rms_norm_eps is ", rms_norm_eps);
   dispatch_float(dtype, "model spec", [](auto) {});
 }

@@ -21,8 +21,13 @@ struct ModelSpec {
   bool qk_norm = false;              // each head of q and k is normed before the rotation
   DType dtype = DType::kBF16;        // of weights, activations and KV cache
   std::vector<float> rope_inv_freq;  // [D/2] radians per position, scaling already applied
+  float rope_attention_factor = 1;   // on cosines and sines
+  std::vector<int> layer_windows;    // [layers] keys a row sees at most, 0: all; or empty: all
 
   int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+  int window(int layer) const { return layer_windows.empty() ? 0 : layer_windows[layer]; }
+  /// The windows that there are, each once, in the order of the layers they come with first.
+  std::vector<int> distinct_windows() const;
   /// Bytes of keys and values a token keeps in all layers.
   size_t kv_bytes_per_token() const;
   /// Throws Error naming the first field that makes no sense.

@@ -16,7 +16,8 @@ namespace {
 template <typename Spec, typename Visit>
 void visit_fields(Spec& spec, Visit&& visit) {
   auto& [vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim,
-         rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, dtype, rope_inv_freq] = spec;
+         rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, dtype, rope_inv_freq,
+         rope_attention_factor, layer_windows] = spec;
   visit("vocab_size", vocab_size);
   visit("hidden_size", hidden_size);
   visit("intermediate_size", intermediate_size);
@@ -30,6 +31,8 @@ void visit_fields(Spec& spec, Visit&& visit) {
   visit("qk_norm", qk_norm);
   visit("dtype", dtype);
   visit("rope_inv_freq", rope_inv_freq);
+  visit("rope_attention_factor", rope_attention_factor);
+  visit("layer_windows", layer_windows);
 }
 
 template <typename T>

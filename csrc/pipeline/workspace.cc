@@ -78,7 +78,8 @@ void Workspace::allocate_activations() {
   a.add("cos_sin", DType::kF32, {config_.max_model_len, spec_.head_dim});
   if (attention_bytes > 0) {
     const auto words = static_cast<int64_t>(attention_bytes / sizeof(int32_t));
-    a.add("attention_work", DType::kI32, {kMaxSegments, words});
+    const auto plans = static_cast<int64_t>(spec_.distinct_windows().size());
+    a.add("attention_work", DType::kI32, {plans, kMaxSegments, words});
   }
   a.bind(backend_.allocate(a.bytes()));
   if (attention_bytes > 0) buffers_.attention_work = a.tensor("attention_work");

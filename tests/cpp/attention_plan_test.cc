@@ -27,8 +27,10 @@ class PlanningBackend : public RecordingBackend {
 };
 
 Plan plan_on(const std::shared_ptr<RecordingBackend>& backend, const Schedule& schedule,
-             const std::vector<int>& segment_rows) {
-  const auto weights = random_weights(tiny_spec(), backend);
+             const std::vector<int>& segment_rows, const std::vector<int>& layer_windows = {}) {
+  ModelSpec spec = tiny_spec();
+  spec.layer_windows = layer_windows;
+  const auto weights = random_weights(spec, backend);
   const EngineConfig config{.max_num_batched_tokens = 64,
                             .max_num_seqs = 8,
                             .max_model_len = 32,
@@ -69,6 +71,26 @@ TEST_CASE("each attention nano-batch is planned once, before its first layer, on
   }
   CHECK(planned.size() == 2);
   CHECK(attentions == 2 * 3);
+}
+
+TEST_CASE("each window of a model is planned once, before the first layer that has it") {
+  const auto backend = std::make_shared<PlanningBackend>();
+  const Plan plan = plan_on(backend, sequential(4), {12}, {0, 6, 0});
+  CHECK(validate(plan, 8).empty());
+  std::map<int, std::byte*> planned;  // by window
+  std::vector<int> layers;
+  for (const NanoOp& op : plan.ops) {
+    if (const auto* made = std::get_if<PlanAttention>(&op.op)) {
+      layers.push_back(op.label.layer);
+      CHECK(planned.emplace(made->window, made->work.bytes()).second);
+    }
+    if (const auto* attention = std::get_if<Attention>(&op.op)) {
+      CHECK(attention->window == (op.label.layer == 1 ? 6 : 0));
+      CHECK(attention->work.bytes() == planned.at(attention->window));
+    }
+  }
+  CHECK(layers == std::vector<int>{0, 1});
+  CHECK(planned[0] != planned[6]);
 }
 
 TEST_CASE("a backend that asks for no work list gets none") {

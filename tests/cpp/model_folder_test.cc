@@ -50,6 +50,9 @@ TEST_CASE("a model that was written is read as the same bits") {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     ModelSpec spec = tiny_spec(2, dtype);
     spec.qkv_bias = dtype == DType::kBF16;
+    spec.qk_norm = dtype == DType::kF32;
+    if (dtype == DType::kF16) spec.layer_windows = {0, 7};
+    spec.rope_attention_factor = 1.25f;
     spec.rms_norm_eps = 1e-6f;
     const Folder folder;
     const auto written = random_weights(spec, cpu());

@@ -112,12 +112,17 @@ def rotate(heads: Floats, cos_sin: NDArray[np.float32]) -> Floats:
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
 
 
-def attention(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
-    """Causal: q [n, Hq, D] are the last n of the positions of k and v [kv_len, Hkv, D]."""
+def attention(q: Floats, k: Floats, v: Floats, scale: float, window: int = 0) -> Floats:
+    """Causal: q [n, Hq, D] are the last n of the positions of k and v [kv_len, Hkv, D].
+
+    With a window, each sees the last so many positions up to its own.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("nhd,khd->hnk", q, k) * scale
     visible = np.tri(len(q), len(k), len(k) - len(q), dtype=bool)
+    if window:
+        visible &= ~np.tri(len(q), len(k), len(k) - len(q) - window, dtype=bool)
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -263,7 +268,7 @@ def llama_logits(
 
     length, width = len(tokens), spec.head_dim
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
-    cos_sin = rope_table(np.asarray(spec.rope_inv_freq), length)
+    cos_sin = rope_table(np.asarray(spec.rope_inv_freq), length) * spec.rope_attention_factor
     residual = w("embed")[np.asarray(tokens)]
     for layer in range(spec.num_layers):
         name = f"layers.{layer}."
@@ -278,7 +283,8 @@ def llama_logits(
             queries_and_keys = store(normed)
         rotated = store(rotate(queries_and_keys, cos_sin))
         values = qkv[:, heads + kv_heads :]
-        attended = attention(rotated[:, :heads], rotated[:, heads:], values, width**-0.5)
+        window = spec.layer_windows[layer] if spec.layer_windows else 0
+        attended = attention(rotated[:, :heads], rotated[:, heads:], values, width**-0.5, window)
         attended = store(attended.reshape(length, heads * width))
         residual = store(residual + gemm(attended, w(name + "o")))
         normed = store(rms_norm(residual, w(name + "post_norm"), spec.rms_norm_eps, spec.dtype))

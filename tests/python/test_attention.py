@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +27,7 @@ class Problem:
     rows: tuple[int, ...]
     cache: PagedCache
     dtype: str
+    window: int = 0
 
     @property
     def scale(self) -> float:
@@ -37,7 +38,7 @@ class Problem:
         for request, queries in enumerate(np.split(decode(self.q), np.cumsum(self.rows)[:-1])):
             k = self.cache.gather(self.cache.k_cache, request)
             v = self.cache.gather(self.cache.v_cache, request)
-            parts.append(reference.attention(queries, k, v, self.scale))
+            parts.append(reference.attention(queries, k, v, self.scale, self.window))
         return np.concatenate(parts)
 
 
@@ -51,12 +52,13 @@ def make_problem(
     kv_heads: int = 2,
     head_dim: int = 64,
     page_size: int = 16,
+    window: int = 0,
 ) -> Problem:
     cache = reference.paged_cache(
         rng, kv_len, page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
     )
     q = encode(2 * rng.standard_normal((sum(rows), heads, head_dim)), dtype)
-    return Problem(q=q, rows=tuple(rows), cache=cache, dtype=dtype)
+    return Problem(q=q, rows=tuple(rows), cache=cache, dtype=dtype, window=window)
 
 
 def run(
@@ -100,6 +102,7 @@ def run(
         segment_begin=segment_range[0],
         segment_end=segment_range[1],
         scale=problem.scale,
+        window=problem.window,
     )
     untouched = np.ones(len(out), bool)
     untouched[taken] = False
@@ -156,12 +159,50 @@ def test_a_decode_of_every_context(
     tolerance.check(run(backend, problem), problem.expected())
 
 
+@pytest.mark.parametrize("window", [1, 16, 17, 63, 64, 100, 1000])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(9, 3, 64), (8, 2, 128), (6, 1, 80)])
+def test_a_row_sees_the_last_keys_of_its_window(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+) -> None:
+    rows = [1, 1, 1, 1, 1, 4, 33, 127, 200]
+    kv_len = [1, 16, 63, 64, 600, 301, 65, 390, 200]
+    problem = make_problem(
+        rng,
+        dtype,
+        rows,
+        kv_len,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        window=window,
+    )
+    tolerance.check(run(backend, problem), problem.expected())
+
+
+def test_a_window_over_all_keys_changes_no_bit(
+    backend: _core.Backend, dtype: str, rng: Rng
+) -> None:
+    problem = make_problem(rng, dtype, [1, 70], [200, 130])
+    whole = run(backend, problem)
+    np.testing.assert_array_equal(run(backend, replace(problem, window=200)), whole)
+
+
+@pytest.mark.parametrize("window", [0, 50])
 @pytest.mark.parametrize("head_dim", [64, 80, 96])
 def test_how_a_prefill_is_cut_changes_no_bit(
-    cpu_backend: _core.Backend, dtype: str, rng: Rng, head_dim: int
+    cpu_backend: _core.Backend, dtype: str, rng: Rng, head_dim: int, window: int
 ) -> None:
     length = 211
-    problem = make_problem(rng, dtype, [length], [length], head_dim=head_dim, heads=9, kv_heads=3)
+    problem = make_problem(
+        rng, dtype, [length], [length], head_dim=head_dim, heads=9, kv_heads=3, window=window
+    )
     whole = run(cpu_backend, problem, width=1)
     cuts = [0, 1, 2, 63, 64, 65, 130, 194, 210, length]
     for begin, end in pairwise(cuts):
@@ -177,6 +218,7 @@ def test_how_a_prefill_is_cut_changes_no_bit(
                 cache.page_indices,
             ),
             dtype=dtype,
+            window=window,
         )
         np.testing.assert_array_equal(run(cpu_backend, part), whole[begin:end])
 
@@ -252,6 +294,25 @@ def test_later_values_never_reach_earlier_rows(backend: _core.Backend, dtype: st
         view[page] = kept
         np.testing.assert_array_equal(spoilt[:70], clean[:70])
         assert not np.isfinite(decode(spoilt[70:])).any()
+
+
+def test_values_before_the_window_never_reach_later_rows(
+    backend: _core.Backend, dtype: str, rng: Rng
+) -> None:
+    problem = make_problem(rng, dtype, [100, 1], [100, 90], window=20)
+    clean = run(backend, problem)
+    for view, value in ((problem.cache.v_cache, np.inf), (problem.cache.k_cache, np.nan)):
+        for request, sees in ((0, slice(37, 57)), (1, slice(0, 0))):
+            slot = problem.cache.slots(request, np.array([37]))
+            page = (slot // 16, slice(None), slot % 16)
+            kept = view[page].copy()
+            view[page] = encode(np.full(kept.shape, value), dtype)
+            spoilt = run(backend, problem)
+            view[page] = kept
+            is_spoilt = np.zeros(len(clean), bool)
+            is_spoilt[sees] = True
+            np.testing.assert_array_equal(spoilt[~is_spoilt], clean[~is_spoilt])
+            assert not np.isfinite(decode(spoilt[is_spoilt])).any()
 
 
 def test_large_scores_do_not_overflow(

@@ -1,6 +1,7 @@
 #include "kernels/cpu/attention.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/error.h"
 #include "core/match.h"
@@ -86,6 +87,7 @@ class TileCursor {
             .group = static_cast<int>(group),
             .head_dim = static_cast<int>(D),
             .first_limit = static_cast<int>(request_.kv_len - request_.rows + begin + 1),
+            .window = op_.window > 0 ? op_.window : std::numeric_limits<int>::max(),
             .k = op_.k_cache.bytes() + head * op_.k_cache.stride(1) * item,
             .v = op_.v_cache.bytes() + head * op_.v_cache.stride(1) * item,
             .page = request_.pages,
@@ -127,6 +129,7 @@ void check(const Attention& op) {
   NF_CHECK(match["R + 1"] == match["R"] + 1, "attention: page_indptr is ", tables.page_indptr,
            " for ", match["R"], " requests");
   NF_CHECK(op.scale > 0, "attention: scale is ", op.scale, " but must be positive");
+  NF_CHECK(op.window >= 0, "attention: window is ", op.window, "; 0 is none");
   NF_CHECK(0 <= op.segment_begin && op.segment_begin <= op.segment_end &&
                op.segment_end < match["segments + 1"],
            "attention: segments [", op.segment_begin, ", ", op.segment_end, ") of ",

@@ -16,15 +16,23 @@ struct AttentionTile {
   void* out;      // likewise
   int64_t q_stride, out_stride;
   int rows, group, head_dim;
-  int first_limit;      // keys the first row sees; each next row sees one more
+  int first_limit;      // key that the first row ends before; each next row ends one further on
+  int window;           // keys that a row sees at most
   const void *k, *v;    // [P, page_size, D] of this KV head
   const int32_t* page;  // numbers of the request's pages
   int64_t k_page_stride, v_page_stride, k_token_stride, v_token_stride;
   int page_size;
   float scale;
 
-  /// Keys the last row sees.
+  /// Key that the last row ends before.
   int last_limit() const { return first_limit + rows - 1; }
+  /// First key that a row sees.
+  int begin_of(int row) const {
+    const int limit = first_limit + row;
+    return limit > window ? limit - window : 0;
+  }
+  /// First key of the first block that a row sees.
+  int first_block() const { return begin_of(0) / kKeyBlock * kKeyBlock; }
 };
 
 struct AttentionLoops {

@@ -91,9 +91,9 @@ void load_block(const AttentionTile& tile, const TileBuffers& b, int begin, int 
   }
 }
 
-/// products[j] = q · key j for the first n keys, and on to a whole vector.
-inline void multiply_keys(const float* q, const TileBuffers& b, int n, float* products) {
-  for (int j = 0; j < n; j += kLanes) {
+/// products[j] = q · key j for the whole vectors that hold keys [begin, n).
+inline void multiply_keys(const float* q, const TileBuffers& b, int begin, int n, float* products) {
+  for (int j = begin - begin % kLanes; j < n; j += kLanes) {
     const float* keys = key_at(b, j);
     Vec partial[kLanes] = {};
     for (int64_t d = 0; d < b.width; d += kLanes) {
@@ -107,20 +107,24 @@ inline void multiply_keys(const float* q, const TileBuffers& b, int n, float* pr
   }
 }
 
-/// Turns the first n products of a query into weights relative to the new maximum; the rest of the
-/// last vector becomes 0. Returns what earlier weights are to be multiplied by.
-inline float soften(float* products, int n, float scale, const Softmax& softmax, int query) {
+/// Turns the products [begin, n) of a query into weights relative to the new maximum; the rest of
+/// their vectors becomes 0. Returns what earlier weights are to be multiplied by.
+inline float soften(float* products, int begin, int n, float scale, const Softmax& softmax,
+                    int query) {
   const float earlier = softmax.highest[query];
+  const Vec nothing = splat(-__builtin_inff());
+  const int first = begin - begin % kLanes;
   Vec best = splat(earlier);
-  for (int j = 0; j < n; j += kLanes) {
+  for (int j = first; j < n; j += kLanes) {
     Vec scaled = load(products + j) * splat(scale);
-    if (n - j < kLanes) scaled = first_lanes(scaled, n - j, splat(-__builtin_inff()));
+    if (n - j < kLanes) scaled = first_lanes(scaled, n - j, nothing);
+    if (j < begin) scaled = first_lanes(nothing, begin - j, scaled);
     best = max(best, scaled);
     store(products + j, scaled);
   }
   const float top = highest(best);
   Vec total = splat(0.0f);
-  for (int j = 0; j < n; j += kLanes) {
+  for (int j = first; j < n; j += kLanes) {
     const Vec weights = exponential(load(products + j) - splat(top));
     total = total + weights;
     store(products + j, weights);
@@ -134,7 +138,7 @@ inline float soften(float* products, int n, float scale, const Softmax& softmax,
 
 /// sums = sums * factor + weights · values for kQueries queries and kVectors vectors of a head.
 template <int kQueries, int kVectors>
-void add_values(const TileBuffers& b, const float* weights, const float* factors, int n,
+void add_values(const TileBuffers& b, const float* weights, const float* factors, int begin, int n,
                 int64_t column, float* sums) {
   Vec total[kQueries][kVectors];
 #pragma GCC unroll 4
@@ -144,7 +148,7 @@ void add_values(const TileBuffers& b, const float* weights, const float* factors
       total[i][c] = load(sums + i * b.width + column + c * kLanes) * splat(factors[i]);
     }
   }
-  for (int j = 0; j < n; ++j) {
+  for (int j = begin; j < n; ++j) {
     const float* value = b.values + j * b.width + column;
 #pragma GCC unroll 4
     for (int i = 0; i < kQueries; ++i) {
@@ -165,52 +169,53 @@ void add_values(const TileBuffers& b, const float* weights, const float* factors
 }
 
 template <int kQueries>
-void add_values(const TileBuffers& b, const float* weights, const float* factors, int n,
+void add_values(const TileBuffers& b, const float* weights, const float* factors, int begin, int n,
                 float* sums) {
   constexpr int kStep = kVectorsAtOnce * kLanes;
   int64_t column = 0;
   for (; column + kStep <= b.width; column += kStep) {
-    add_values<kQueries, kVectorsAtOnce>(b, weights, factors, n, column, sums);
+    add_values<kQueries, kVectorsAtOnce>(b, weights, factors, begin, n, column, sums);
   }
   for (; column < b.width; column += kLanes) {
-    add_values<kQueries, 1>(b, weights, factors, n, column, sums);
+    add_values<kQueries, 1>(b, weights, factors, begin, n, column, sums);
   }
 }
 
-inline void add_values(const TileBuffers& b, int group, int n, float* sums) {
+inline void add_values(const TileBuffers& b, int group, int begin, int n, float* sums) {
   int i = 0;
-  for (; i + kQueriesAtOnce <= group; i += kQueriesAtOnce) {
-    add_values<kQueriesAtOnce>(b, b.weights + i * kKeyBlock, b.factors + i, n, sums + i * b.width);
-  }
-  const auto rest = [&]<int kQueries>() {
-    add_values<kQueries>(b, b.weights + i * kKeyBlock, b.factors + i, n, sums + i * b.width);
+  const auto add = [&]<int kQueries>() {
+    add_values<kQueries>(b, b.weights + i * kKeyBlock, b.factors + i, begin, n, sums + i * b.width);
   };
-  if (group - i == 1) rest.template operator()<1>();
-  if (group - i == 2) rest.template operator()<2>();
-  if (group - i == 3) rest.template operator()<3>();
+  for (; i + kQueriesAtOnce <= group; i += kQueriesAtOnce) {
+    add.template operator()<kQueriesAtOnce>();
+  }
+  if (group - i == 1) add.template operator()<1>();
+  if (group - i == 2) add.template operator()<2>();
+  if (group - i == 3) add.template operator()<3>();
 }
 
-/// One row against the first n keys of the block in the buffers.
-inline void attend_row(const AttentionTile& tile, const TileBuffers& b, int row, int n) {
+/// One row against keys [begin, n) of the block in the buffers.
+inline void attend_row(const AttentionTile& tile, const TileBuffers& b, int row, int begin, int n) {
   const int first = row * tile.group;
   for (int i = 0; i < tile.group; ++i) {
     float* weights = b.weights + i * kKeyBlock;
-    multiply_keys(b.q + (first + i) * b.width, b, n, weights);
-    b.factors[i] = soften(weights, n, tile.scale, b.softmax, first + i);
+    multiply_keys(b.q + (first + i) * b.width, b, begin, n, weights);
+    b.factors[i] = soften(weights, begin, n, tile.scale, b.softmax, first + i);
   }
-  add_values(b, tile.group, n, b.sums + first * b.width);
+  add_values(b, tile.group, begin, n, b.sums + first * b.width);
 }
 
 template <typename T>
 void attend(const AttentionTile& tile, const AttentionTile*, std::byte* scratch) {
   const TileBuffers b(scratch, tile.rows, tile.group, tile.head_dim);
   start<T>(tile, b);
-  for (int begin = 0; begin < tile.last_limit(); begin += kKeyBlock) {
+  for (int begin = tile.first_block(); begin < tile.last_limit(); begin += kKeyBlock) {
     const int left = tile.last_limit() - begin;
     load_block<T>(tile, b, begin, begin + (left < kKeyBlock ? left : kKeyBlock));
     for (int row = 0; row < tile.rows; ++row) {
-      const int n = tile.first_limit + row - begin;
-      if (n > 0) attend_row(tile, b, row, n < kKeyBlock ? n : kKeyBlock);
+      const int limit = tile.first_limit + row - begin, first = tile.begin_of(row) - begin;
+      const int n = limit < kKeyBlock ? limit : kKeyBlock;
+      if (first < n) attend_row(tile, b, row, first > 0 ? first : 0, n);
     }
   }
   write_out<T>(tile, b.sums, b.width, b.softmax.total);

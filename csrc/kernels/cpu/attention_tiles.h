@@ -131,10 +131,10 @@ inline void copy_keys(const MatrixBuffers& b, BlockRows& rows) {
   }
 }
 
-/// Lays the values of keys [0, n) side by side in pairs, those from n on as zeros. Tells whether
+/// Lays the values of keys [begin, n) side by side in pairs, all others as zeros. Tells whether
 /// one from `doubtful` on is not finite.
-inline bool pack_values(const BlockRows& rows, const MatrixBuffers& b, int n, int doubtful,
-                        Ahead& ahead) {
+inline bool pack_values(const BlockRows& rows, const MatrixBuffers& b, int begin, int n,
+                        int doubtful, Ahead& ahead) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
@@ -146,8 +146,10 @@ inline bool pack_values(const BlockRows& rows, const MatrixBuffers& b, int n, in
     BFloat16* to = b.values + j * b.D;
     ahead.fetch();
     for (int64_t d = 0; d < b.D; d += kStep) {
-      const __m512i even = j < n ? _mm512_loadu_si512(rows.v[j] + d) : zero;
-      const __m512i odd = j + 1 < n ? _mm512_loadu_si512(rows.v[j + 1] + d) : zero;
+      const auto value = [&](int key) {
+        return key >= begin && key < n ? _mm512_loadu_si512(rows.v[key] + d) : zero;
+      };
+      const __m512i even = value(j), odd = value(j + 1);
       _mm512_store_si512(to + 2 * d, _mm512_permutex2var_epi16(even, low, odd));
       _mm512_store_si512(to + 2 * d + kStep, _mm512_permutex2var_epi16(even, high, odd));
       if (j + 1 >= doubtful) {
@@ -241,10 +243,16 @@ inline void merge(const MatrixBuffers& b, int first, int i) {
   }
 }
 
-/// Keys of the block that a query sees; none or fewer where it ends before.
-inline int visible(const AttentionTile& tile, int query, int begin) {
-  const int n = tile.first_limit + query / tile.group - begin;
-  return n < kKeyBlock ? n : kKeyBlock;
+/// What the 16 queries from `first` on see of the n keys from `begin` on.
+inline Visible visible_of(const AttentionTile& tile, int first, int begin, int n) {
+  Visible visible;
+  for (int i = 0; i < kTileRows; ++i) {
+    const int row = (first + i) / tile.group;
+    const int from = tile.begin_of(row) - begin, limit = tile.first_limit + row - begin;
+    visible.begin[i] = from > 0 ? from : 0;
+    visible.end[i] = limit < n ? limit : n;
+  }
+  return visible;
 }
 
 /// The 16 queries from `first` on against the n keys of a block.
@@ -252,21 +260,21 @@ inline void attend_queries(const AttentionTile& tile, const MatrixBuffers& b, co
                            int first, int begin, bool is_spoilt, Ahead& ahead) {
   const int n = rows.n;
   const int count = b.queries - first < kTileRows ? b.queries - first : kTileRows;
-  int own[kTileRows];
-  for (int i = 0; i < kTileRows; ++i) own[i] = visible(tile, first + i, begin);
+  const Visible visible = visible_of(tile, first, begin, n);
   multiply_keys(rows, key_stride(tile), b, b.q + first * b.D, n, ahead);
   const TileWeights weights{b.products,
                             b.weights,
                             b.factors,
                             {b.softmax.highest + first, b.softmax.total + first},
                             splat(tile.scale * kLog2E)};
-  weigh(weights, count, n, own, [&ahead] { ahead.fetch(); });
+  weigh(weights, count, n, visible, [&ahead] { ahead.fetch(); });
   if (!is_spoilt) multiply_values(b, n, ahead);
   for (int i = 0; i < count; ++i) {
-    if (own[i] <= 0) continue;
+    const int from = visible.begin[i], end = visible.end[i];
+    if (end <= from) continue;
     if (is_spoilt) {  // a weight of 0 does not silence what is not finite
-      pack_values(rows, b, own[i], own[i], ahead);
-      multiply_values(b, own[i], ahead);
+      pack_values(rows, b, from, end, end, ahead);
+      multiply_values(b, end, ahead);
     }
     merge(b, first, i);
   }
@@ -283,19 +291,21 @@ inline void attend_with_tiles(const AttentionTile& tile, const AttentionTile* ne
   }
   for (int64_t i = 0; i < b.queries * b.D; i += kLanes) store(b.sums + i, splat(0.0f));
   BlockRows blocks[2];  // in turn the block in hand and the one after it
-  blocks[0].find(tile, 0);
-  for (int begin = 0; begin < tile.last_limit(); begin += kKeyBlock) {
+  const int last_begin = tile.begin_of(tile.rows - 1);
+  blocks[tile.first_block() / kKeyBlock % 2].find(tile, tile.first_block());
+  for (int begin = tile.first_block(); begin < tile.last_limit(); begin += kKeyBlock) {
     BlockRows& rows = blocks[begin / kKeyBlock % 2];
     BlockRows& following = blocks[1 - begin / kKeyBlock % 2];
     following.n = 0;
     if (begin + kKeyBlock < tile.last_limit()) {
       following.find(tile, begin + kKeyBlock);
     } else if (next != nullptr) {
-      following.find(*next, 0);
+      following.find(*next, next->first_block());
     }
     Ahead ahead(following, b.D);
     if (!holds_tiles(tile)) copy_keys(b, rows);
-    const bool is_spoilt = pack_values(rows, b, rows.n, tile.first_limit - begin, ahead);
+    const int doubtful = begin < last_begin ? 0 : tile.first_limit - begin;  // not seen by all rows
+    const bool is_spoilt = pack_values(rows, b, 0, rows.n, doubtful, ahead);
     for (int first = 0; first < b.queries; first += kTileRows) {
       attend_queries(tile, b, rows, first, begin, is_spoilt, ahead);
     }

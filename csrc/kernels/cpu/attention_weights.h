@@ -41,9 +41,10 @@ inline Vec power_of_two(Vec x) {
 
 /// Which lanes see key j.
 struct SomeSee {
-  __m512i visible;  // how many keys each lane sees
+  __m512i begin, end;  // of the keys that each lane sees
   __mmask16 operator()(int j) const {
-    return _mm512_cmpgt_epi32_mask(visible, _mm512_set1_epi32(j));
+    const __m512i key = _mm512_set1_epi32(j);
+    return _mm512_mask_cmple_epi32_mask(_mm512_cmpgt_epi32_mask(end, key), begin, key);
   }
 };
 struct AllSee {
@@ -181,26 +182,33 @@ void weigh_narrow(const TileWeights& w, Sees sees, const Fetch& fetch) {
   store(w.softmax.total, fma(repeated(w.softmax.total), factor, total), kNarrow);
 }
 
-/// Weighs n keys of a block for `count` queries that see visible[16] of them; weights of keys that
-/// a query does not see are 0.
+/// The keys of a block that 16 queries see: nothing where they end before they begin.
+struct Visible {
+  int begin[kTileRows], end[kTileRows];
+};
+
+/// Weighs n keys of a block for `count` queries; weights of keys that a query does not see are 0.
 template <typename Fetch>
-void weigh(const TileWeights& w, int count, int n, const int (&visible)[kTileRows],
-           const Fetch& fetch) {
-  const bool is_whole = visible[0] == n;  // the first sees the least
+void weigh(const TileWeights& w, int count, int n, const Visible& visible, const Fetch& fetch) {
+  // The first ends first, the last begins last.
+  const bool is_whole = visible.end[0] == n && visible.begin[count - 1] == 0;
   if (count > kNarrow) {
     if (is_whole && n % kTileRows == 0) {
       weigh_wide(w, n, AllSee{}, fetch);
     } else {
-      weigh_wide(w, n, SomeSee{_mm512_loadu_si512(visible)}, fetch);
+      const SomeSee some{_mm512_loadu_si512(visible.begin), _mm512_loadu_si512(visible.end)};
+      weigh_wide(w, n, some, fetch);
     }
     turn_weights(w, count, n);
   } else if (is_whole && n == kKeyBlock) {
     weigh_narrow(w, AllSee{}, fetch);
   } else {
     const __m512i group = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m512i four =
-        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(visible)));
-    weigh_narrow(w, SomeSee{_mm512_sub_epi32(four, _mm512_slli_epi32(group, 4))}, fetch);
+    const auto of_groups = [&](const int* keys) {
+      const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keys));
+      return _mm512_sub_epi32(_mm512_broadcast_i32x4(four), _mm512_slli_epi32(group, 4));
+    };
+    weigh_narrow(w, SomeSee{of_groups(visible.begin), of_groups(visible.end)}, fetch);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "kernels/cuda/attention.h"
 
+#include <algorithm>
 #include <bit>
 #include <numbers>
 
@@ -8,6 +9,11 @@
 
 namespace nanoflow::cuda {
 namespace {
+
+int window_of(int window) {
+  NF_CHECK(window >= 0, "attention: window is ", window, "; 0 is none");
+  return window > 0 ? std::min(window, kNoWindow) : kNoWindow;
+}
 
 int capacity_of(const AttentionTables& tables) {
   return static_cast<int>(tables.row_begin.size(0));
@@ -71,6 +77,7 @@ void CudaKernels::run(const PlanAttention& op, Lane& lane) {
                          .requests = requests,
                          .group = group,
                          .kv_heads = op.num_kv_heads,
+                         .window = window_of(op.window),
                          .ctas = own.width(),
                          .work = op.work.bytes(),
                          .stream = own.stream()});
@@ -113,6 +120,7 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
       .group = static_cast<int>(match["Hq*D"]) / (head_dim * kv_heads),
       .kv_heads = kv_heads,
       .page_shift = std::countr_zero(static_cast<uint64_t>(op.k_cache.size(2))),
+      .window = window_of(op.window),
       .scale_log2 = op.scale * std::numbers::log2e_v<float>,
       .work = op.work.bytes(),
       .partials = reinterpret_cast<float*>(own.workspace()),

@@ -32,6 +32,7 @@ inline constexpr int kTileRows = 128;      // packed rows of a tile
 inline constexpr int kTileKeys = 64;       // keys a CTA takes at a time
 inline constexpr int kAttentionThreads = 32 * kAttentionWarps;
 inline constexpr int kMaxAttentionCtas = 512;  // a plan is made for at most
+inline constexpr int kNoWindow = 1 << 30;      // keys that a row sees at most
 
 /// A request of the work list.
 struct AttentionItem {
@@ -56,6 +57,11 @@ struct AttentionWorkHeader {
 /// the tiles of a request come with the longest first: the i-th of a CTA.
 NF_HOST_DEVICE inline int tile_of_cta(int cta, int i, int ctas) {
   return i * ctas + (i % 2 == 0 ? cta : ctas - 1 - cta);
+}
+
+/// The first key that a row sees which ends before key `limit`.
+NF_HOST_DEVICE inline int first_key(int limit, int window) {
+  return limit > window ? limit - window : 0;
 }
 
 /// Where things lie in the work buffer, in bytes. `requests` and `ctas` are capacities.
@@ -95,6 +101,7 @@ struct AttentionPlanArguments {
   int requests;  // capacity
   int group;     // Hq / Hkv
   int kv_heads;
+  int window;  // or kNoWindow
   int ctas;
   std::byte* work;
   cudaStream_t stream;
@@ -109,6 +116,7 @@ struct AttentionArguments {
   int64_t q_stride, out_stride, page_stride, head_stride, key_stride;  // elements
   int group, kv_heads;
   int page_shift;    // log2(page_size)
+  int window;        // the plan's
   float scale_log2;  // scale * log2(e)
   std::byte* work;
   float* partials;  // attention_partial_bytes()

@@ -95,6 +95,7 @@ struct AttentionKernel {
     const int first = tile.index * kTileRows, base = first + threadIdx.x / 32 * 16;
     const int last_row = min((first + kTileRows - 1) / a.group, item.row_count - 1);
     const int steps = (visible + last_row + kTileKeys - 1) / kTileKeys;
+    const int begin = first_key(visible + first / a.group, a.window) / kTileKeys;
     RowState<T, D> state;
     start_rows(state, static_cast<const T*>(a.q), rows_of(item, head, a.q_stride), base, visible);
     // No row of this warp sees fewer keys than its first, nor more than its last.
@@ -102,14 +103,14 @@ struct AttentionKernel {
     const int least = visible + base / a.group;
 
     int pages[kTileCopies];
-    tile_pages(pages, item, 0);
+    tile_pages(pages, item, begin);
 #pragma unroll
-    for (int step = 0; step < kTileStages - 1; ++step) {
+    for (int step = begin; step < begin + kTileStages - 1; ++step) {
       if (step < steps) copy_tile(pages, item, head, step, tile_stage(step));
       copy_async_commit();
       tile_pages(pages, item, step + 1);
     }
-    for (int step = 0; step < steps; ++step) {
+    for (int step = begin; step < steps; ++step) {
       copy_async_wait<kTileStages - 2>();
       __syncthreads();  // everybody's copies are there, and the next stage is no longer read
       const int ahead = step + kTileStages - 1;
@@ -117,9 +118,9 @@ struct AttentionKernel {
       copy_async_commit();
       tile_pages(pages, item, ahead + 1);
       const int key = step * kTileKeys;
-      if (key < most) {
+      if (key < most && key + kTileKeys > first_key(least, a.window)) {
         attend<T, D, kTileKeys, true>(state, tile_stage(step), tile_stage(step) + kTileBytes, key,
-                                      least, a.scale_log2);
+                                      {least, most, a.window}, a.scale_log2);
       }
     }
     finish_rows(state, static_cast<T*>(a.out), rows_of(item, head, a.out_stride), base);
@@ -134,6 +135,7 @@ struct AttentionKernel {
     AttentionItem item;
     int stream, head;
     int step, steps;  // of the item and head
+    int first_key;    // of step 0
 
     __device__ bool ends_item() const { return step + 1 == steps; }
   };
@@ -142,7 +144,9 @@ struct AttentionKernel {
     Cursor c;
     c.stream = stream;
     c.item = list<AttentionItem>(at.stream_items)[stream];
-    c.steps = (c.item.kv_len + kStreamKeys - 1) / kStreamKeys;
+    c.first_key =
+        cuda::first_key(c.item.kv_len - c.item.row_count + 1, a.window) / kStreamKeys * kStreamKeys;
+    c.steps = (c.item.kv_len - c.first_key + kStreamKeys - 1) / kStreamKeys;
     c.head = offset / c.steps;
     c.step = offset - c.head * c.steps;
     return c;
@@ -161,7 +165,7 @@ struct AttentionKernel {
 
   /// The key of a step whose page lane l looks up.
   __device__ int key_of_lane(const Cursor& c, int lane) const {
-    return c.step * kStreamKeys + lane % kStreamKeys;
+    return c.first_key + c.step * kStreamKeys + lane % kStreamKeys;
   }
 
   __device__ void copy_stream(const Cursor& c, int page_of_lane, uint32_t stage, int lane) const {
@@ -171,7 +175,7 @@ struct AttentionKernel {
       const int row = i * kStreamRowsACopy + lane / kChunks;
       const uint32_t from = __shfl_sync(~0u, chunk_of_lane, row);
       copy_chunk(stage, stage + kStreamBytes, row, lane % kChunks, from,
-                 c.step * kStreamKeys + row < c.item.kv_len);
+                 c.first_key + c.step * kStreamKeys + row < c.item.kv_len);
     }
   }
 
@@ -201,23 +205,23 @@ struct AttentionKernel {
 
     RowState<T, D> state;
     int first_step = now.step;  // of the current item, by this warp
-    int visible = 0;
+    Limits limits{};
     for (int i = 0; i < count; ++i, advance(now)) {
       if (i == 0 || now.step == 0) {
         first_step = now.step;
-        visible = now.item.kv_len - now.item.row_count + 1;
+        limits = {now.item.kv_len - now.item.row_count + 1, now.item.kv_len, a.window};
         start_rows(state, static_cast<const T*>(a.q), rows_of(now.item, now.head, a.q_stride), 0,
-                   visible);
+                   limits.least);
       }
       copy_async_wait<kStreamStages - 2>();
       __syncwarp();  // every lane's copies are there, and the next stage is no longer read
       fetch(i + kStreamStages - 1);
-      const int key = now.step * kStreamKeys;
+      const int key = now.first_key + now.step * kStreamKeys;
       if (now.item.row_count * a.group <= 8) {
-        attend<T, D, kStreamKeys, false>(state, stage(i), stage(i) + kStreamBytes, key, visible,
+        attend<T, D, kStreamKeys, false>(state, stage(i), stage(i) + kStreamBytes, key, limits,
                                          a.scale_log2);
       } else {
-        attend<T, D, kStreamKeys, true>(state, stage(i), stage(i) + kStreamBytes, key, visible,
+        attend<T, D, kStreamKeys, true>(state, stage(i), stage(i) + kStreamBytes, key, limits,
                                         a.scale_log2);
       }
       if (now.ends_item() && first_step == 0) {

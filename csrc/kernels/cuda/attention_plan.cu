@@ -86,7 +86,8 @@ __device__ Counts list_requests(const AttentionPlanArguments& a, const Lists& li
         own.tiles = ceil_div(packed, kTileRows);
       } else if (packed > 0) {
         own.streams = 1;
-        own.steps = ceil_div(item.kv_len, kStreamKeys) * a.kv_heads;
+        const int begin = first_key(item.kv_len - item.row_count + 1, a.window) / kStreamKeys;
+        own.steps = (ceil_div(item.kv_len, kStreamKeys) - begin) * a.kv_heads;
       }
     }
     Counts total;
@@ -116,8 +117,10 @@ __device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lis
     const AttentionTile tile = lists.tiles[at];
     const AttentionItem item = lists.tile_items[tile.item];
     const int last_row = min((tile.index + 1) * kTileRows / a.group, item.row_count);
-    const int keys = item.kv_len - item.row_count + last_row;
-    atomicAdd(&costs[cta], kTileCost + kTileStepCost * ceil_div(keys, kTileKeys));
+    const int visible = item.kv_len - item.row_count + 1;
+    const int begin = first_key(visible + tile.index * kTileRows / a.group, a.window) / kTileKeys;
+    const int end = ceil_div(visible - 1 + last_row, kTileKeys);
+    atomicAdd(&costs[cta], kTileCost + kTileStepCost * (end - begin));
   }
 }
 

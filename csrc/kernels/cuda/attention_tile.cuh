@@ -22,7 +22,18 @@ struct RowState {
   float out[D / 8][4];
   float max0, max1;    // of the scores so far, not yet scaled
   float sum0, sum1;    // of this lane's columns
-  int limit0, limit1;  // keys that the row sees
+  int limit0, limit1;  // key that the row ends before
+};
+
+/// Where rows end, and how far they look back.
+struct Limits {
+  int least, most;  // of the rows' ends
+  int window;
+
+  /// Whether every row sees keys [begin, end), of which there is one that some row sees.
+  __device__ bool all_see(int begin, int end) const {
+    return end <= least && begin >= first_key(most, window);
+  }
 };
 
 /// Where the packed rows of one KV head's query heads are.
@@ -162,12 +173,11 @@ __device__ void add_non_finite(float (&out)[D / 8][4], const uint32_t (&p)[4],
   }
 }
 
-/// Attends to kKeys keys, the first of them key `first_key` of the request, whose K and V lie in
-/// shared memory. Every row sees the request's first `visible` keys; kUpper when rows 8 to 15
-/// matter.
+/// Attends to kKeys keys from key `begin` of the request on, whose K and V lie in shared memory.
+/// kUpper when rows 8 to 15 matter.
 template <class T, int D, int kKeys, bool kUpper>
-__device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int first_key,
-                       int visible, float scale_log2) {
+__device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int begin,
+                       const Limits& limits, float scale_log2) {
   const int lane = threadIdx.x % 32;
   // Few keys are few independent products: their sums then run in two chains.
   constexpr int kChains = kKeys == 16 ? 2 : 1;
@@ -191,13 +201,14 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
       for (int i = 0; i < 4; ++i) s[n][i] += chains[1][n][i];
     }
   }
-  if (first_key + kKeys > visible) {
+  if (!limits.all_see(begin, begin + kKeys)) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = first_key + 8 * n + 2 * (lane % 4) + i % 2;
-        if (key >= (i < 2 ? state.limit0 : state.limit1)) s[n][i] = -INFINITY;
+        const int key = begin + 8 * n + 2 * (lane % 4) + i % 2;
+        const int limit = i < 2 ? state.limit0 : state.limit1;
+        if (key >= limit || key < limit - limits.window) s[n][i] = -INFINITY;
       }
     }
   }
@@ -207,14 +218,15 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
     const uint32_t p[4] = {pack<T>(s[2 * n][0], s[2 * n][1]), pack<T>(s[2 * n][2], s[2 * n][3]),
                            pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
                            pack<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
-    const int key = first_key + 16 * n;
-    if (key + 16 > visible && holds_non_finite<T, D>(v_shared + 16 * n * D * 2)) {
+    const int key = begin + 16 * n;
+    if (!limits.all_see(key, key + 16) && holds_non_finite<T, D>(v_shared + 16 * n * D * 2)) {
       uint32_t seen[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int last =
+        const int left =  // keys to the row's end, from the first of a pair on
             (i % 2 == 0 ? state.limit0 : state.limit1) - key - 2 * (lane % 4) - i / 2 * 8;
-        seen[i] = pack<T>(last > 0 ? 1.0f : 0.0f, last > 1 ? 1.0f : 0.0f);
+        seen[i] = pack<T>(left > 0 && left <= limits.window ? 1.0f : 0.0f,
+                          left > 1 && left <= limits.window + 1 ? 1.0f : 0.0f);
       }
       add_non_finite<T, D>(state.out, p, seen, v_shared + 16 * n * D * 2);
       continue;
