@@ -9,6 +9,7 @@ from nanoflow import _core
 from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.config import EngineArgs
 from nanoflow.loading import open_checkpoint
+from nanoflow.runtime import make_spec
 
 ENGINE_FLAGS = ("dtype", "load_format", "revision", "seed")
 
@@ -37,7 +38,7 @@ def export_spec(args: EngineArgs, out_dir: Path) -> _core.ModelSpec:
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
-    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    spec = make_spec(args, checkpoint)
     weights = _core.Weights(spec, _core.Backend("cpu"))
     checkpoint.load_weights(weights)
     _core.write_model(weights, out_dir)

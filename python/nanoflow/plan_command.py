@@ -13,7 +13,7 @@ from nanoflow.config import EngineArgs
 from nanoflow.loading import open_checkpoint
 from nanoflow.mixed_step import MixedStep, StepMix, deal_step, run_steps
 from nanoflow.plan_page import PlanPage, predicted_panel
-from nanoflow.runtime import make_backend
+from nanoflow.runtime import make_backend, make_spec
 from nanoflow.schedule import schedule_to_json
 from nanoflow.trace import TimedStep, trace_of, write_trace
 from nanoflow.tune.auto import choose_schedules, known_table
@@ -63,7 +63,7 @@ def run_plan(options: argparse.Namespace) -> None:
     if not 0 <= layer < model.num_layers:
         raise ValueError(f"--layer {layer}: the model has layers 0 to {model.num_layers - 1}")
     backend = make_backend(args)
-    spec = _core.ModelSpec(**model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    spec = make_spec(args, checkpoint)
     schedule = choose_schedules(args, backend, spec).schedules[0]
     step = deal_step(mix, schedule.cuts())
     weights = _core.Weights(spec, backend)

@@ -12,10 +12,12 @@ from typing import Any
 
 from nanoflow import _core
 from nanoflow.config import (
+    AUTO,
     DEFAULT_GPU_MEMORY_UTILIZATION,
     EngineArgs,
     EngineLimits,
     cpu_threads,
+    parse_length,
 )
 from nanoflow.errors import EngineError
 from nanoflow.limits import check_free, derive_limits
@@ -62,7 +64,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
-    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
+    spec = make_spec(args, checkpoint)
     backend = make_backend(args, spec)
     choice = choose_schedules(args, backend, spec)
     schedule = choice.schedules[0]
@@ -102,6 +104,15 @@ def start_runtime(args: EngineArgs) -> Runtime:
         tokenizer=tokenizer,
         loop=loop,
         state=state,
+    )
+
+
+def make_spec(args: EngineArgs, checkpoint: Checkpoint) -> _core.ModelSpec:
+    """The model that an LLM with these arguments runs."""
+    dtype = checkpoint.resolve_dtype(args.dtype)
+    length = parse_length("max_model_len", args.max_model_len)
+    return _core.ModelSpec(
+        **checkpoint.model.spec_arguments(dtype, None if length == AUTO else length)
     )
 
 

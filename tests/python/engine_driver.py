@@ -55,7 +55,9 @@ def load_engine(
     """Of a checkpoint, or of a config.json alone with weights of random_models.py."""
     checkpoint = open_checkpoint(model, "dummy" if random_weights else "auto")
     backend = _core.Backend(device, threads=threads if device == "cpu" else 0, isa=isa)
-    weights = _core.Weights(_core.ModelSpec(**checkpoint.model.spec_arguments(dtype)), backend)
+    weights = _core.Weights(
+        _core.ModelSpec(**checkpoint.model.spec_arguments(dtype, max_model_len)), backend
+    )
     if random_weights:
         fill(weights)
     else:

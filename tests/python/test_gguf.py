@@ -104,9 +104,10 @@ def test_config_is_that_of_the_model(tmp_path: Path) -> None:
 def test_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     factors = np.linspace(1, 8, 8, dtype=np.float32)
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), rope_factors=factors)
-    plain = open_checkpoint(write_gguf(tmp_path / "plain.gguf", tiny_llama())).model.rope_inv_freq
+    plain = open_checkpoint(write_gguf(tmp_path / "plain.gguf", tiny_llama())).model.rope
     checkpoint = open_checkpoint(path)
-    assert checkpoint.model.rope_inv_freq == pytest.approx(np.asarray(plain) / factors, rel=1e-6)
+    frequencies = checkpoint.model.rope.inv_freq()
+    np.testing.assert_allclose(frequencies, plain.inv_freq() / factors, rtol=1e-6)
     checkpoint.load_weights(FakeWeights())  # the factors are no unexpected tensor
     write_gguf(path, tiny_llama(), rope_factors=factors[:5])
     with pytest.raises(ValueError, match="must be 8 positive numbers for head_dim 16, got 5"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -49,6 +50,10 @@ def test_dimensions_and_defaults() -> None:
     assert "max_position_embeddings" not in spec
 
 
+LONGROPE = {
+    "short_factor": [1.0 + i / 40 for i in range(32)],
+    "long_factor": [1.5 + i for i in range(32)],
+}
 ROPES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "theta": {"rope_theta": 500000.0},
@@ -67,17 +72,92 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "linear, oldest key": {"type": "linear", "factor": 2},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    "yarn of the config's positions": {"rope_type": "yarn", "factor": 4.0},
+    "yarn with all": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "beta_fast": 24,
+        "beta_slow": 2,
+        "mscale": 0.9,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn with its attention factor": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "attention_factor": 0.8,
+        "original_max_position_embeddings": 512,
+    },
+    "longrope": {"rope_type": "longrope", **LONGROPE, "original_max_position_embeddings": 128},
+    "longrope by its old name": {
+        "type": "su",
+        **LONGROPE,
+        "factor": 16.0,
+        "original_max_position_embeddings": 128,
+    },
+    "longrope with its attention factor": {
+        "rope_type": "longrope",
+        **LONGROPE,
+        "attention_factor": 1.5,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+def check_rope(length: int | None, settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Against what transformers rotates a sequence of `length` tokens with."""
+    spoken = {**config, **settings}
+    if (spoken.get("rope_scaling") or {}).get("type") == "su":  # which transformers has forgotten
+        spoken["rope_scaling"] = {**spoken["rope_scaling"], "rope_type": "longrope"}
+    embedding = LlamaRotaryEmbedding(
+        LlamaConfig(**{k: v for k, v in spoken.items() if k != "architectures"})
+    )
+    model = parse(**config, **settings)
+    positions = length or model.max_position_embeddings
+    cosines, sines = embedding(torch.zeros(1), torch.arange(positions)[None])
+    got = model.spec_arguments("float32", length)
+    # torch's float32 power is off by a unit in the last place now and then.
+    frequencies = np.asarray(got["rope_inv_freq"], np.float32)
+    np.testing.assert_array_max_ulp(frequencies, embedding.inv_freq.numpy(), maxulp=3)
+    last = (positions - 1) * frequencies.astype(np.float64)
+    for ours, theirs in ((np.cos(last), cosines), (np.sin(last), sines)):
+        expected = theirs[0, -1, : len(last)].numpy()
+        ours = ours * got["rope_attention_factor"]
+        np.testing.assert_allclose(ours, expected, atol=positions * 4e-7)
+
+
 @pytest.mark.parametrize("case", ROPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rotary_frequencies_are_those_of_transformers(case: str, head_dim: int) -> None:
-    rope = ROPES[case]
-    reference = LlamaConfig(
-        **{k: v for k, v in CONFIG.items() if k != "architectures"}, head_dim=head_dim, **rope
-    )
-    expected = LlamaRotaryEmbedding(reference).inv_freq.numpy()
-    got = np.asarray(parse(head_dim=head_dim, **rope).rope_inv_freq, np.float32)
-    # torch's float32 power is off by a unit in the last place now and then.
-    np.testing.assert_array_max_ulp(got, expected, maxulp=2)
+    check_rope(None, ROPES[case], CONFIG | {"head_dim": head_dim, "max_position_embeddings": 4096})
+
+
+@pytest.mark.parametrize("length", [None, 100, 512, 700])
+@pytest.mark.parametrize("case", SCALINGS)
+def test_scaled_rotations_are_those_of_transformers_for_a_sequence(
+    case: str, length: int | None
+) -> None:
+    config = CONFIG | {"head_dim": 64, "max_position_embeddings": 512}
+    check_rope(length, {"rope_theta": 10000.0, "rope_scaling": SCALINGS[case]}, config)
+
+
+def test_scalings_stretch_the_positions_of_a_model() -> None:
+    def positions(**scaling: Any) -> int:
+        model = parse(max_position_embeddings=512, rope_scaling=scaling)
+        return int(model.max_position_embeddings)
+
+    assert positions(rope_type="linear", factor=4.0) == 2048
+    assert positions(rope_type="dynamic", factor=2.5) == 1280
+    assert positions(rope_type="yarn", factor=4.0, original_max_position_embeddings=256) == 1024
+    assert positions(rope_type="llama3", **LLAMA3) == 512
+    longrope = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    assert positions(rope_type="longrope", **longrope) == 512
 
 
 @pytest.mark.parametrize(
@@ -93,8 +173,15 @@ def test_rotary_frequencies_are_those_of_transformers(case: str, head_dim: int) 
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supp"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear' is not supp"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope type 'mrope' is not supported; supported"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope type 'linear' needs \['factor'\]"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "factor='2' .* positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0 of rope type 'linear' is no"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, r"needs \['long_factor', 'short_factor'\]"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 64}},
+            "short_factor must be 64 positive numbers for head_dim 128, got 1",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs .*'high_freq_factor'"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "new": 1}}, r"settings \['new'\]"),
         (
@@ -156,13 +243,26 @@ def test_qwen3_norms_each_head_of_q_and_k() -> None:
     assert not parse().qk_norm
 
 
-def test_windows_that_a_model_does_not_use_are_no_trait() -> None:
-    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
-    assert parse(**qwen2, use_sliding_window=False).num_layers == 32
-    assert parse(**qwen2).num_layers == 32  # their default
-    with pytest.raises(ValueError, match=r"sliding_window=131072 .* for Qwen2ForCausalLM"):
-        parse(**qwen2, use_sliding_window=True)
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_layers_of_qwen_slide_from_max_window_layers_on_if_asked_to(family: str) -> None:
+    qwen = {"architectures": [f"{family}ForCausalLM"], "sliding_window": 1024}
+    assert parse(**qwen, use_sliding_window=False).layer_windows == ()
+    assert parse(**qwen).layer_windows == ()  # their default
+    qwen["use_sliding_window"] = True
+    assert parse(**qwen).layer_windows == (0,) * 28 + (1024,) * 4
+    assert parse(**qwen, max_window_layers=2).layer_windows == (0,) * 2 + (1024,) * 30
+    assert parse(**qwen, max_window_layers=32).layer_windows == ()
+    types = ["sliding_attention", "full_attention"]
+    assert parse(**qwen, layer_types=types, num_hidden_layers=2).layer_windows == (1024, 0)
+    with pytest.raises(ValueError, match="must name full_attention or sliding_attention for each"):
+        parse(**qwen, layer_types=types)
+
+
+def test_all_layers_of_mistral_slide_unless_its_config_says_null() -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "num_key_value_heads": "absent"}
+    assert parse(**mistral, sliding_window=None).layer_windows == ()
     assert parse(**mistral, sliding_window=None).num_kv_heads == 8
-    with pytest.raises(ValueError, match=r"sliding_window=4096 .* for MistralForCausalLM"):
-        parse(**mistral)  # their default
+    assert parse(**mistral).layer_windows == (4096,) * 32  # their default
+    assert parse(**mistral, sliding_window=100).spec_arguments("float16")["layer_windows"][0] == 100
+    with pytest.raises(ValueError, match=r"sliding_window=-1 .* not a positive integer"):
+        parse(**mistral, sliding_window=-1)

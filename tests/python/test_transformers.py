@@ -46,7 +46,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.06,
         "rope_scaling": LLAMA3_ROPE,
     },
+    "yarn-rope": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "longrope": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + i / 8 for i in range(8)],
+            "long_factor": [2.0 + i for i in range(8)],
+            "original_max_position_embeddings": 128,
+        },
+    },
     "mistral": {"family": "Mistral", "sliding_window": None},
+    "mistral-window": {"family": "Mistral", "sliding_window": 17},
+    "mistral-window-d64": {
+        "family": "Mistral",
+        "hidden_size": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "initializer_range": 0.08,
+        "sliding_window": 20,
+    },
+    "deepseek-d128": {  # 67B: 64 query heads of 8 KV heads, a Llama with other sizes
+        "hidden_size": 1024,
+        "num_heads": 8,
+        "num_kv_heads": 1,
+        "num_layers": 3,
+        "initializer_range": 0.04,
+        "rms_norm_eps": 1e-6,
+    },
+    "llama3.2-d64": {
+        "hidden_size": 256,
+        "num_heads": 4,
+        "num_kv_heads": 1,
+        "initializer_range": 0.08,
+        "tie_word_embeddings": True,
+        "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0},
+    },
+    "qwen2-windows": {
+        "family": "Qwen2",
+        "num_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+    },
     "qwen2-d64": {
         "family": "Qwen2",
         "hidden_size": 256,
@@ -64,13 +111,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.08,
     },
 }
-ON_GPU = {
+ON_GPU = {  # of head_dim 64 and 128
     "head-dim",
     "llama2-d64",
     "llama3-d128",
+    "llama3.2-d64",
+    "mistral-window-d64",
+    "deepseek-d128",
     "qwen2-d64",
     "qwen3-d128",
-}  # of head_dim 64 and 128
+}
 TOLERANCE = 2e-4  # largest difference of float32 logits, in standard deviations of them
 TORCH = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nanoflow.models.rope import Rope
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -22,11 +24,16 @@ class ModelConfig:
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
-    rope_inv_freq: tuple[float, ...]  # [head_dim / 2] radians per position, scaling already applied
-    max_position_embeddings: int
+    rope: Rope
+    max_position_embeddings: int  # that scaling makes of those in the config
+    layer_windows: tuple[int, ...] = ()  # keys a token sees at most, by layer; empty or 0: all
 
-    def spec_arguments(self, dtype: str) -> dict[str, Any]:
-        """Keyword arguments of `_core.ModelSpec`; `dtype` is the name of the computing dtype."""
+    def spec_arguments(self, dtype: str, max_model_len: int | None = None) -> dict[str, Any]:
+        """Keyword arguments of `_core.ModelSpec`.
+
+        `dtype` is the name of the computing dtype. Some rope scalings depend on `max_model_len`:
+        see rope.py.
+        """
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -35,7 +42,9 @@ class ModelConfig:
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "rope_inv_freq": self.rope_inv_freq,
+            "rope_inv_freq": tuple(self.rope.inv_freq(max_model_len).tolist()),
+            "rope_attention_factor": self.rope.attention_factor,
+            "layer_windows": self.layer_windows,
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_word_embeddings,
             "qkv_bias": self.qkv_bias,

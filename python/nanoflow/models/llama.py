@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nanoflow.models.config import CheckpointWeight, ModelConfig, WeightTarget
-from nanoflow.models.rope import rope_inv_freq, rope_parameters
+from nanoflow.models.rope import Rope, rope_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,12 @@ class _Member:
     defaults: Mapping[str, Any]  # of keys that a config leaves out, as transformers has them
     qkv_bias: bool = False
     qk_norm: bool = False
+    has_windows: bool = False
 
 
+_QWEN_WINDOWS: Mapping[str, Any] = MappingProxyType(
+    {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+)
 _MEMBERS: Mapping[str, _Member] = MappingProxyType(
     {
         "LlamaForCausalLM": _Member(defaults={"max_position_embeddings": 2048}),
@@ -34,22 +38,25 @@ _MEMBERS: Mapping[str, _Member] = MappingProxyType(
                 "sliding_window": 4096,
                 "max_position_embeddings": 131072,
             },
+            has_windows=True,
         ),
         "Qwen2ForCausalLM": _Member(
             qkv_bias=True,
+            has_windows=True,
             defaults={
                 "num_key_value_heads": 32,
-                "use_sliding_window": False,
                 "max_position_embeddings": 32768,
+                **_QWEN_WINDOWS,
             },
         ),
         "Qwen3ForCausalLM": _Member(
             qk_norm=True,
+            has_windows=True,
             defaults={
                 "num_key_value_heads": 32,
                 "head_dim": 128,
-                "use_sliding_window": False,
                 "max_position_embeddings": 32768,
+                **_QWEN_WINDOWS,
             },
         ),
     }
@@ -78,7 +85,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     architecture: str = config["architectures"][0]
     member = _MEMBERS[architecture]
     config = {**member.defaults, **config}
-    _check_traits(config, architecture)
+    _check_traits(config, architecture, member.has_windows)
     hidden_size = _size(config, "hidden_size")
     num_heads = _size(config, "num_attention_heads")
     num_kv_heads = _size(config, "num_key_value_heads", default=num_heads)
@@ -94,12 +101,15 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     head_dim = _size(config, "head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd; rotary positions need an even one")
+    num_layers = _size(config, "num_hidden_layers")
+    rope = Rope(rope_parameters(config), head_dim, _size(config, "max_position_embeddings"))
+    rope.inv_freq()  # raises what is wrong with it
     return ModelConfig(
         architecture=architecture,
         vocab_size=_size(config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_size(config, "intermediate_size"),
-        num_layers=_size(config, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -107,8 +117,9 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=member.qkv_bias,
         qk_norm=member.qk_norm,
-        rope_inv_freq=tuple(rope_inv_freq(rope_parameters(config), head_dim).tolist()),
-        max_position_embeddings=_size(config, "max_position_embeddings"),
+        rope=rope,
+        max_position_embeddings=rope.max_positions,
+        layer_windows=_layer_windows(config, num_layers) if member.has_windows else (),
     )
 
 
@@ -158,10 +169,28 @@ def is_ignored(model: ModelConfig, name: str) -> bool:
     return _ROTARY_BUFFER.fullmatch(name) is not None
 
 
-def _check_traits(config: Mapping[str, Any], architecture: str) -> None:
+def _layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Of each layer: in all that layer_types calls sliding, else from max_window_layers on."""
+    if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
+        return ()
+    window = _size(config, "sliding_window")
+    types = config.get("layer_types")
+    if types is None:
+        full = config.get("max_window_layers") or 0
+        types = ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
+    if len(types) != num_layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"layer_types={types!r} must name full_attention or sliding_attention for each of "
+            f"{num_layers} layers"
+        )
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    return windows if any(windows) else ()
+
+
+def _check_traits(config: Mapping[str, Any], architecture: str, has_windows: bool) -> None:
     for key, supported in _REQUIRED_TRAITS.items():
         value = config.get(key)
-        if key == "sliding_window" and config.get("use_sliding_window") is False:
+        if has_windows and key in ("sliding_window", "layer_types"):
             continue
         if key == "layer_types" and value and set(value) == {"full_attention"}:
             continue

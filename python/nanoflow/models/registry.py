@@ -25,7 +25,7 @@ _LLAMA = ModelAdapter(llama.parse_config, llama.checkpoint_weights, llama.is_ign
 _ADAPTERS: Mapping[str, ModelAdapter] = MappingProxyType(
     {
         "LlamaForCausalLM": _LLAMA,
-        "MistralForCausalLM": _LLAMA,  # without its sliding window
+        "MistralForCausalLM": _LLAMA,
         "Qwen2ForCausalLM": _LLAMA,
         "Qwen3ForCausalLM": _LLAMA,
     }
