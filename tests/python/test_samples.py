@@ -136,6 +136,28 @@ def test_streams_of_several_samples(model: Path, llm: LLM, kind: RequestOutputKi
         assert [sample.finish_reason for sample in own[:-1]] == [None] * (len(own) - 1)
 
 
+def test_samples_are_aborted_together(model: Path) -> None:
+    async def abort() -> RequestOutput:
+        engine = AsyncLLM(model, **SIZES)
+        try:
+            params = drawn(4, max_tokens=50)
+            async for output in engine.generate([5, 6], params, "one"):
+                if not output.finished:
+                    await engine.abort("one")
+            async for _ in engine.generate([5, 6], params, "left"):
+                break
+            state = engine._runtime.state
+            while state.has_requests:  # those of the reader that has left
+                await asyncio.sleep(0.01)
+            return output
+        finally:
+            engine.shutdown()
+
+    output = asyncio.run(asyncio.wait_for(abort(), 60))
+    assert [sample.finish_reason for sample in output.outputs] == ["abort"] * 4
+    assert all(len(sample.token_ids) < 50 for sample in output.outputs)
+
+
 def test_prompts_are_cut_to_their_last_tokens(llm: LLM) -> None:
     prompts = [PROMPT, PROMPT[-7:], list(range(3, 83))]
     cut, short, longest = generate(
