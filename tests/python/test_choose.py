@@ -70,6 +70,15 @@ def test_steps_right_after_a_switch_are_not_measured() -> None:
     assert serve(chooser, FULL, {0: 1.0, 1: 2.0}, 300)[-1] == 0
 
 
+def test_a_step_now_and_then_that_captures_a_graph_decides_nothing() -> None:
+    chooser = Chooser(options(2), predict)
+    for step in range(300):
+        number = chooser.choose(FULL)
+        slow = 20 if number == 1 and step % 4 == 0 else 1
+        chooser.observe(number, FULL, slow * STEP * (1.0 if number == 0 else 0.9))
+    assert chooser.choose(FULL) == 1
+
+
 def test_one_option_is_the_choice() -> None:
     assert set(serve(Chooser(options(1), predict), FULL, {0: 1.0}, 20)) == {0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,9 @@ from made_up_table import made_up_table
 from nanoflow import _core
 from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
 from nanoflow.tune.costs import CostModel, Load
-from nanoflow.tune.search import Candidate, memory_widths, search
+from nanoflow.tune.improve import Order, improve, repaired
+from nanoflow.tune.program import Program, program_of
+from nanoflow.tune.search import Candidate, memory_widths, ping_pong, search
 from nanoflow.tune.table import load_table, save_table, shipped_table
 from test_schedule_invariance import LENGTHS, run
 from tiny_models import write_tiny_llama
@@ -73,6 +76,36 @@ def test_sequential_wins_where_only_energy_counts() -> None:
     prediction = model.predict(built_in_schedule("sequential", 4), load)
     assert prediction.step_us == pytest.approx(prediction.joules * 1e6 / 200.0)
     assert prediction.step_us > prediction.clock_us
+
+
+def all_orders(program: Program) -> dict[Order, Program]:
+    """By every choice of periods and of the order of the first lane's tasks."""
+    tasks = range(len(program.tasks))
+    first = [task for task in tasks if program.tasks[task].lane == 0]
+    others = [task for task in tasks if task not in first]
+    found: dict[Order, Program] = {}
+    for ahead in product((0, 1), repeat=len(tasks)):
+        for order in permutations(first):
+            other = repaired(program, tuple((task, ahead[task]) for task in (*order, *others)))
+            if other is None:
+                break  # these periods contradict each other
+            found[other.order] = other
+    return found
+
+
+@pytest.mark.parametrize("saturates_at", [0.25, 0.5])
+def test_the_order_found_is_about_the_best_of_all(saturates_at: float) -> None:
+    model = CostModel(made_up_table(decode_saturates_at=saturates_at), llama_8b())
+    schedule = ping_pong(1, 4)
+    program = program_of(schedule)
+    orders = all_orders(program)
+    assert len(orders) > 50
+
+    def evaluate(other: Program) -> float:
+        return model.predict(schedule, LOAD, other).step_us
+
+    _, found = improve(program, evaluate, 60)
+    assert found < 1.005 * min(evaluate(order) for order in orders.values())
 
 
 def test_every_searched_schedule_is_sound_and_changes_no_bit(

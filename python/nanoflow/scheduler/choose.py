@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from nanoflow.scheduler.deal import Dealer
@@ -50,12 +51,13 @@ class _Trial:
     """What was measured of one option in one group of steps."""
 
     seconds: float = 0.0
-    expected: float = 0.0  # what the first option was predicted to take for the same steps
+    ratios: list[float] = field(default_factory=list)  # of each step
 
     @property
     def score(self) -> float:
-        """Time relative to the prediction for the same work: lower is faster."""
-        return self.seconds / self.expected
+        """Time of a step relative to what the first option was predicted to take for the same work:
+        lower is faster. The median, for now and then a step waits for a graph to be captured."""
+        return median(self.ratios)
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class Chooser:
             return
         trial = group.trials.setdefault(number, _Trial())
         trial.seconds += seconds
-        trial.expected += self._expected(0, mix)
+        trial.ratios.append(seconds / self._expected(0, mix))
         if all(self._is_tried(group, other) for other in group.standing):
             group.chosen = min(group.standing, key=lambda other: group.trials[other].score)
             logger.info(
