@@ -1,8 +1,10 @@
 """Build the program of tests/cpp/embed against an installed nanoflow, and compare what it generates
 from an exported model with what Python generates.
 
-Usage: python tests/embed.py BUILD_DIR   (a folder where CMake has built nanoflow; it needs nanoflow
-       in Python, CMake and Ninja)
+Usage: python tests/embed.py BUILD_DIR [--device cuda]
+
+BUILD_DIR is a folder where CMake has built nanoflow, for that device. Needs nanoflow in Python,
+CMake and Ninja.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from nanoflow.cli import main as nanoflow
 PROJECT = Path(__file__).parent / "cpp" / "embed"
 PROMPTS = [[5, 6, 7], [9], [*range(20, 110)]]  # the last takes two pages
 STEPS = 40
-LLM_ARGUMENTS = {"load_format": "dummy", "skip_tokenizer_init": True, "device": "cpu"}
+LLM_ARGUMENTS = {"load_format": "dummy", "skip_tokenizer_init": True, "schedule": "sequential"}
 
 
-def generate_in_python(model: Path) -> list[list[int]]:
+def generate_in_python(model: Path, device: str) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
-    with LLM(model, **LLM_ARGUMENTS) as llm:
+    with LLM(model, device=device, **LLM_ARGUMENTS) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False
         )
@@ -55,6 +57,7 @@ def run_program(program: Path, *arguments: object) -> subprocess.CompletedProces
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("build_dir", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -64,15 +67,15 @@ def main() -> None:
             raise SystemExit("the model could not be exported")
         program = build_program(options.build_dir, scratch)
         prompts = [",".join(map(str, ids)) for ids in PROMPTS]
-        done = run_program(program, exported, STEPS, *prompts)
+        done = run_program(program, options.device, exported, STEPS, *prompts)
         if done.returncode:
             raise SystemExit(done.stderr)
         found = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
-        expected = generate_in_python(model)
+        expected = generate_in_python(model, options.device)
         if found != expected:
             raise SystemExit(f"C++ generated {found}, Python {expected}")
         print(f"C++ and Python generate the same {sum(map(len, found))} tokens")
-        failed = run_program(program, scratch, STEPS, *prompts)
+        failed = run_program(program, options.device, scratch, STEPS, *prompts)
         if failed.returncode != 1 or "`nanoflow export-spec MODEL FOLDER`" not in failed.stderr:
             raise SystemExit(f"without a model: status {failed.returncode}, {failed.stderr!r}")
 

@@ -164,9 +164,23 @@ def test_serve_runs_every_rate(model, tmp_path, capsys):
     assert appended == found["runs"]
 
 
+def test_a_duration_gives_each_rate_its_number_of_requests(model, tmp_path):
+    path = tmp_path / "rates.json"
+    flags = ("--request-rate", "20", "60", "--duration", "0.2", "--output-json", path)
+    assert bench("serve", "--model", model, *LOAD[:4], *flags) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["num_prompts"] for run in runs] == [4, 12]
+    assert all(run["duration"] > 0.19 for run in runs)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--duration", "5"), "--duration 5.0 must be above 0, and needs a --request-rate below"),
+        (
+            ("--duration", "5", "--request-rate", "1", "--num-prompts", "5"),
+            "--duration and --num-prompts both say how many requests: give one",
+        ),
         (("--request-rate", "0"), "request rate 0.0 and burstiness 1.0 must be above 0"),
         (("--burstiness", "-1"), "burstiness -1.0 must be above 0"),
         (("--max-concurrency", "0"), "--max-concurrency 0 must be at least 1"),

@@ -38,6 +38,11 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests a second, a run for each rate (default: inf, all at once)",
     )
     add(
+        "--duration",
+        type=float,
+        help="seconds of arrivals at each rate, instead of --num-prompts (the paper: 300)",
+    )
+    add(
         "--burstiness",
         type=float,
         default=1.0,
@@ -89,6 +94,8 @@ def run_serve(options: argparse.Namespace) -> None:
     goodput, metadata = _goodput(options.goodput), _metadata(options.metadata)
     for rate in options.request_rate:
         arrival_times(1, rate, options.burstiness, np.random.default_rng(0))
+    if options.duration is not None:
+        _check_duration(options)
     if options.max_concurrency is not None and options.max_concurrency < 1:
         raise ValueError(f"--max-concurrency {options.max_concurrency} must be at least 1")
     writes_one = options.result_filename is not None and not options.append_result
@@ -138,7 +145,10 @@ async def _measure_rates(
         await serve(llm, few, [0.0] * len(few), **how)
     runs = []
     for rate in options.request_rate:
-        requests = workload.draw(workload.num_prompts, target, rng)
+        count = workload.num_prompts
+        if options.duration is not None:
+            count = max(1, round(rate * options.duration))
+        requests = workload.draw(count, target, rng)
         arrivals = arrival_times(len(requests), rate, options.burstiness, rng)
         served, duration = await serve(llm, requests, arrivals, **how)
         found = serve_metrics.summary(
@@ -146,6 +156,15 @@ async def _measure_rates(
         )
         runs.append((_identity(llm, workload, options, rate, len(requests)) | found, served))
     return runs
+
+
+def _check_duration(options: argparse.Namespace) -> None:
+    if options.num_prompts is not None:
+        raise ValueError("--duration and --num-prompts both say how many requests: give one")
+    if options.duration <= 0 or any(math.isinf(rate) for rate in options.request_rate):
+        raise ValueError(
+            f"--duration {options.duration} must be above 0, and needs a --request-rate below inf"
+        )
 
 
 def _identity(

@@ -1,5 +1,6 @@
-// Usage: generate MODEL_FOLDER STEPS PROMPT...
+// Usage: generate DEVICE MODEL_FOLDER STEPS PROMPT...
 // Greedy tokens of all prompts, each a list of token ids such as 5,6,7: a line of ids for each.
+// DEVICE is cpu or cuda.
 #include <nanoflow/nanoflow.h>
 
 #include <cstdlib>
@@ -60,12 +61,13 @@ nanoflow::Batch next_batch(std::vector<Request>& requests, const nanoflow::Engin
 }
 
 int run(const std::vector<std::string>& arguments) {
-  const auto backend = nanoflow::make_backend({.device = nanoflow::parse_device("cpu")});
-  const auto weights = nanoflow::read_weights(arguments.at(0), backend);
-  const int steps = std::stoi(arguments.at(1));
+  const auto backend = nanoflow::make_backend({.device = nanoflow::parse_device(arguments.at(0))});
+  const auto weights = nanoflow::read_weights(arguments.at(1), backend);
+  const int steps = std::stoi(arguments.at(2));
   std::vector<Request> requests;
-  for (size_t i = 2; i < arguments.size(); ++i)
+  for (size_t i = 3; i < arguments.size(); ++i) {
     requests.push_back({.tokens = parse_ids(arguments[i])});
+  }
 
   nanoflow::EngineConfig config{.max_num_seqs = static_cast<int>(requests.size())};
   config.num_pages = config.max_num_seqs * (config.max_model_len / config.page_size);
@@ -88,8 +90,8 @@ int run(const std::vector<std::string>& arguments) {
 }
 
 int main(int argc, char** argv) {
-  if (argc < 4) {
-    std::cerr << "usage: generate MODEL_FOLDER STEPS PROMPT...\n";
+  if (argc < 5) {
+    std::cerr << "usage: generate DEVICE MODEL_FOLDER STEPS PROMPT...\n";
     return EXIT_FAILURE;
   }
   try {
