@@ -19,6 +19,7 @@ from time import perf_counter
 import numpy as np
 
 from nanoflow.bench import environment
+from nanoflow.ordering import ORDERS, order_prompts
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.pages import PageAllocator
@@ -56,10 +57,12 @@ class Row:
     """One run; steady state is what lies between the first end and the last admission."""
 
     workload: str
+    order: str
     requests: int
     steps: int
     simulated_seconds: float
     total_tokens_per_second: float  # prompts and outputs, over the whole run
+    overlapped_tokens_per_second: float  # the same, if products and reads ran at the same time
     steady_steps: int
     steady_pages_granted: float  # share of all, mean
     steady_running: float  # mean
@@ -74,12 +77,18 @@ class Row:
 
 def make_workload(name: str, count: int) -> Workload:
     """`P/D`: as many of each, known to the scheduler. `P/D:eos`: the same lengths, not known.
+    `blocks`: half of them 2048/64, then half 128/1024; `mixed`: the same, shuffled.
     `chat`: log-normal lengths about those of ShareGPT (mean 246 and 322), not known."""
     rng = np.random.default_rng(SEED)
     if name == "chat":
         prompts = rng.lognormal(np.log(130), 1.1, count).clip(1, 2048)
         outputs = rng.lognormal(np.log(230), 0.8, count).clip(1, 2048)
         return Workload(prompts.astype(np.int64), outputs.astype(np.int64), False)
+    if name in ("blocks", "mixed"):
+        is_long = np.arange(count) < count // 2
+        if name == "mixed":
+            rng.shuffle(is_long)
+        return Workload(np.where(is_long, 2048, 128), np.where(is_long, 64, 1024), True)
     lengths, _, kind = name.partition(":")
     prompt, output = map(int, lengths.split("/"))
     return Workload(np.full(count, prompt), np.full(count, output), kind != "eos")
@@ -108,6 +117,8 @@ class Simulation:
             PageAllocator(self.num_pages),
             shares_prefixes=False,
         )
+        self.order = options.order
+        self.overlapped_seconds = 0.0
         self.seconds = self.scheduler_seconds = 0.0
         self.held: list[int] = []
         self.running: list[int] = []
@@ -117,8 +128,11 @@ class Simulation:
     def run(self) -> None:
         in_flight: list[Step] = []
         requests = list(make_requests(self.workload))
-        for request in requests:
-            self.state.add(request)
+        order = range(len(requests))
+        if self.order == "auto":
+            order = order_prompts([[request] for request in requests])
+        for index in order:
+            self.state.add(requests[index])
         while self.state.has_requests or in_flight:
             begin = perf_counter()
             self.state.reclaim(self.state.arrived_step)
@@ -136,7 +150,9 @@ class Simulation:
         numbers = np.array([int(slots.request(slot).id) for slot in sampled.tolist()], np.int64)
         generated = slots.known[sampled] - slots.prompt_len[sampled] + 1
         is_last = generated >= self.workload.outputs[numbers]
-        self.seconds += self.duration(step)
+        products, read = self.durations(step)
+        self.seconds += products + read
+        self.overlapped_seconds += max(products, read)
         begin = perf_counter()
         tokens = np.where(is_last, EOS, 5).astype(np.int32)
         self.state.complete_step(step, Result(tokens), self.seconds)
@@ -147,11 +163,12 @@ class Simulation:
         outlook = self.state.admission.forecast.outlook(slots, slots.running)
         self.peaks.append(outlook.peak() / self.num_pages)
 
-    def duration(self, step: Step) -> float:
+    def durations(self, step: Step) -> tuple[float, float]:
+        """Seconds of matrix products, and of reading the KV cache."""
         rows = int(step.plan.rows.sum())
         products = max(2 * PARAMETERS * rows / FLOPS, 2 * PARAMETERS / BYTES_PER_SECOND)
         read = int(self.slots.computed[step.plan.slots].sum()) * KV_BYTES_PER_TOKEN
-        return products + read / BYTES_PER_SECOND
+        return products, read / BYTES_PER_SECOND
 
 
 def measure(name: str, options: argparse.Namespace) -> Row:
@@ -165,10 +182,12 @@ def measure(name: str, options: argparse.Namespace) -> Row:
     tokens = int(workload.prompts.sum() + workload.outputs.sum())
     return Row(
         workload=name,
+        order=options.order,
         requests=options.num_prompts,
         steps=steps,
         simulated_seconds=run.seconds,
         total_tokens_per_second=tokens / run.seconds,
+        overlapped_tokens_per_second=tokens / run.overlapped_seconds,
         steady_steps=len(run.held[steady]),
         steady_pages_granted=float(np.mean(run.held[steady])) / run.num_pages,
         steady_running=float(np.mean(run.running[steady])),
@@ -187,9 +206,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--workloads",
         nargs="+",
-        default=["512/512", "512/1024", "1024/512", "512/1024:eos", "chat"],
-        help="P/D, P/D:eos or chat",
+        default=["512/512", "512/1024", "1024/512", "512/1024:eos", "chat", "blocks", "mixed"],
+        help="P/D, P/D:eos, blocks, mixed or chat",
     )
+    parser.add_argument("--order", choices=ORDERS, default="fcfs", help="in which they begin")
     parser.add_argument("--num-prompts", type=int, default=4000)
     parser.add_argument("--kv-tokens", type=int, default=464_896)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
@@ -204,7 +224,8 @@ def main() -> None:
     rows = [measure(name, options) for name in options.workloads]
     for row in rows:
         print(
-            f"{row.workload:>12}: {row.steps} steps, {row.total_tokens_per_second:.0f} tokens/s, "
+            f"{row.workload:>12}: {row.steps} steps, {row.total_tokens_per_second:.0f} tokens/s "
+            f"({row.overlapped_tokens_per_second:.0f} overlapped), "
             f"steady: {row.steady_pages_granted:.1%} of pages, {row.steady_running:.0f} running; "
             f"preempted {row.preempted:.2%}; predicted peak {row.predicted_peak:.1%}, "
             f"tokens {row.expected_tokens:.0f} for {row.actual_tokens:.0f} "

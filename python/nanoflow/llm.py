@@ -7,7 +7,7 @@ import itertools
 import logging
 import queue
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +16,11 @@ from nanoflow.config import check_timeout, make_args
 from nanoflow.errors import EngineError, RequestError, TextError
 from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
+from nanoflow.ordering import ORDERS, order_prompts
 from nanoflow.outputs import RequestOutput
 from nanoflow.processor import Processor
 from nanoflow.progress import Progress
-from nanoflow.prompts import Prompt, PromptLike, parse_prompts
+from nanoflow.prompts import Messages, Prompt, PromptLike, parse_conversations, parse_prompts
 from nanoflow.request import Request
 from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
@@ -27,8 +28,6 @@ from nanoflow.scheduler.stats import StepListener
 from nanoflow.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": ..., "content": ...} each
 
 
 class LLM:
@@ -61,6 +60,7 @@ class LLM:
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
         timeout: float | None = None,
+        order: str = "fcfs",
     ) -> list[RequestOutput]:
         """Generates for one prompt or many; outputs are in the order of the prompts.
 
@@ -69,11 +69,14 @@ class LLM:
         `priority`: of each; with scheduling_policy="priority", lower ones go first.
         `timeout`: seconds that each may take, waiting included; then it ends with what there is,
         finish_reason "abort" and stop_reason "timeout".
+        `order`: in which prompts begin; "auto" mixes long prompts with long answers, so that every
+        step has use for all of the device.
         A prompt that cannot be run fails alone: its output has finish_reason "error" and says why
         in `error`, and a warning is logged. ValueError is raised when no prompt can be run,
         TypeError on anything of a wrong type, EngineError when the engine fails.
         """
-        return self._run(parse_prompts(prompts), sampling_params, use_tqdm, priority, timeout)
+        parsed = parse_prompts(prompts)
+        return self._run(parsed, sampling_params, use_tqdm, priority, timeout, order)
 
     def chat(
         self,
@@ -89,7 +92,7 @@ class LLM:
         `chat_template_kwargs` are handed to the template. Errors as generate(); ValueError also
         without a chat template, or when it refuses a conversation.
         """
-        conversations = _conversations(messages)
+        conversations = parse_conversations(messages)
         tokenizer = self.get_tokenizer()
         prompts = []
         for conversation in conversations:
@@ -172,11 +175,14 @@ class LLM:
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
         timeout: float | None = None,
+        order: str = "fcfs",
     ) -> list[RequestOutput]:
         params = self._params_of_each(sampling_params, len(prompts))
         priorities = [0] * len(prompts) if priority is None else list(priority)
         if len(priorities) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts but {len(priorities)} priorities")
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is unknown; known: {', '.join(ORDERS)}")
         for one in priorities:
             self.args.check_priority(one)
         done: queue.SimpleQueue[Request] = queue.SimpleQueue()
@@ -200,7 +206,8 @@ class LLM:
             samples[index] = made
         if errors:
             self._tell_errors(errors, len(prompts))
-        for index in self._finished(samples, done, use_tqdm):
+        begin = order_prompts(samples) if order == "auto" else range(len(samples))
+        for index in self._finished(samples, begin, done, use_tqdm):
             outputs[index] = self._output(samples[index], prompts[index], params[index])
         return [output for output in outputs if output is not None]
 
@@ -227,12 +234,16 @@ class LLM:
         )
 
     def _finished(
-        self, samples: Sequence[Sequence[Request]], done: queue.SimpleQueue[Request], use_tqdm: bool
+        self,
+        samples: Sequence[Sequence[Request]],
+        order: Iterable[int],
+        done: queue.SimpleQueue[Request],
+        use_tqdm: bool,
     ) -> Iterator[int]:
-        """Runs the samples of all prompts and yields the index of each prompt whose last has
-        finished; raises when the engine fails."""
+        """Runs the samples of all prompts, in an order, and yields the index of each prompt whose
+        last has finished; raises when the engine fails."""
         index_of = {request.id: index for index, own in enumerate(samples) for request in own}
-        requests = [request for own in samples for request in own]
+        requests = [request for index in order for request in samples[index]]
         left = [len(own) for own in samples]
         self._runtime.loop.submit(requests)
         try:
@@ -272,18 +283,3 @@ class LLM:
         if len(params) != count:
             raise ValueError(f"there are {count} prompts but {len(params)} sampling_params")
         return list(params)
-
-
-def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise TypeError(f"messages are a {type(messages).__name__}; pass a list of messages")
-    is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
-    conversations: list[Any] = [messages] if is_one else list(messages)
-    for conversation in conversations:
-        if not isinstance(conversation, Sequence) or not all(
-            isinstance(message, Mapping) for message in conversation
-        ):
-            raise TypeError('a conversation is a list of messages {"role": ..., "content": ...}')
-        if not conversation:
-            raise ValueError("a conversation has no messages")
-    return conversations

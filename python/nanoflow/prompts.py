@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
+Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": ..., "content": ...} each
 PromptLike: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
@@ -29,6 +30,22 @@ def parse_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts are a {type(prompts).__name__}; pass a prompt or a list of them")
     return [_parse(prompt) for prompt in prompts]
+
+
+def parse_conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
+    """One conversation or several. Raises TypeError, or ValueError on an empty one."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise TypeError(f"messages are a {type(messages).__name__}; pass a list of messages")
+    is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
+    conversations: list[Any] = [messages] if is_one else list(messages)
+    for conversation in conversations:
+        if not isinstance(conversation, Sequence) or not all(
+            isinstance(message, Mapping) for message in conversation
+        ):
+            raise TypeError('a conversation is a list of messages {"role": ..., "content": ...}')
+        if not conversation:
+            raise ValueError("a conversation has no messages")
+    return conversations
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:

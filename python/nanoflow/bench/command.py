@@ -25,6 +25,7 @@ from nanoflow.bench.workload import (
     make_workload,
 )
 from nanoflow.errors import EngineError
+from nanoflow.ordering import ORDERS
 
 STEADY_SECONDS = 20.0
 NUM_PROMPTS_STEADY = 4000  # what is left of them at the window's end is dropped
@@ -53,6 +54,7 @@ def _add_throughput(commands: Any) -> None:
     add_workload_arguments(parser)
     add = parser.add_argument
     add("--temperature", type=float, default=1.0, help="(default: 1.0)")
+    add("--order", choices=ORDERS, default="fcfs", help="in which requests begin (default: fcfs)")
     add("--disable-detokenize", action="store_true", help="leave out making text of the output")
     add(
         "--steady-start",

@@ -19,7 +19,7 @@ class Generator(Protocol):
     step_listener: Any
 
     def generate(
-        self, prompts: Any, sampling_params: Any, *, use_tqdm: bool
+        self, prompts: Any, sampling_params: Any, *, use_tqdm: bool, order: str = "fcfs"
     ) -> list[RequestOutput]: ...
 
     def abort(self) -> None: ...
@@ -66,6 +66,7 @@ def measure(
     detokenize: bool,
     seed: int,
     use_tqdm: bool = True,
+    order: str = "fcfs",
 ) -> Measurement:
     """Raises RuntimeError when a request did not generate all of its tokens."""
     prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
@@ -74,7 +75,7 @@ def measure(
     llm.step_listener = steps.append
     try:
         begin = perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
+        outputs = llm.generate(prompts, params, use_tqdm=use_tqdm, order=order)
         seconds = perf_counter() - begin
     finally:
         llm.step_listener = None

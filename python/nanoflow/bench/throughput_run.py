@@ -84,6 +84,7 @@ class _Runner:
         self._target = target_of(llm)
         self._rng = np.random.default_rng(llm.args.seed)
         self._steady_seconds: float = options.steady_seconds
+        self._order: str = options.order
         self._how: dict[str, Any] = {
             "temperature": options.temperature,
             "detokenize": not options.disable_detokenize,
@@ -94,7 +95,7 @@ class _Runner:
         return workload.draw(count, self._target, self._rng)
 
     def whole(self, requests: list[Request]) -> _Outcome:
-        run = throughput.measure(self._llm, requests, **self._how)
+        run = throughput.measure(self._llm, requests, order=self._order, **self._how)
         return _Outcome(
             rates=throughput.to_json(run),
             kernels=result.kernels(None, "only with --steady-start"),
