@@ -97,6 +97,15 @@ def throughput(options: argparse.Namespace) -> list[Step]:
     ]
 
 
+def tune(options: argparse.Namespace) -> list[Step]:
+    """Op times as the package has them, and the fastest schedule."""
+    model = write_model(options.output_dir / "models", MODEL)
+    command = [sys.executable, "-m", "nanoflow", "tune", "--model", str(model)]
+    command += ["--load-format", "dummy", "--device", options.device]
+    command += ["--output", str(options.output_dir / "tuned-schedule.json")]
+    return [Step([*command, "--table", str(options.output_dir / "tuned.json")], "tuned*.json")]
+
+
 def soak(options: argparse.Namespace) -> list[Step]:
     command = [sys.executable, str(BENCH / "soak.py"), "--device", options.device]
     out = "soak.json"
@@ -115,6 +124,7 @@ SECTIONS: Mapping[str, Callable[[argparse.Namespace], list[Step]]] = {
     "sanitizer": sanitizer,
     "kernels": kernels,
     "throughput": throughput,
+    "tune": tune,
     "soak": soak,
     "start": start,
 }

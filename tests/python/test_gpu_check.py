@@ -65,5 +65,6 @@ def test_commands_name_files_that_exist(tmp_path, name):
     assert steps
     for step in steps:
         outputs = (str(tmp_path / "cuda-"), str(tmp_path / "soak"), str(tmp_path / "cold"))
+        outputs += (str(tmp_path / "tuned"),)
         paths = [word for word in step.command if word.startswith("/")]
         assert [p for p in paths if not p.startswith(outputs) and not Path(p).exists()] == []
