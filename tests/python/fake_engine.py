@@ -32,7 +32,7 @@ PENALTIES = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), np.float32),
 }
 MASKS = {"mask_rows": np.int32, "masks": np.int32}
-OPTIONAL_DTYPES = {**PENALTIES, **MASKS, "logprobs": np.int32}
+OPTIONAL_DTYPES = {**PENALTIES, **MASKS, "logprobs": np.int32, "targets": np.int32}
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanoflow import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from nanoflow import LLM, AsyncLLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanoflow.outputs import CompletionOutput
 from tiny_models import write_tiny_llama
 
@@ -191,6 +192,21 @@ def test_what_is_not_valid_fails_alone(llm: LLM, kind: dict[str, Any], message: 
     failed, fine = llm.generate(["a", "b"], [bad, good], use_tqdm=False)
     assert re.search(message, failed.error or "")
     assert (failed.outputs[0].finish_reason, fine.outputs[0].finish_reason) == ("error", "length")
+
+
+def test_an_async_request_fails_alone(model: Path) -> None:
+    async def call() -> None:
+        engine = AsyncLLM(model, **SIZES)
+        try:
+            with pytest.raises(ValueError, match=r"structured outputs: .*regex"):
+                async for _ in engine.generate("a", within(regex="((", n=1), "bad"):
+                    pass
+            good = [o async for o in engine.generate("a", within(choice=["yes"], n=2), "good")]
+            assert [sample.text for sample in good[-1].outputs] == ["yes", "yes"]
+        finally:
+            engine.shutdown()
+
+    asyncio.run(call())
 
 
 @pytest.mark.parametrize(
