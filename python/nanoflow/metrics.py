@@ -86,6 +86,10 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
             )
             for unit, value in stats.rejected
         ),
+        *(
+            Counter("nanoflow:steps", labels | {"schedule": name}, value)
+            for name, value in stats.schedules
+        ),
         Histogram(
             "nanoflow:scheduler_step_time_seconds",
             labels,

@@ -17,6 +17,7 @@ from nanoflow.bench.steady_run import SETTLE_SECONDS, SteadyMeasurement, measure
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.bench.workload import Target, Workload
 from nanoflow.llm import LLM
+from nanoflow.metrics import Counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def measure_workload(
             **result.circumstances(
                 llm.args, llm.limits, llm.memory, llm.device_description, options.commit
             ),
+            "steps_by_schedule": _steps_by_schedule(llm),
             "workload": workload.name,
             "dataset": options.dataset_name,
             "temperature": options.temperature,
@@ -143,6 +145,15 @@ def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None
         return Profiler(), None
     except ProfileError as error:
         return None, str(error)
+
+
+def _steps_by_schedule(llm: LLM) -> dict[str, float]:
+    """Where schedules were chosen from; whole run, trials included."""
+    return {
+        metric.labels["schedule"]: metric.value
+        for metric in llm.get_metrics()
+        if isinstance(metric, Counter) and metric.name == "nanoflow:steps"
+    }
 
 
 def _warm_up(options: argparse.Namespace) -> str:

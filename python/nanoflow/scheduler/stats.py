@@ -71,6 +71,7 @@ class Counters:
     )
     rejected: dict[str, int] = field(default_factory=lambda: {"reqs": 0, "tokens": 0})
     forecast: ForecastTokens = field(default_factory=ForecastTokens)
+    schedules: dict[str, int] = field(default_factory=dict)  # steps with each that is chosen from
     step_times: StepTimes = field(default_factory=StepTimes)
 
     def snapshot(
@@ -90,6 +91,7 @@ class Counters:
             forecast=replace(self.forecast),
             step_seconds=self.step_times.seconds,
             step_counts=tuple(self.step_times.counts),
+            schedules=tuple(self.schedules.items()),
             offload=offload,
         )
 
@@ -111,4 +113,5 @@ class SchedulerStats:
     forecast: ForecastTokens
     step_seconds: float
     step_counts: tuple[int, ...]  # by STEP_TIME_BOUNDS
+    schedules: tuple[tuple[str, int], ...] = ()  # steps with each that is chosen from
     offload: OffloadStats | None = None  # where there are tiers below the device
