@@ -82,6 +82,9 @@ class FakeHandle:
     engine: FakeEngine
     step: int
 
+    def is_done(self) -> bool:
+        return self.engine.completed_steps >= self.step
+
     def wait(self) -> FakeResult:
         self.engine.run_until(self.step)
         outcome = self.engine.outcomes.pop(self.step)
