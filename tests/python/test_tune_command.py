@@ -112,6 +112,20 @@ def test_a_profile_finds_what_ops_do_to_each_other() -> None:
     assert found["memory", "compute"] == pytest.approx(1.5, abs=0.06)
 
 
+def test_a_model_that_is_not_dense_is_refused() -> None:
+    oracle = Oracle(made_up_table())
+
+    def measure(schedule: _core.Schedule, mix: StepMix) -> Run:
+        run = oracle.measure(schedule, mix)
+        routed = {("mlp", 0, "gemm_silu_mul"): "experts"}
+        op_us = {(*name[:2], routed.get(name, name[2])): us for name, us in run.op_us.items()}
+        return dataclasses.replace(run, op_us=op_us)
+
+    device = Device("made up", 4, 1, 0.0)
+    with pytest.raises(ValueError, match="mlp of this model has no gemm_silu_mul but experts"):
+        profile(measure, llama_8b(), device, GRID, "a test")
+
+
 def test_the_first_layer_is_left_out_of_the_means() -> None:
     times = {"layers.0.mlp.0 gemm": 90.0, "layers.1.mlp.0 gemm": 10.0, "layers.2.mlp.0 gemm": 30.0}
     times |= {"head gemm": 7.0}
