@@ -61,6 +61,7 @@ def measure_workload(
             "workload": workload.name,
             "dataset": options.dataset_name,
             "temperature": options.temperature,
+            "n": options.n,
             "detokenize": not options.disable_detokenize,
             "warm_up": _warm_up(options),
             **done.rates,
@@ -85,6 +86,7 @@ class _Runner:
         self._llm = llm
         self._target = target_of(llm)
         self._rng = np.random.default_rng(llm.args.seed)
+        self._n: int = options.n
         self._steady_seconds: float = options.steady_seconds
         self._order: str = options.order
         self._how: dict[str, Any] = {
@@ -97,7 +99,7 @@ class _Runner:
         return workload.draw(count, self._target, self._rng)
 
     def whole(self, requests: list[Request]) -> _Outcome:
-        run = throughput.measure(self._llm, requests, order=self._order, **self._how)
+        run = throughput.measure(self._llm, requests, n=self._n, order=self._order, **self._how)
         return _Outcome(
             rates=throughput.to_json(run),
             kernels=result.kernels(None, "only with --steady-start"),
