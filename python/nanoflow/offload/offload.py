@@ -13,8 +13,10 @@ from nanoflow.offload.ssd import READERS, Done, SsdTier
 from nanoflow.offload.stats import OffloadStats, Transfer
 
 WRITE_BATCH = 16  # pages
-WRITE_LOOKAHEAD = 64  # of the pages that the host would give away next: to be on the SSD by then
-WRITE_USAGE = 0.5  # of the host tier, from which on they are written
+WRITE_LOOKAHEAD = 256  # of the pages that the host would give away next: to be on the SSD by then
+WRITE_USAGE = 0.25  # of the host tier, from which on they are written
+WRITE_SHARE = 0.25  # of the host tier, at most on its way to the SSD
+READ_SHARE = 0.5  # of the host tier, at most for what has been read and not been used yet
 FLUSH_SECONDS = 10.0  # at the end, to write what only the host has
 MOST_READ_SECONDS = 1.0  # for a request's pages, while it is not known how long it computes them
 
@@ -88,8 +90,11 @@ class Offload:
         """Whether content is being read that a request should wait for."""
         return perf_counter() < self._awaited.get(key, 0.0)
 
-    def prefetch(self, keys: Sequence[bytes]) -> None:
-        """Begins to read what only the SSD has of the first keys, if it comes in time."""
+    def prefetch(self, keys: Sequence[bytes]) -> bool:
+        """Begins to read what only the SSD has of the first keys, if it comes in time.
+
+        False when the host has no room for them: what was read for others is to be used first.
+        """
         assert self._ssd is not None
         wanted = []
         for key in keys:
@@ -99,7 +104,10 @@ class Offload:
                 wanted.append(key)
         backlog = self._ssd.num_reading
         if not wanted or not self._cost.is_worth(len(wanted), self._read_rate, backlog):
-            return
+            return True
+        held = len(self._awaited) + len(self._read_slots)
+        if held > 0 and held + len(wanted) > READ_SHARE * self._host.num_slots:
+            return False
         compute = self._cost.compute_seconds(len(wanted))
         seconds = MOST_READ_SECONDS if compute is None else 2 * compute
         deadline = perf_counter() + seconds
@@ -110,6 +118,7 @@ class Offload:
             self._read_slots.discard(slot)
             self._ssd.read(key, slot)
             self._awaited[key] = deadline
+        return True
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The device has content of these keys in use."""
@@ -224,9 +233,12 @@ class Offload:
             return
         if not self._cost.is_worth(1, self._read_rate):
             return
+        room = int(WRITE_SHARE * self._host.num_slots) - ssd.num_writing
         oldest = islice(self._host.oldest(), WRITE_LOOKAHEAD)
         dirty = [(key, slot) for slot, key in oldest if key not in ssd]
-        self._write(ssd, dirty[:WRITE_BATCH])
+        for begin in range(0, min(room, len(dirty)), WRITE_BATCH):
+            if ssd.can_write:
+                self._write(ssd, dirty[begin : begin + WRITE_BATCH])
 
     def _write(self, ssd: SsdTier, pages: list[tuple[bytes, int]]) -> None:
         self._host.pin([slot for _, slot in ssd.write(pages)])

@@ -20,7 +20,7 @@ from nanoflow.offload.page_file import DamagedPageError, PageFile
 from nanoflow.offload.threads import Threads
 
 READERS = 4  # threads; checksums take one core about 1 GB/s
-MOST_WRITES = 32  # on their way: a disk that is slower is left alone
+MOST_WRITES = 128  # on their way: a disk that is slower is left alone
 PUBLISH_SECONDS = 5.0  # between manifests, while pages are written
 RETRY_SECONDS = 30.0  # without writes, behind one that failed
 

@@ -76,9 +76,9 @@ class PrefixCache:
             return
         for request in islice(waiting, PREFETCH_REQUESTS):
             if not request.is_prefetched:
-                request.is_prefetched = True
                 keys = self._keys(request)
-                self._offload.prefetch(keys[len(self._pages.find(keys)) :])
+                rest = keys[len(self._pages.find(keys)) :]
+                request.is_prefetched = self._offload.prefetch(rest)
 
     def admissible(
         self, waiting: Iterable[Request], most_held_back: int
