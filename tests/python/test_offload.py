@@ -92,11 +92,8 @@ def test_preempted_requests_come_back_from_the_host(blind: None) -> None:
     assert rows[200] < rows[0] / 2
 
 
-@pytest.mark.parametrize("host_slots", [1, 3, 40])
-def test_a_small_host_pool_gives_right_tokens(host_slots: int, blind: None) -> None:
-    """Conversations that share beginnings, aborts, and slots that are always short."""
-    rng = np.random.default_rng(host_slots)
-    service = serve((0.5,), host_slots=host_slots, early=rng)
+def run_turns(service: Service, rng: np.random.Generator) -> None:
+    """Conversations that share beginnings, aborts, and a reset in between; checks all outputs."""
     shared = service.request(0, 20).prompt_token_ids
     known: list[Request] = []
     for turn in range(6):
@@ -119,6 +116,12 @@ def test_a_small_host_pool_gives_right_tokens(host_slots: int, blind: None) -> N
         known = requests
         check_outputs([request for request in requests if request.finish_reason != "abort"])
     check_nothing_leaked(service)
+
+
+@pytest.mark.parametrize("host_slots", [1, 3, 40])
+def test_a_small_host_pool_gives_right_tokens(host_slots: int, blind: None) -> None:
+    rng = np.random.default_rng(host_slots)
+    run_turns(serve((0.5,), host_slots=host_slots, early=rng), rng)
 
 
 def test_how_fast_copies_are_changes_no_batch(blind: None) -> None:

@@ -24,7 +24,7 @@ from nanoflow.offload.cost import CostModel
 from nanoflow.offload.page_file import PageFile
 from nanoflow.offload.ssd import Done, SsdTier
 from test_loop import check_nothing_leaked, serve
-from test_offload import check_outputs, flush_device, follow_up
+from test_offload import check_outputs, flush_device, follow_up, run_turns
 
 PAGE_BYTES = 8192
 SLOTS = 8
@@ -359,6 +359,23 @@ def test_a_slow_disk_is_not_waited_for(
     counts = two_rounds(tmp_path, Slow)
     assert counts["found"] == 0
     assert time.monotonic() - begin < 8  # all reads, one behind the other, take 10 s
+
+
+@pytest.mark.parametrize("host_slots", [3, 12, 40])
+def test_aborts_leave_nothing_behind(
+    tmp_path: Path, host_slots: int, patient: None, blind: None
+) -> None:
+    """Reads for requests that are gone, slots that are always short, a disk that is always full."""
+    rng = np.random.default_rng(host_slots)
+    service = serve(
+        (0.5,),
+        host_slots=host_slots,
+        make_ssd=lambda pool: SsdTier(tmp_path, 50 * 64, pool, "model"),
+        early=rng,
+    )
+    run_turns(service, rng)
+    assert service.state.offload is not None
+    assert service.state.offload.stats().errors == {}
 
 
 @pytest.mark.parametrize(

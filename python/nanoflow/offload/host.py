@@ -41,9 +41,9 @@ class HostTier:
         """Whether content is held or on its way."""
         return key in self._slot_of
 
-    def is_held(self, key: bytes) -> bool:
-        slot = self._slot_of.get(key)
-        return slot is not None and self._state[slot] == HostState.HELD
+    def slot_of(self, key: bytes) -> int | None:
+        """Where content is held or on its way."""
+        return self._slot_of.get(key)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The slots of the first keys, up to one whose content is not held."""

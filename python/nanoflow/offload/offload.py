@@ -58,7 +58,8 @@ class Offload:
         self._store_rate, self._load_rate = Rate(), Rate()  # bytes
         self._read_rate = Rate()  # bytes, of all readers
         self._awaited: dict[bytes, float] = {}  # being read, and until when requests wait for it
-        self._read_slots: set[int] = set()  # whose content came from the SSD and has not been used
+        self._refused: dict[bytes, float] = {}  # to be read when there is room, likewise
+        self._read_slots: set[int] = set()  # whose content was read for a request that still waits
         self._stats = OffloadStats()
         self.settled_step = -1  # all copies of steps up to it are done
 
@@ -69,12 +70,9 @@ class Offload:
         return self._stats.snapshot(usage)
 
     @property
-    def has_ssd(self) -> bool:
-        return self._ssd is not None
-
-    @property
     def is_reading(self) -> bool:
-        return bool(self._awaited)
+        """Whether requests may be waiting for the SSD."""
+        return bool(self._awaited or self._refused)
 
     @property
     def is_working(self) -> bool:
@@ -87,15 +85,16 @@ class Offload:
         return slots if slots and self._cost.is_worth(len(slots), self._load_rate) else []
 
     def is_awaited(self, key: bytes) -> bool:
-        """Whether content is being read that a request should wait for."""
-        return perf_counter() < self._awaited.get(key, 0.0)
+        """Whether content is being read, or is to be read, that a request should wait for."""
+        return perf_counter() < max(self._awaited.get(key, 0.0), self._refused.get(key, 0.0))
 
     def prefetch(self, keys: Sequence[bytes]) -> bool:
         """Begins to read what only the SSD has of the first keys, if it comes in time.
 
-        False when the host has no room for them: what was read for others is to be used first.
+        False while what was read for others takes the host's room for it.
         """
-        assert self._ssd is not None
+        if self._ssd is None:
+            return True
         wanted = []
         for key in keys:
             if key not in self._host:
@@ -105,12 +104,12 @@ class Offload:
         backlog = self._ssd.num_reading
         if not wanted or not self._cost.is_worth(len(wanted), self._read_rate, backlog):
             return True
+        compute = self._cost.compute_seconds(len(wanted))
+        deadline = perf_counter() + (MOST_READ_SECONDS if compute is None else 2 * compute)
         held = len(self._awaited) + len(self._read_slots)
         if held > 0 and held + len(wanted) > READ_SHARE * self._host.num_slots:
+            self._refused.setdefault(wanted[0], deadline)
             return False
-        compute = self._cost.compute_seconds(len(wanted))
-        seconds = MOST_READ_SECONDS if compute is None else 2 * compute
-        deadline = perf_counter() + seconds
         for key in wanted:
             slot = self._host.reserve(key)
             if slot is None:
@@ -119,6 +118,14 @@ class Offload:
             self._ssd.read(key, slot)
             self._awaited[key] = deadline
         return True
+
+    def release(self, keys: Sequence[bytes]) -> None:
+        """Who wanted content of these keys read waits no more."""
+        if self._ssd is not None:
+            self._read_slots.difference_update(map(self._host.slot_of, keys))
+            for key in keys:
+                self._refused.pop(key, None)
+                self._awaited.pop(key, None)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The device has content of these keys in use."""
@@ -135,7 +142,6 @@ class Offload:
         self._host.pin(slots)
         self._loads.extend(zip(pages, slots, strict=True))
         read = self._read_slots.intersection(slots)
-        self._read_slots -= read
         if resumes:
             self._stats.resumed += found
             return
@@ -196,6 +202,8 @@ class Offload:
         """Requests from now on find nothing here."""
         self._host.forget()
         self._awaited.clear()
+        self._refused.clear()
+        self._read_slots.clear()
         if self._ssd is not None:
             self._ssd.forget()
 
@@ -225,7 +233,8 @@ class Offload:
     def check_idle(self) -> None:
         """Asserts, when no step is on its way, that no slot is kept for anybody."""
         self.check_integrity()
-        assert self._host.num_pinned() == 0 and not self._awaited
+        assert self._host.num_pinned() == 0
+        assert not (self._awaited or self._refused or self._read_slots)
         assert len(self._loads) == len(self._stores) == 0
 
     def _write_ahead(self, ssd: SsdTier) -> None:
@@ -244,9 +253,8 @@ class Offload:
         self._host.pin([slot for _, slot in ssd.write(pages)])
 
     def _take(self, done: Done) -> None:
-        if done.is_read:
-            self._awaited.pop(done.key, None)
-        else:
+        is_wanted = done.is_read and self._awaited.pop(done.key, None) is not None
+        if not done.is_read:
             self._host.unpin([done.slot])
         if done.error:
             self._stats.errors[done.error] = self._stats.errors.get(done.error, 0) + 1
@@ -256,7 +264,8 @@ class Offload:
         size = self._cost.page_bytes
         if done.is_read:
             self._host.settle([done.slot])
-            self._read_slots.add(done.slot)
+            if is_wanted:
+                self._read_slots.add(done.slot)
             self._stats.add(Transfer.READ, size, done.seconds)
             self._read_rate.observe(size * READERS, done.seconds)
         else:

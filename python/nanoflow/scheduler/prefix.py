@@ -20,7 +20,7 @@ from nanoflow.scheduler.slots import Slots
 
 _KEY_BYTES = 16
 ROOT = b""  # before the first page
-PREFETCH_REQUESTS = 32  # next in the queue, for whom pages are read from the SSD
+PREFETCH_REQUESTS = 16  # next in the queue, for whom pages are read from the SSD
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,20 @@ class PrefixCache:
         self._filling: set[bytes] = set()  # keys of pages that running requests are to fill
 
     def prefetch(self, waiting: Iterable[Request]) -> None:
-        """Has what only the SSD holds read for those that are next."""
-        if self._offload is None or not self._offload.has_ssd:
+        """Has what only the SSD holds read for those that are next, and keeps what the host has."""
+        if self._offload is None:
             return
         for request in islice(waiting, PREFETCH_REQUESTS):
+            keys = self._keys(request)
+            self._offload.touch(keys)
             if not request.is_prefetched:
-                keys = self._keys(request)
                 rest = keys[len(self._pages.find(keys)) :]
                 request.is_prefetched = self._offload.prefetch(rest)
+
+    def withdraw(self, request: Request) -> None:
+        """A request waits no more."""
+        if self._offload is not None:
+            self._offload.release(request.page_keys)
 
     def admissible(
         self, waiting: Iterable[Request], most_held_back: int
@@ -122,6 +128,7 @@ class PrefixCache:
         for page, key in zip(pages, request.page_keys[begin:end], strict=True):
             self._pages.register(page, key)
         self._offload.load(prefix.slots, pages, sought=sought, found=found, resumes=resumes)
+        self.withdraw(request)
         return [*prefix.pages, *pages]
 
     def admit(self, slot: int) -> None:

@@ -107,6 +107,8 @@ class SchedulerState:
                 self._release(slot, SlotState.ENDED)
             else:
                 self.slots.state[slot] = SlotState.ENDED
+        else:
+            self._prefixes.withdraw(request)
         if reason in ("stop", "length"):
             self.admission.forecast.observe(len(request.output_token_ids))
             self.counters.forecast.add(request.expected_tokens, len(request.output_token_ids))
