@@ -62,10 +62,6 @@ size_t nf_attention_work_bytes(int requests, int rows, int group, int kv_heads, 
   return attention_work_bytes(requests, rows, group, kv_heads, ctas);
 }
 
-size_t nf_attention_partial_bytes(int ctas, int head_dim) {
-  return attention_partial_bytes(ctas, head_dim);
-}
-
 const char* nf_plan_attention(const AttentionPlanArguments* arguments) {
   return guarded([&] { launch_attention_plan(*arguments); });
 }

@@ -50,7 +50,7 @@ class AttentionArguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("q_stride", "out_stride", "page_stride", "head_stride", "key_stride")
         ),
-        *((name, ctypes.c_int) for name in ("group", "kv_heads", "page_shift", "window")),
+        *((name, ctypes.c_int) for name in ("group", "kv_heads", "page_shift", "pages", "window")),
         ("scale_log2", ctypes.c_float),
         ("work", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
@@ -86,8 +86,7 @@ class Kernels:
         self._native = ctypes.CDLL(str(library))
         for name in ("nf_gemm", "nf_plan_attention", "nf_attention", "nf_gemm_name"):
             getattr(self._native, name).restype = ctypes.c_char_p
-        for name in ("nf_attention_work_bytes", "nf_attention_partial_bytes"):
-            getattr(self._native, name).restype = ctypes.c_size_t
+        self._native.nf_attention_work_bytes.restype = ctypes.c_size_t
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count
         self._workspace = torch.empty(GEMM_WORKSPACE, dtype=torch.uint8, device="cuda")
         self._workspace.fill_(0xFF)
@@ -203,6 +202,7 @@ class Kernels:
             q.shape[1] // (head_dim * kv_heads),
             kv_heads,
             page_size.bit_length() - 1,
+            k_cache.shape[0],
             NO_WINDOW,
             head_dim**-0.5 * math.log2(math.e),
             work.data_ptr(),

@@ -47,8 +47,10 @@ size_t attention_work_bytes(int requests, int rows, int group, int kv_heads, int
          AttentionWork::align(tiles * sizeof(AttentionTile));
 }
 
-size_t attention_partial_bytes(int ctas, int head_dim) {
-  return size_t{2} * ctas * kAttentionWarps * kStreamRows * (head_dim + 2) * sizeof(float);
+size_t attention_partial_bytes(int ctas, int kv_heads, int head_dim) {
+  const auto chunks =
+      static_cast<size_t>(AttentionWork::owned_chunks(ctas, kv_heads)) * (1 + kSharedChunks);
+  return 2 * chunks * kv_heads * kStreamHeads * (head_dim + 2) * sizeof(float);
 }
 
 void CudaKernels::run(const PlanAttention& op, Lane& lane) {
@@ -104,7 +106,7 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
            " has no GPU kernel; bfloat16 and float16 have");
   NF_CHECK(match["Hq*D"] % (head_dim * kv_heads) == 0, "attention: q ", op.q,
            " holds no multiple of ", kv_heads, " heads of ", head_dim);
-  NF_CHECK(attention_partial_bytes(own.width(), head_dim) <= CudaLane::kWorkspaceBytes,
+  NF_CHECK(attention_partial_bytes(own.width(), kv_heads, head_dim) <= CudaLane::kWorkspaceBytes,
            "attention: a lane of ", own.width(), " SMs has too little workspace");
   const AttentionArguments arguments{
       .q = op.q.bytes(),
@@ -120,6 +122,7 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
       .group = static_cast<int>(match["Hq*D"]) / (head_dim * kv_heads),
       .kv_heads = kv_heads,
       .page_shift = std::countr_zero(static_cast<uint64_t>(op.k_cache.size(2))),
+      .pages = static_cast<int>(op.k_cache.size(0)),
       .window = window_of(op.window),
       .scale_log2 = op.scale * std::numbers::log2e_v<float>,
       .work = op.work.bytes(),

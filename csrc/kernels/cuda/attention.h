@@ -17,21 +17,29 @@
 // memory, made once a step by the plan kernel and read by the kernels of all layers, so a launch
 // never depends on the batch.
 //
-// The query heads of a KV head are packed: a request with n rows has n * Hq / Hkv packed rows,
-// token-major. A request of at most 16 packed rows is *streamed*: its keys pass by one warp, 16 at
-// a time. The keys of all such requests and KV heads lie end to end on one line that is cut into
-// equal ranges, one a warp; items that a cut divides leave partial results, and the warp that
-// finishes last merges them. A longer request is *tiled*: a CTA takes 128 packed rows.
+// A request with one row, whose KV heads serve at most 8 query heads each, is *streamed*: its keys
+// pass by one warp for each KV head, 32 at a time. The keys of all such requests lie end to end on
+// one line that is cut into chunks: first as many as there are warps for its KV heads, all equal
+// but for what else the warps' CTAs do, then small ones that warps take when they have done theirs.
+// The KV heads of a chunk belong to neighbouring warps, so that a CTA reads whole pages. Items that
+// a cut divides leave partial results, and the warp that finishes last merges them, in the order of
+// the keys.
+//
+// Other requests are *tiled*. The query heads of a KV head are packed: a request with n rows has
+// n * Hq / Hkv packed rows, token-major. A CTA takes 128 of them.
 
 namespace nanoflow::cuda {
 
 inline constexpr int kAttentionWarps = 8;  // of a CTA
-inline constexpr int kStreamRows = 16;     // packed rows of a streamed request, at most
-inline constexpr int kStreamKeys = 16;     // keys a warp takes at a time
+inline constexpr int kStreamWarps = 7;     // of them; shared memory has room for no more
+inline constexpr int kLeastPageShift = 3;  // log2 of the least page size for streaming
+inline constexpr int kStreamHeads = 8;     // query heads of a streamed KV head, at most
+inline constexpr int kStreamKeys = 32;     // keys a warp takes at a time
+inline constexpr int kSharedChunks = 2;    // shared chunks for each that has an owner, at most
 inline constexpr int kTileRows = 128;      // packed rows of a tile
 inline constexpr int kTileKeys = 64;       // keys a CTA takes at a time
 inline constexpr int kAttentionThreads = 32 * kAttentionWarps;
-inline constexpr int kMaxAttentionCtas = 512;  // a plan is made for at most
+inline constexpr int kMaxAttentionCtas = 256;  // a plan is made for at most
 inline constexpr int kNoWindow = 1 << 30;      // keys that a row sees at most
 
 /// A request of the work list.
@@ -50,7 +58,9 @@ struct AttentionWorkHeader {
   int ctas;       // the list is made for
   int num_tiles;  // tiles of one KV head
   int num_streams;
-  int requests;  // capacity, see AttentionWork
+  int num_owned_chunks, num_chunks;  // those with owners come first
+  int requests;                      // capacity, see AttentionWork
+  int taken;                         // shared chunks' heads, by the launch that runs
 };
 
 /// Tiles and KV heads, tile-major, are dealt to the CTAs forwards and backwards in turn, because
@@ -67,23 +77,28 @@ NF_HOST_DEVICE inline int first_key(int limit, int window) {
 /// Where things lie in the work buffer, in bytes. `requests` and `ctas` are capacities.
 struct AttentionWork {
   size_t progress;      // [requests * Hkv] int2: steps of a divided item that are done, else 0;
-                        // the warp that starts it
-  size_t warp_begin;    // [warps + 1] int: the line's range of each warp, in steps of kStreamKeys
-  size_t warp_stream;   // [warps] int: the item that holds the first step of its range
+                        // the chunk that starts it
+  size_t chunk_begin;   // [chunks + 1] int: where on the line, in steps of kStreamKeys
+  size_t chunk_stream;  // [chunks] int: the item that holds its first step
   size_t stream_items;  // [requests] AttentionItem
-  size_t stream_begin;  // [requests + 1] int: first step of an item's first head; heads follow
+  size_t stream_begin;  // [requests + 1] int: an item's first step
   size_t tile_items;    // [requests] AttentionItem
   size_t tiles;         // [rows * group / kTileRows + requests] AttentionTile
 
+  NF_HOST_DEVICE static int owned_chunks(int ctas, int kv_heads) {
+    const int chunks = ctas * kStreamWarps / kv_heads;
+    return chunks > 0 ? chunks : 1;
+  }
   NF_HOST_DEVICE static size_t align(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
   NF_HOST_DEVICE static AttentionWork of(int requests, int kv_heads, int ctas) {
-    const size_t r = requests, warps = static_cast<size_t>(ctas) * kAttentionWarps;
+    const size_t r = requests;
+    const auto chunks = static_cast<size_t>(owned_chunks(ctas, kv_heads)) * (1 + kSharedChunks);
     AttentionWork w;
     w.progress = align(sizeof(AttentionWorkHeader));
-    w.warp_begin = w.progress + align(r * kv_heads * 2 * sizeof(int));
-    w.warp_stream = w.warp_begin + align((warps + 1) * sizeof(int));
-    w.stream_items = w.warp_stream + align(warps * sizeof(int));
+    w.chunk_begin = w.progress + align(r * kv_heads * 2 * sizeof(int));
+    w.chunk_stream = w.chunk_begin + align((chunks + 1) * sizeof(int));
+    w.stream_items = w.chunk_stream + align(chunks * sizeof(int));
     w.stream_begin = w.stream_items + r * sizeof(AttentionItem);
     w.tile_items = w.stream_begin + align((r + 1) * sizeof(int));
     w.tiles = w.tile_items + r * sizeof(AttentionItem);
@@ -116,6 +131,7 @@ struct AttentionArguments {
   int64_t q_stride, out_stride, page_stride, head_stride, key_stride;  // elements
   int group, kv_heads;
   int page_shift;    // log2(page_size)
+  int pages;         // of the cache
   int window;        // the plan's
   float scale_log2;  // scale * log2(e)
   std::byte* work;
@@ -126,8 +142,8 @@ struct AttentionArguments {
 
 /// Bytes of a work buffer for any batch of these sizes on at most `ctas` CTAs.
 size_t attention_work_bytes(int requests, int rows, int group, int kv_heads, int ctas);
-/// Scratch for items that ranges divide: two a warp.
-size_t attention_partial_bytes(int ctas, int head_dim);
+/// Scratch for items that cuts divide: two parts for each chunk and KV head.
+size_t attention_partial_bytes(int ctas, int kv_heads, int head_dim);
 
 void launch_attention_plan(const AttentionPlanArguments& arguments);
 /// dtype is bfloat16 or float16.

@@ -7,9 +7,12 @@ namespace {
 constexpr int kThreads = 1024;
 /// Times of a CTA for a tile as such and for each kTileKeys of its keys, in that for kStreamKeys
 /// streamed keys (at an SM's share of the memory bandwidth).
-constexpr int kTileCost = 8, kTileStepCost = 6;
-/// Ranges of less than this many steps are not worth the merging.
-constexpr int kMinSteps = 4;
+constexpr int kTileCost = 4, kTileStepCost = 3;
+/// Chunks of less than this many steps are not worth the merging.
+constexpr int kMinSteps = 2;
+constexpr int kMaxOwnedChunks = kMaxAttentionCtas * kStreamWarps;
+/// One step in so many is shared: more than the warps' ends are apart.
+constexpr int kSharedPart = 8;
 
 __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -51,8 +54,8 @@ __device__ Counts block_scan(const Counts& own, Counts* warp_sums, Counts& total
 
 struct Lists {
   int2* progress;
-  int* warp_begin;
-  int* warp_stream;
+  int* chunk_begin;
+  int* chunk_stream;
   AttentionItem* stream_items;
   int* stream_begin;
   AttentionItem* tile_items;
@@ -60,8 +63,8 @@ struct Lists {
 
   __device__ Lists(std::byte* work, const AttentionWork& at)
       : progress(reinterpret_cast<int2*>(work + at.progress)),
-        warp_begin(reinterpret_cast<int*>(work + at.warp_begin)),
-        warp_stream(reinterpret_cast<int*>(work + at.warp_stream)),
+        chunk_begin(reinterpret_cast<int*>(work + at.chunk_begin)),
+        chunk_stream(reinterpret_cast<int*>(work + at.chunk_stream)),
         stream_items(reinterpret_cast<AttentionItem*>(work + at.stream_items)),
         stream_begin(reinterpret_cast<int*>(work + at.stream_begin)),
         tile_items(reinterpret_cast<AttentionItem*>(work + at.tile_items)),
@@ -80,14 +83,13 @@ __device__ Counts list_requests(const AttentionPlanArguments& a, const Lists& li
     Counts own{};
     if (r < last) {
       item = {a.row_begin[r], a.row_count[r], a.kv_len[r], a.page_indptr[r]};
-      const int packed = item.row_count * a.group;
-      if (packed > kStreamRows) {
-        own.items = 1;
-        own.tiles = ceil_div(packed, kTileRows);
-      } else if (packed > 0) {
+      if (item.row_count == 1 && a.group <= kStreamHeads) {
         own.streams = 1;
-        const int begin = first_key(item.kv_len - item.row_count + 1, a.window) / kStreamKeys;
-        own.steps = (ceil_div(item.kv_len, kStreamKeys) - begin) * a.kv_heads;
+        own.steps =
+            ceil_div(item.kv_len, kStreamKeys) - first_key(item.kv_len, a.window) / kStreamKeys;
+      } else if (item.row_count > 0) {
+        own.items = 1;
+        own.tiles = ceil_div(item.row_count * a.group, kTileRows);
       }
     }
     Counts total;
@@ -124,24 +126,33 @@ __device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lis
   }
 }
 
-/// Turns the costs into shares of the line: what each CTA lacks to the level that uses up all
+/// What CTAs do beside a chunk of theirs, in steps of the warps that own it.
+__device__ int cost_of_chunk(const AttentionPlanArguments& a, const int* costs, int chunk) {
+  const int first = chunk * a.kv_heads / kStreamWarps;
+  const int last = ((chunk + 1) * a.kv_heads - 1) / kStreamWarps;
+  int cost = 0;
+  for (int cta = first; cta <= min(last, a.ctas - 1); ++cta) cost = max(cost, costs[cta]);
+  return ceil_div(cost, kStreamWarps);
+}
+
+/// Turns the chunks' costs into shares of the line: what each lacks to the level that uses up all
 /// steps. Runs in one warp.
-__device__ void level_costs(int* costs, int ctas, int steps) {
+__device__ void level_costs(int* costs, int chunks, int steps) {
   const int lane = threadIdx.x;
   int low = 0, high = 0;
-  for (int c = lane; c < ctas; c += 32) high = max(high, costs[c]);
+  for (int c = lane; c < chunks; c += 32) high = max(high, costs[c]);
   high = __reduce_max_sync(~0u, high) + steps;
   while (low < high) {
     const int level = low + (high - low) / 2;
     int sum = 0;
-    for (int c = lane; c < ctas; c += 32) sum += min(max(level - costs[c], 0), steps);
+    for (int c = lane; c < chunks; c += 32) sum += min(max(level - costs[c], 0), steps);
     if (__reduce_add_sync(~0u, sum) >= steps) {
       high = level;
     } else {
       low = level + 1;
     }
   }
-  for (int c = lane; c < ctas; c += 32) costs[c] = max(low - costs[c], 0);
+  for (int c = lane; c < chunks; c += 32) costs[c] = max(low - costs[c], 0);
 }
 
 /// The item whose steps hold `step`.
@@ -156,38 +167,48 @@ __device__ int stream_of(const Lists& lists, int num_streams, int step) {
 
 __global__ void __launch_bounds__(kThreads) plan_attention(AttentionPlanArguments a) {
   __shared__ Counts warp_sums[kThreads / 32];
-  __shared__ int shares[kMaxAttentionCtas];
-  __shared__ int begins[kMaxAttentionCtas + 1];
+  __shared__ int costs[kMaxAttentionCtas];
+  __shared__ int shares[kMaxOwnedChunks];
+  __shared__ int begins[kMaxOwnedChunks];
   const Lists lists(a.work, AttentionWork::of(a.requests, a.kv_heads, a.ctas));
-  for (int c = threadIdx.x; c < a.ctas; c += kThreads) shares[c] = 0;
+  for (int c = threadIdx.x; c < a.ctas; c += kThreads) costs[c] = 0;
   const Counts counts = list_requests(a, lists, warp_sums);
   __syncthreads();
-  add_tile_costs(a, lists, counts.tiles, shares);
+  add_tile_costs(a, lists, counts.tiles, costs);
   __syncthreads();
-  if (threadIdx.x < 32) level_costs(shares, a.ctas, counts.steps);
+  const int owned_chunks = AttentionWork::owned_chunks(a.ctas, a.kv_heads);
+  const int shared = counts.steps / kSharedPart, owned = counts.steps - shared;
+  const int shared_size = max(kMinSteps, ceil_div(shared, kSharedChunks * owned_chunks));
+  const int chunks = owned_chunks + ceil_div(shared, shared_size);
+  for (int c = threadIdx.x; c < owned_chunks; c += kThreads) shares[c] = cost_of_chunk(a, costs, c);
+  __syncthreads();
+  if (threadIdx.x < 32) level_costs(shares, owned_chunks, owned);
   __syncthreads();
   if (threadIdx.x == 0) {
     int begin = 0;
-    for (int c = 0; c < a.ctas; ++c) {
+    for (int c = 0; c < owned_chunks; ++c) {
       begins[c] = begin;
-      begin = min(begin + shares[c], counts.steps);
+      begin = min(begin + shares[c], owned);
     }
-    begins[a.ctas] = counts.steps;
-    *reinterpret_cast<AttentionWorkHeader*>(a.work) = {a.ctas, counts.tiles, counts.streams,
-                                                       a.requests};
+    *reinterpret_cast<AttentionWorkHeader*>(a.work) = {.ctas = a.ctas,
+                                                       .num_tiles = counts.tiles,
+                                                       .num_streams = counts.streams,
+                                                       .num_owned_chunks = owned_chunks,
+                                                       .num_chunks = chunks,
+                                                       .requests = a.requests,
+                                                       .taken = 0};
   }
   __syncthreads();
-  const int warps = a.ctas * kAttentionWarps;
-  const int unit = counts.steps < 16 * kMinSteps * warps ? kMinSteps : 1;
-  for (int w = threadIdx.x; w <= warps; w += kThreads) {
-    const int cta = w / kAttentionWarps, part = w % kAttentionWarps;
+  const int unit = counts.steps < 16 * kMinSteps * owned_chunks ? kMinSteps : 1;
+  for (int c = threadIdx.x; c <= chunks; c += kThreads) {
     int begin = counts.steps;
-    if (w < warps) {
-      const int share = begins[cta + 1] - begins[cta];
-      begin = (begins[cta] + share * part / kAttentionWarps) / unit * unit;
-      lists.warp_stream[w] = stream_of(lists, counts.streams, begin);
+    if (c < owned_chunks) {
+      begin = begins[c] / unit * unit;
+    } else if (c < chunks) {
+      begin = owned + (c - owned_chunks) * shared_size;
     }
-    lists.warp_begin[w] = begin;
+    lists.chunk_begin[c] = begin;
+    if (c < chunks) lists.chunk_stream[c] = stream_of(lists, counts.streams, begin);
   }
 }
 

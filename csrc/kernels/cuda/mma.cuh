@@ -66,6 +66,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t addre
                : "r"(address));
 }
 
+/// An 8x8 matrix of two elements a lane, transposed.
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 /// All bits of a half of `pair`, two elements of T, where it holds an infinity or NaN.
 template <class T>
 __device__ uint32_t non_finite(uint32_t pair) {
@@ -81,6 +88,12 @@ __device__ inline uint4 load_shared(uint32_t address) {
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "r"(address));
   return r;
+}
+
+__device__ inline void store_shared(uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
 }
 
 /// Copies 16 bytes to shared memory, or zeros where `valid` is false (`from` is then not read).
