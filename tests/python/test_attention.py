@@ -274,7 +274,10 @@ def test_segments_and_padding(
     both = run(backend, problem, **options, segment_range=(0, 3))
     tolerance.check(both, expected)
     last = run(backend, problem, **options, segment_range=(2, 3))
-    np.testing.assert_array_equal(last[1:], both[1:])
+    if is_gpu(backend):  # cuts the keys of all requests of an op into equal chunks
+        tolerance.check(last[1:], expected[1:])
+    else:
+        np.testing.assert_array_equal(last[1:], both[1:])
     assert np.isnan(decode(last[:1])).all()
     nothing = run(backend, problem, **options, segment_range=(1, 2))
     assert np.isnan(decode(nothing)).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from conftest import skip_what_no_gpu_does
 from nanoflow import _core
 from reference import decode, encode, poisoned
 
@@ -40,6 +41,7 @@ def expected(count: int, seed: int, mean: float, std: float) -> NDArray[np.float
 
 
 def fill(backend: _core.Backend, dtype: str, *shape: int, **arguments: Any) -> NDArray[Any]:
+    skip_what_no_gpu_does(backend, dtype)
     out = poisoned(shape, dtype)
     _core.run_op("fill_normal", backend, out=out, **arguments)
     return out

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/cuda/attention_line.cuh"
 #include "kernels/cuda/attention_maps.h"
 #include "kernels/cuda/attention_tile.cuh"
 #include "kernels/cuda/bulk_copy.cuh"
@@ -23,7 +24,7 @@ struct StreamState {
 };
 
 template <class T, int D>
-struct AttentionStream {
+struct AttentionStream : AttentionLine {
   static constexpr int kTiles = D / 16;  // of q's columns, and of out's rows
   static constexpr int kBlock = 16;      // keys of a product
   static constexpr int kStreamKeysShift = 5;
@@ -37,11 +38,8 @@ struct AttentionStream {
   static constexpr int kRingBytes = kSlots * 2 * kSlotBytes;  // of a warp
   static constexpr int kSharedBytes = kStreamWarps * kRingBytes;
 
-  const AttentionArguments& a;
   const AttentionMaps& maps;
-  AttentionWorkHeader header;
-  AttentionWork at;
-  int lane, g, t;
+  int g, t;
   int box_shift, box_keys;  // of a copy
   uint32_t ring;            // of this warp
   uint32_t barriers;        // one a slot
@@ -51,11 +49,8 @@ struct AttentionStream {
   __device__ AttentionStream(const AttentionArguments& arguments, const AttentionMaps& tensor_maps,
                              const AttentionWorkHeader& h, uint32_t shared,
                              uint32_t barriers_shared)
-      : a(arguments),
+      : AttentionLine(arguments, h),
         maps(tensor_maps),
-        header(h),
-        at(AttentionWork::of(h.requests, arguments.kv_heads, h.ctas)),
-        lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
         box_shift(min(arguments.page_shift, kStreamKeysShift)),
@@ -63,44 +58,6 @@ struct AttentionStream {
         ring(shared + threadIdx.x / 32 * kRingBytes),
         barriers(barriers_shared + threadIdx.x / 32 * kSlots * 8),
         policy(read_once_policy()) {}
-
-  template <class Element>
-  __device__ Element* list(size_t offset) const {
-    return reinterpret_cast<Element*>(a.work + offset);
-  }
-
-  // --- places on the line ---------------------------------------------------------------------
-
-  struct Cursor {
-    AttentionItem item;
-    int stream, head;
-    int first_key;    // that the row sees
-    int step, steps;  // of the item's keys from there on
-
-    __device__ bool ends_item() const { return step + 1 == steps; }
-    __device__ int key() const { return (first_key / kStreamKeys + step) * kStreamKeys; }
-    /// Keys of the item from this step on.
-    __device__ int left() const { return item.kv_len - key(); }
-    /// Keys of this step before the first that the row sees.
-    __device__ int skipped() const { return max(first_key - key(), 0); }
-  };
-
-  __device__ Cursor cursor_of(int stream, int head, int step) const {
-    Cursor c{.item = list<AttentionItem>(at.stream_items)[stream],
-             .stream = stream,
-             .head = head,
-             .first_key = 0,
-             .step = step,
-             .steps = 0};
-    c.first_key = cuda::first_key(c.item.kv_len, a.window);
-    c.steps = (c.item.kv_len + kStreamKeys - 1) / kStreamKeys - c.first_key / kStreamKeys;
-    return c;
-  }
-
-  __device__ void advance(Cursor& c) const {
-    if (++c.step < c.steps) return;
-    c = cursor_of(c.stream + 1, c.head, 0);
-  }
 
   // --- slots ----------------------------------------------------------------------------------
 
@@ -314,24 +271,6 @@ struct AttentionStream {
         finish_part(state, now, first_step, unit);
       }
     }
-  }
-
-  /// The warp's next unit, -1 when there is none: its own, those of the CTAs that the grid lacks,
-  /// then shared ones, which whoever has time takes.
-  __device__ int next_unit(int unit) const {
-    const int warps = static_cast<int>(gridDim.x) * kStreamWarps;
-    const int owned = header.num_owned_chunks * a.kv_heads;
-    const int shared = header.num_chunks * a.kv_heads - owned;
-    if (unit + warps < owned) return unit + warps;
-    if (shared == 0) return -1;
-    int* const taken = &reinterpret_cast<AttentionWorkHeader*>(a.work)->taken;
-    int i = 0;
-    if (lane == 0) i = atomicAdd(taken, 1);
-    i = __shfl_sync(~0u, i, 0);
-    if (i < shared) return owned + i;
-    // Every warp comes here once: the last one leaves all as it was, for the next layer.
-    if (i + 1 == shared + warps && lane == 0) *taken = 0;
-    return -1;
   }
 
   /// By the first kStreamWarps warps of a CTA, when shared memory is theirs.
