@@ -121,6 +121,8 @@ class Requests:
                 wanted = len(request.output_token_ids) if request.sampling.logprobs >= 0 else 0
                 if len(request.logprobs) != wanted:
                     raise SoakError(f"{len(request.logprobs)} logprobs of {wanted} tokens")
+                if request.finish_reason != "abort" and request.scores_prompt:
+                    raise SoakError(f"request {request.id} lacks logprobs of its prompt")
                 del self.open[request.id]
                 self.ends[request.finish_reason] = self.ends.get(request.finish_reason, 0) + 1
                 self.preemptions += request.num_preemptions
@@ -150,6 +152,9 @@ class Requests:
             temperature=float(rng.choice([0.0, 0.7, 1.0])),
             top_p=float(rng.choice([1.0, 0.9])),
             top_k=int(rng.choice([0, 1, 40])),
+            prompt_logprobs=2 if rng.random() < 0.05 else None,
+            logit_bias={int(t): 2.0 for t in rng.integers(0, 100, 9)} if rng.random() < 0.2 else {},
+            allowed_token_ids=list(range(90)) if rng.random() < 0.2 else None,
             min_p=float(rng.choice([0.0, 0.05])),
             seed=int(rng.integers(1 << 31)) if rng.random() < 0.5 else None,
             stop_token_ids=rng.integers(0, self._vocab_size, 3).tolist(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.config import check_timeout, make_args
+from nanoflow.energy import open_meter
 from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
@@ -37,7 +38,10 @@ class AsyncLLM:
         self.memory = self._runtime.memory
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
-        self._status = StatusLine(self._runtime.state.stats, is_on=not self.args.disable_log_stats)
+        self._meter = open_meter(self._runtime.memory.device)
+        self._status = StatusLine(
+            self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
+        )
         self._outbox = Outbox(self._runtime.loop.abort)
         self._runtime.loop.call_after_turns(self._outbox.flush)
         self._lock = threading.Lock()
@@ -109,7 +113,7 @@ class AsyncLLM:
 
     def get_metrics(self) -> list[Metric]:
         """As LLM.get_metrics()."""
-        return make_metrics(self._runtime.state.stats(), str(self.args.model))
+        return make_metrics(self._runtime.state.stats(), str(self.args.model), self._meter)
 
     async def reset_prefix_cache(self) -> bool:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from nanoflow.config import check_timeout, make_args
+from nanoflow.energy import open_meter
 from nanoflow.errors import EngineError, RequestError, TextError
 from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
@@ -49,7 +50,10 @@ class LLM:
         self.start_seconds = self._runtime.start_seconds
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
-        self._status = StatusLine(self._runtime.state.stats, is_on=not self.args.disable_log_stats)
+        self._meter = open_meter(self._runtime.memory.device)
+        self._status = StatusLine(
+            self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
+        )
         self._finalizer = weakref.finalize(self, self._runtime.loop.close)
 
     def generate(
@@ -146,7 +150,7 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """Of this moment: Counter, Gauge and Histogram of `nanoflow.metrics`, with vLLM's names."""
-        return make_metrics(self._runtime.state.stats(), str(self.args.model))
+        return make_metrics(self._runtime.state.stats(), str(self.args.model), self._meter)
 
     def reset_prefix_cache(self) -> bool:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from time import perf_counter
 
+from nanoflow.energy import EnergyMeter
 from nanoflow.offload.stats import OffloadStats
 from nanoflow.scheduler.stats import STEP_TIME_BOUNDS, SchedulerStats
 
@@ -48,8 +49,10 @@ class Histogram(Metric):
     buckets: Mapping[str, int]
 
 
-def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
-    """All metrics of an engine."""
+def make_metrics(
+    stats: SchedulerStats, model_name: str, meter: EnergyMeter | None = None
+) -> list[Metric]:
+    """All metrics of an engine; `meter`: of its GPU."""
     labels = {"model_name": model_name, "engine": "0"}
     offload = stats.offload or OffloadStats()
     gauges = {
@@ -68,6 +71,9 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
         "forecast_generation_tokens": stats.forecast.expected,
         "forecast_generation_tokens_actual": stats.forecast.actual,
         "forecast_generation_tokens_error": stats.forecast.error,
+        # While requests were open; without a step on the device: at most (scheduler/idle.py).
+        "engine_open_seconds": stats.engine_times.open,
+        "engine_idle_seconds": stats.engine_times.idle,
     }
     cumulative = list(accumulate(stats.step_counts))
     bounds = [*map(str, STEP_TIME_BOUNDS), "+Inf"]
@@ -86,6 +92,10 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
             )
             for unit, value in stats.rejected
         ),
+        *(
+            Counter("nanoflow:steps", labels | {"schedule": name}, value)
+            for name, value in stats.schedules
+        ),
         Histogram(
             "nanoflow:scheduler_step_time_seconds",
             labels,
@@ -94,7 +104,17 @@ def make_metrics(stats: SchedulerStats, model_name: str) -> list[Metric]:
             buckets=dict(zip(bounds, cumulative, strict=True)),
         ),
         *_offload_metrics(offload, labels),
+        *_energy_metrics(meter, labels),
     ]
+
+
+def _energy_metrics(meter: EnergyMeter | None, labels: Mapping[str, str]) -> Iterator[Metric]:
+    joules = None if meter is None else meter.joules()
+    watts = None if meter is None else meter.watts()
+    if joules is not None:
+        yield Counter("nanoflow:gpu_energy_joules", labels, joules)
+    if watts is not None:
+        yield Gauge("nanoflow:gpu_power_watts", labels, watts)
 
 
 def _offload_metrics(stats: OffloadStats, labels: Mapping[str, str]) -> Iterator[Metric]:
@@ -123,8 +143,16 @@ class StatusLine:
     Safe to use from several threads.
     """
 
-    def __init__(self, read: Callable[[], SchedulerStats], *, is_on: bool = True) -> None:
+    def __init__(
+        self,
+        read: Callable[[], SchedulerStats],
+        *,
+        is_on: bool = True,
+        meter: EnergyMeter | None = None,
+    ) -> None:
         self._read = read
+        self._meter = meter
+        self._joules: float | None = None  # at the last line
         self._is_on = is_on
         self._lock = threading.Lock()
         self._time = -float("inf")  # of the last line, or of the begin of a busy time
@@ -140,6 +168,9 @@ class StatusLine:
         try:
             last, stats = self._last, self._read()
             self._time, self._last = perf_counter(), stats
+            before = self._joules
+            self._joules = None if self._meter is None else self._meter.joules()
+            energy = None if before is None or self._joules is None else self._joules - before
         finally:
             self._lock.release()
         if last is None or elapsed > 3 * STATUS_SECONDS:  # nothing ran in between
@@ -148,10 +179,12 @@ class StatusLine:
         generation = (stats.generation_tokens - last.generation_tokens) / elapsed
         queries = stats.prefix_queries - last.prefix_queries
         hits = stats.prefix_hits - last.prefix_hits
+        open_ = stats.engine_times.open - last.engine_times.open
+        idle = stats.engine_times.idle - last.engine_times.idle
         logger.info(
             "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
             "Running: %d reqs, Waiting: %d reqs, KV cache usage: %.1f%%, "
-            "Prefix cache hit rate: %.1f%%, Preemptions: %d",
+            "Prefix cache hit rate: %.1f%%, Preemptions: %d, Device idle: at most %.1f%%%s",
             prompt,
             generation,
             stats.running,
@@ -159,4 +192,13 @@ class StatusLine:
             100 * stats.kv_cache_usage,
             100 * hits / queries if queries else 0.0,
             stats.preemptions - last.preemptions,
+            100 * min(1.0, idle / open_) if open_ > 0 else 0.0,
+            _energy_text(energy, elapsed, elapsed * (prompt + generation)),
         )
+
+
+def _energy_text(joules: float | None, seconds: float, tokens: float) -> str:
+    if joules is None:
+        return ""
+    per_token = f", {joules / tokens:.3f} J/token" if tokens > 0 else ""
+    return f", GPU: {joules / seconds:.0f} W{per_token}"

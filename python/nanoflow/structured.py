@@ -71,3 +71,26 @@ class StructuredOutputsParams:
             return json.dumps(schema)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the JSON schema is no JSON: {error}") from error
+
+
+def parse_structured(body: Mapping[str, Any]) -> StructuredOutputsParams | None:
+    """What the body of an OpenAI request asks for: `structured_outputs`, as in vLLM, or
+    `response_format`. Raises ValueError or TypeError on anything else."""
+    structured, form = body.get("structured_outputs"), body.get("response_format")
+    if structured is not None and form is not None:
+        raise ValueError("structured_outputs and response_format exclude each other")
+    if structured is not None:
+        if not isinstance(structured, Mapping):
+            raise TypeError(f"structured_outputs={structured!r} must be an object")
+        return StructuredOutputsParams(**structured)
+    match form:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return StructuredOutputsParams(json_object=True)
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return StructuredOutputsParams(json=schema)
+    raise ValueError(
+        f"response_format={form!r} must have the type text, json_object or json_schema, and the "
+        "last a json_schema with a schema"
+    )

@@ -32,7 +32,7 @@ PENALTIES = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), np.float32),
 }
 MASKS = {"mask_rows": np.int32, "masks": np.int32}
-OPTIONAL_DTYPES = {**PENALTIES, **MASKS, "logprobs": np.int32}
+OPTIONAL_DTYPES = {**PENALTIES, **MASKS, "logprobs": np.int32, "targets": np.int32}
 
 
 @dataclass
@@ -81,6 +81,9 @@ class FakeResult:
 class FakeHandle:
     engine: FakeEngine
     step: int
+
+    def is_done(self) -> bool:
+        return self.engine.completed_steps >= self.step
 
     def wait(self) -> FakeResult:
         self.engine.run_until(self.step)

@@ -184,6 +184,15 @@ def test_steady_start_measures_a_window_and_ends(model, tmp_path, capsys):
     assert set(result["phase_seconds"]) == {"load", "fill", "window"}
 
 
+def test_several_outputs_of_each_prompt_are_counted(model, tmp_path):
+    path = tmp_path / "result.json"
+    flags = ("--input-len", "7", "--output-len", "4", "--num-prompts", "5", "--n", "3")
+    assert bench("throughput", "--model", model, *flags, "--output-json", path) == 0
+    result = json.loads(path.read_text())
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (35, 60)
+    assert result["n"] == 3
+
+
 def test_a_stream_that_ends_too_early_is_told(model, capsys):
     flags = ("--max-num-seqs", "4", "--num-prompts", "6", "--input-len", "9", "--output-len", "9")
     assert bench("throughput", "--model", model, *flags, "--steady-start") == 1
@@ -216,6 +225,8 @@ def test_throughput_of_a_trace(model, tmp_path, capsys):
             "--input-len and --random-input-len are the same",
         ),
         (("--num-prompts", "0"), "--num-prompts 0 must be at least 1"),
+        (("--n", "0"), "--n 0 must be at least 1"),
+        (("--n", "2", "--steady-start"), "--n 2 must be at least 1, and is 1 with --steady-start"),
         (("--input-len", "200", "--output-len", "57"), "up to 257 tokens exceed max_model_len 256"),
         (("--input-len", "0"), "lengths are 0 in, 128 out"),
         (("--schedule", "best"), "schedule 'best' is unknown"),

@@ -59,6 +59,7 @@ def test_latency_is_summed_up_in_seconds():
     ("flags", "message"),
     [
         (("--batch-size", "0"), "--batch-size 0 must be at least 1"),
+        (("--n", "0"), "--n 0 must be at least 1"),
         (("--num-iters", "0"), "--num-iters 0 must be at least 1"),
         (("--num-iters-warmup", "-1"), "--num-iters-warmup -1 must be at least 0"),
         (("--input-len", "200"), "requests of 328 tokens exceed max_model_len 256"),
@@ -167,6 +168,7 @@ def test_steady_rates_are_compared_where_there_are_some():
             ("--ablate", "--schedule", "nano"),
             "--ablate needs a schedule of several lanes; 'nano' has 1, so nothing overlaps",
         ),
+        (("--ablate", "--schedule", "auto"), "schedule 'auto' is chosen by an LLM as it serves"),
     ],
 )
 def test_ablation_flags_that_do_not_fit(model, capsys, flags, message):

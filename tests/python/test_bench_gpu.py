@@ -14,6 +14,7 @@ from nanoflow.bench.gpu_profile import Kernel, ProfileError, Profiler, kernels_o
 from nanoflow.bench.steady import SteadyState
 from nanoflow.bench.telemetry import Power, Sample, Telemetry, power
 from nanoflow.config import EngineArgs
+from nanoflow.energy import gpu_handle
 from nanoflow.models.llama import parse_config
 
 
@@ -89,7 +90,7 @@ def test_says_why_there_are_no_samples(monkeypatch):
 )
 def test_samples_the_gpu_that_cuda_numbers(monkeypatch, visible, device, handle):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert telemetry._handle(FakeNvml(), device) == handle
+    assert gpu_handle(FakeNvml(), device) == handle
 
 
 def event(name: str, begin: float, length: float, **more: Any) -> dict[str, Any]:

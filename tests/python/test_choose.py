@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fake_engine import expected_output
+from nanoflow.metrics import make_metrics
 from nanoflow.scheduler.choose import SETTLE_STEPS, TRIAL_SECONDS, Chooser, Mix, Option
 from nanoflow.scheduler.deal import Dealer
 from test_loop import VOCAB_SIZE, check_nothing_leaked
@@ -113,6 +114,13 @@ def test_requests_do_not_notice_that_schedules_change(steps_in_flight: int) -> N
     segments = {len(batch.segment_requests) - 1 for batch in service.engine.batches}
     assert segments == {1, 2, 4}
     check_nothing_leaked(service)
+    counted = {
+        metric.labels["schedule"]: metric.value  # type: ignore[attr-defined]
+        for metric in make_metrics(service.state.stats(), "tiny")
+        if metric.name == "nanoflow:steps"
+    }
+    assert set(counted) == {"0", "1", "3"} and min(counted.values()) > 0
+    assert sum(counted.values()) == len(service.engine.batches)
     # What is measured is a step that waited for the one before it.
     assert (len(chooser.seen) > 0) == (steps_in_flight == 2)
     for number, mix, seconds in chooser.seen:

@@ -56,6 +56,9 @@ class FailedHandle:
         self.step = handle.step
         self.handle = handle
 
+    def is_done(self) -> bool:
+        return self.handle.is_done()
+
     def wait(self) -> Any:
         self.handle.wait()
         raise EngineError("planted failure of an op")

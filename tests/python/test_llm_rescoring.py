@@ -16,6 +16,7 @@ from nanoflow.schedule import built_in_schedule
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.step import Step
 from tiny_models import write_tiny_llama
+from tried_schedules import try_schedules
 
 REQUESTS = 20
 # Largest and mean distance of log-probabilities. On a GPU each way has its own order of sums.
@@ -88,8 +89,17 @@ def distances(model: Path, device: str, outputs: list[RequestOutput]) -> list[ND
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_llm_says_what_a_prefill_says(model: Path, device: str, blind: None) -> None:
+@pytest.mark.parametrize("changes_schedules", [False, True])
+def test_an_llm_says_what_a_prefill_says(
+    model: Path,
+    device: str,
+    changes_schedules: bool,
+    blind: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = try_schedules(monkeypatch) if changes_schedules else []
     outputs = generate(model, device)
+    assert len(set(tried)) == (3 if changes_schedules else 0)
     assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
     all_distances = np.concatenate(distances(model, device, outputs))
     largest, mean = LIMITS[device]

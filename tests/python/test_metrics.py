@@ -12,7 +12,10 @@ import pytest
 
 import nanoflow.metrics as metrics
 from nanoflow import LLM, SamplingParams
+from nanoflow.energy import EnergyMeter, open_meter
 from nanoflow.metrics import Counter, Gauge, Histogram, Metric, StatusLine, make_metrics
+from nanoflow.scheduler.idle import IdleMeter
+from nanoflow.scheduler.stats import EngineTimes
 from test_loop import check_nothing_leaked, serve
 from tiny_models import write_tiny_llama
 
@@ -112,9 +115,78 @@ def test_a_line_of_status_every_few_seconds(
         assert tick(0.1, preemptions=1, **changes, **cache) == [
             "Avg prompt throughput: 100.0 tokens/s, Avg generation throughput: 5.0 tokens/s, "
             "Running: 3 reqs, Waiting: 2 reqs, KV cache usage: 12.5%, "
-            "Prefix cache hit rate: 25.0%, Preemptions: 1"
+            "Prefix cache hit rate: 25.0%, Preemptions: 1, Device idle: at most 0.0%"
         ]
         assert tick(5) == []
         assert "Preemptions: 0" in tick(15)[0]
         assert tick(100) == [], "an idle time is no time to average over"
         assert len(tick(10)) == 1
+
+
+class FakeNvml:
+    NVMLError = RuntimeError
+
+    def __init__(self) -> None:
+        self.millijoules = 0.0
+        self.is_lost = False
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> float:
+        if self.is_lost:
+            raise self.NVMLError("lost")
+        return self.millijoules
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        if self.is_lost:
+            raise self.NVMLError("lost")
+        return 412_000
+
+
+def test_the_energy_of_a_gpu_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = serve()
+    service.loop.close()
+    now, stats = 100.0, service.state.stats()
+    monkeypatch.setattr(metrics, "perf_counter", lambda: now)
+    nvml = FakeNvml()
+    meter = EnergyMeter(nvml, "gpu")
+    line = StatusLine(lambda: stats, meter=meter)
+    with caplog.at_level(logging.INFO):
+        line.tick()
+        now, nvml.millijoules = now + 10, 5_000_000
+        times = EngineTimes(open=10.0, idle=0.05)
+        stats = replace(stats, prompt_tokens=90_000, generation_tokens=10_000, engine_times=times)
+        line.tick()
+    assert caplog.messages[-1].endswith("Device idle: at most 0.5%, GPU: 500 W, 0.050 J/token")
+    values = by_name(make_metrics(stats, "tiny", meter))
+    assert (values["gpu_energy_joules"], values["gpu_power_watts"]) == (5000, 412)
+    nvml.is_lost = True
+    assert "gpu_energy_joules" not in by_name(make_metrics(stats, "tiny", meter))
+    assert open_meter("cpu") is None
+
+
+def test_the_time_a_device_may_have_idled_is_bounded() -> None:
+    class Handle:
+        step, done = 1, False
+
+        def is_done(self) -> bool:
+            return self.done
+
+        def wait(self) -> Any: ...
+
+    times, handle = EngineTimes(), Handle()
+    meter = IdleMeter(times)
+    meter.wake(10.0)
+    meter.submit(10.5, None)  # planning the first step
+    meter.submit(11.0, handle)  # the second, while the first runs
+    assert times.idle == 0.5
+    meter.waited(12.0)
+    meter.submit(12.25, handle)
+    assert times.idle == 0.5
+    meter.waited(13.0)
+    handle.done = True
+    meter.submit(13.75, handle)  # too late: it was done some time between 13 and now
+    assert (times.idle, times.open) == (1.25, 3.0)
+    meter.wake(100.0)
+    meter.waited(101.0)
+    assert times.open == 4.0

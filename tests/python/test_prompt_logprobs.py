@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from conftest import DEVICES
 from nanoflow import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from random_models import SHAPES, write_config
 from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 200, "block_size": 8, "dtype": "float32", "device": "cpu"}
@@ -129,3 +131,32 @@ def test_streams_tell_them(
     for output in told:
         check(output, prompts[3], expected[3], 1)
     assert all(output.prompt_logprobs is None for output in outputs[len(told) :])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_generated_is_scored_as_it_was_sampled(tmp_path: Path, device: str) -> None:
+    """In half precision, in chunks: a log-probability is that of its row, however a token came."""
+    model = write_config(tmp_path, **SHAPES["llama3-d64"])
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, 150, length).tolist() for length in (1, 30, 70)]
+    sizes = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 192}
+    if device == "cuda":
+        sizes["gpu_memory_utilization"] = 0.2  # type: ignore[assignment]
+    with LLM(
+        model,
+        device=device,
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        **sizes,
+    ) as llm:
+        params = SamplingParams(seed=1, max_tokens=60, ignore_eos=True, logprobs=2)
+        first = llm.generate([*prompts], params, use_tqdm=False)
+        whole = [p + o.outputs[0].token_ids for p, o in zip(prompts, first, strict=True)]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=2)
+        again = llm.generate([*whole], params, use_tqdm=False)
+    for output, scored in zip(first, again, strict=True):
+        sampled, told = output.outputs[0], (scored.prompt_logprobs or [])[-60:]
+        for token, one, other in zip(sampled.token_ids, sampled.logprobs or [], told, strict=True):
+            assert other is not None
+            assert other[token].logprob == pytest.approx(one[token].logprob, abs=0.1)

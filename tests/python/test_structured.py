@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from nanoflow import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from nanoflow import LLM, AsyncLLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanoflow.outputs import CompletionOutput
+from nanoflow.run_batch.openai import parse_body
 from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 512, "block_size": 16, "device": "cpu"}
@@ -193,6 +195,21 @@ def test_what_is_not_valid_fails_alone(llm: LLM, kind: dict[str, Any], message: 
     assert (failed.outputs[0].finish_reason, fine.outputs[0].finish_reason) == ("error", "length")
 
 
+def test_an_async_request_fails_alone(model: Path) -> None:
+    async def call() -> None:
+        engine = AsyncLLM(model, **SIZES)
+        try:
+            with pytest.raises(ValueError, match=r"structured outputs: .*regex"):
+                async for _ in engine.generate("a", within(regex="((", n=1), "bad"):
+                    pass
+            good = [o async for o in engine.generate("a", within(choice=["yes"], n=2), "good")]
+            assert [sample.text for sample in good[-1].outputs] == ["yes", "yes"]
+        finally:
+            engine.shutdown()
+
+    asyncio.run(call())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -224,3 +241,41 @@ def test_a_tokenizer_is_needed(model: Path) -> None:
         pytest.raises(ValueError, match="structured outputs need the tokenizer"),
     ):
         generate(llm, within(choice=["a"], n=1), [[5]])
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            {"json": SCHEMA},
+        ),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
+    ],
+)
+def test_bodies_of_batches_ask_for_it(body: dict[str, Any], expected: dict[str, Any]) -> None:
+    work = parse_body("/v1/completions", {"prompt": "a", **body}, SamplingParams(), None)
+    wanted = None if expected is None else StructuredOutputsParams(**expected)
+    assert work.params.structured_outputs == wanted
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ({"response_format": {"type": "yaml"}}, ValueError, "must have the type text, json_object"),
+        ({"response_format": {"type": "json_schema"}}, ValueError, "a json_schema with a schema"),
+        ({"structured_outputs": "json"}, TypeError, "structured_outputs='json' must be an object"),
+        ({"structured_outputs": {"choice": []}}, ValueError, "must hold texts"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+            ValueError,
+            "exclude each other",
+        ),
+    ],
+)
+def test_bad_bodies_are_named(body: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_body("/v1/completions", {"prompt": "a", **body}, SamplingParams(), None)

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import reference
+from conftest import DEVICES
 from nanoflow import LLM, RequestOutput, SamplingParams
 from nanoflow.token_bits import bits_of, leaves_nothing
 from nanoflow.token_masks import BadWords
+from random_models import SHAPES, write_config
 from test_policy import Setup, check_output, request
 from tiny_models import write_tiny_llama
 
@@ -209,3 +211,34 @@ def test_bad_words_may_not_ban_everything(llm: LLM, model: Path) -> None:
         pytest.raises(ValueError, match="bad_words need the tokenizer"),
     ):
         generate(bare, [[5]], SamplingParams(bad_words=["the"], detokenize=False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_limits_hold_in_half_precision(tmp_path: Path, device: str) -> None:
+    """Biases move what is greedy, beside the plain logprobs; only allowed tokens are drawn."""
+    model = write_config(tmp_path, **SHAPES["llama3-d64"])
+    sizes: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "max_model_len": 192}
+    if device == "cuda":
+        sizes["gpu_memory_utilization"] = 0.2
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 150, length).tolist() for length in (1, 60, 9, 30)]
+    bias = dict(zip(rng.permutation(160)[:80].tolist(), rng.uniform(-2, 2, 80), strict=True))
+    allowed = [3, 31, 32, 100, 159]
+    params = [
+        greedy(max_tokens=40, logit_bias=bias, logprobs=20),
+        SamplingParams(seed=1, max_tokens=40, ignore_eos=True, allowed_token_ids=allowed),
+    ] * 2
+    with LLM(
+        model,
+        device=device,
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        **sizes,
+    ) as llm:
+        outputs = [output.outputs[0] for output in generate(llm, prompts, params)]
+    for biased, limited in zip(outputs[::2], outputs[1::2], strict=True):
+        for token, entries in zip(biased.token_ids, biased.logprobs or [], strict=True):
+            scores = {t: entry.logprob + bias.get(t, 0.0) for t, entry in entries.items()}
+            assert scores[token] >= max(scores.values()) - 1e-4
+        assert set(limited.token_ids) <= set(allowed) and len(set(limited.token_ids)) > 1

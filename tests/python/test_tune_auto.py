@@ -11,10 +11,8 @@ import pytest
 
 from made_up_table import made_up_table
 from nanoflow import LLM, SamplingParams
-from nanoflow import runtime as runtime_module
 from nanoflow.config import EngineArgs
 from nanoflow.schedule import built_in_schedule, schedule_to_json
-from nanoflow.scheduler import choose
 from nanoflow.scheduler.choose import Mix
 from nanoflow.tune import auto
 from nanoflow.tune.auto import Choice, choose_schedules, full_load, load_of
@@ -23,6 +21,7 @@ from nanoflow.tune.results import device_name, key_of, load_result, save_result
 from nanoflow.tune.table import table_to_json
 from test_tune_search import SHIPPED, llama_8b
 from tiny_models import write_tiny_llama
+from tried_schedules import NAMES, try_schedules
 
 FULL, FEW = Mix(1024, 512, 512 * 768 + 512 * 256), Mix(8, 8, 8 * 768)
 
@@ -138,22 +137,6 @@ def test_an_llm_that_tries_schedules_gives_the_tokens_of_one_that_does_not(
             return [list(output.outputs[0].token_ids) for output in outputs]
 
     expected = tokens()
-    tried: list[str] = []
-
-    def several(args: EngineArgs, backend: Any, spec: Any) -> Choice:
-        names = ("sequential", "nano", "overlap")
-        schedules = [built_in_schedule(name, backend.width) for name in names]
-        return Choice(schedules, lambda number, mix: float(mix.rows))
-
-    class Noted(choose.Chooser):
-        def choose(self, mix: Mix) -> int:
-            number = super().choose(mix)
-            tried.append(self.options[number].name)
-            return number
-
-    monkeypatch.setattr(runtime_module, "choose_schedules", several)
-    monkeypatch.setattr(auto, "Chooser", Noted)
-    monkeypatch.setattr(choose, "TRIAL_SECONDS", 1e-6)
-    monkeypatch.setattr(choose, "SETTLE_STEPS", 1)
+    tried = try_schedules(monkeypatch)
     assert tokens() == expected
-    assert set(tried) == {"sequential", "nano", "overlap"}
+    assert set(tried) == set(NAMES)

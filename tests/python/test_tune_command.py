@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import DEVICES
 from made_up_table import made_up_table
 from nanoflow import _core
 from nanoflow.cli import main
@@ -111,6 +112,20 @@ def test_a_profile_finds_what_ops_do_to_each_other() -> None:
     assert found["memory", "compute"] == pytest.approx(1.5, abs=0.06)
 
 
+def test_a_model_that_is_not_dense_is_refused() -> None:
+    oracle = Oracle(made_up_table())
+
+    def measure(schedule: _core.Schedule, mix: StepMix) -> Run:
+        run = oracle.measure(schedule, mix)
+        routed = {("mlp", 0, "gemm_silu_mul"): "experts"}
+        op_us = {(*name[:2], routed.get(name, name[2])): us for name, us in run.op_us.items()}
+        return dataclasses.replace(run, op_us=op_us)
+
+    device = Device("made up", 4, 1, 0.0)
+    with pytest.raises(ValueError, match="mlp of this model has no gemm_silu_mul but experts"):
+        profile(measure, llama_8b(), device, GRID, "a test")
+
+
 def test_the_first_layer_is_left_out_of_the_means() -> None:
     times = {"layers.0.mlp.0 gemm": 90.0, "layers.1.mlp.0 gemm": 10.0, "layers.2.mlp.0 gemm": 30.0}
     times |= {"head gemm": 7.0}
@@ -129,16 +144,24 @@ class FakeTiming:
     lane: str = "all"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_command_measures_searches_and_keeps_the_winner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
-    model = write_tiny_llama(tmp_path / "model", num_layers=3)
-    table_path = tmp_path / "table.json"
-    flags = ["--model", str(model), "--device", "cpu", "--cpu-threads", "3", "--seconds", "0.02"]
+    model = write_tiny_llama(
+        tmp_path / "model", num_layers=3, hidden_size=256, intermediate_size=384
+    )
+    width = {"cpu": 1, "cuda": 24}[device]  # of the lane of attention
+    flags = ["--model", str(model), "--device", device, "--dtype", "bfloat16"]
+    flags += ["--cpu-threads", "3"] if device == "cpu" else []
     sizes = ["--rows", "4", "16", "--decodes", "4", "8", "--context", "32", "--candidates", "3"]
-    outputs = ["--table", str(table_path), "--output", str(tmp_path / "best.json")]
+    sizes += ["--seconds", {"cpu": "0.02", "cuda": "0.6"}[device], "--widths", str(width)]
+    outputs = ["--table", str(tmp_path / "table.json"), "--output", str(tmp_path / "best.json")]
     assert main(["tune", *flags, *sizes, *outputs]) == 0
     printed = capsys.readouterr().out
     (path,) = (tmp_path / "cache" / "nanoflow" / "schedules").glob("tuned-*.json")
@@ -150,26 +173,26 @@ def test_the_command_measures_searches_and_keeps_the_winner(
     rates = [one["tokens_per_second"] for one in result["measured"]]
     assert rates == sorted(rates, reverse=True)
     assert all(name in printed for name in names)
-    table = load_table(table_path)
+    backend = _core.Backend(device, threads=3 if device == "cpu" else 0)
+    table = load_table(tmp_path / "table.json")
     found: dict[int, set[float]] = defaultdict(set)
     for product in table.products:
         for entry in product.entries:
             assert entry.us > 0
             found[entry.width].add(entry.size)
-    assert found == {3: {4, 8, 16}, 2: {4, 8, 16}}
-    assert {entry.width for entry in table.decode} == {1, 3}
+    assert found == {backend.width: {4, 8, 16}, backend.width - width: {4, 8, 16}}
+    assert {entry.width for entry in table.decode} == {width, backend.width}
     assert [step.schedule["id"] for step in table.steps] == names
-    backend = _core.Backend("cpu", threads=3)
-    spec = spec_of(model)
-    chosen = choose_schedules(EngineArgs(model=model), backend, spec)
-    assert [schedule.id for schedule in chosen.schedules] == names[:1]
+    chosen = choose_schedules(EngineArgs(model=model), backend, spec_of(model))
+    ids = [schedule.id for schedule in chosen.schedules]
+    assert ids == names[:1] if device == "cpu" else set(ids) == set(names)
 
 
 def spec_of(model: Path) -> _core.ModelSpec:
     from nanoflow.loading import open_checkpoint
 
     checkpoint = open_checkpoint(model)
-    return _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype("auto")))
+    return _core.ModelSpec(**checkpoint.model.spec_arguments("bfloat16"))
 
 
 @pytest.mark.parametrize(

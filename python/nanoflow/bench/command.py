@@ -54,6 +54,7 @@ def _add_throughput(commands: Any) -> None:
     add_workload_arguments(parser)
     add = parser.add_argument
     add("--temperature", type=float, default=1.0, help="(default: 1.0)")
+    add("--n", type=int, default=1, help="outputs of each prompt (default: 1)")
     add("--order", choices=ORDERS, default="fcfs", help="in which requests begin (default: fcfs)")
     add("--disable-detokenize", action="store_true", help="leave out making text of the output")
     add(
@@ -91,6 +92,8 @@ def run_throughput(options: argparse.Namespace) -> None:
     """Raises ValueError on flags that do not fit together, or a workload that does not fit."""
     count = NUM_PROMPTS_STEADY if options.steady_start else NUM_PROMPTS
     workload = make_workload(options, count)
+    if options.n < 1 or (options.n > 1 and options.steady_start):
+        raise ValueError(f"--n {options.n} must be at least 1, and is 1 with --steady-start")
     if options.plot is not None and not options.ablate:
         raise ValueError("--plot draws what --ablate finds: add it")
     arguments = {"model": default_model()} if not hasattr(options, "model") else {}

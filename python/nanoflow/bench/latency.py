@@ -26,6 +26,7 @@ def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input-len", type=int, default=32, help="(default: 32)")
     add("--output-len", type=int, default=128, help="(default: 128)")
     add("--batch-size", type=int, default=8, help="requests given at once (default: 8)")
+    add("--n", type=int, default=1, help="outputs of each prompt (default: 1)")
     add("--num-iters-warmup", type=int, default=10, help="batches not counted (default: 10)")
     add("--num-iters", type=int, default=30, help="batches (default: 30)")
     add("--disable-detokenize", action="store_true", help="leave out making text of the output")
@@ -53,6 +54,7 @@ def run_latency(options: argparse.Namespace) -> None:
             "input_len": options.input_len,
             "output_len": options.output_len,
             "batch_size": options.batch_size,
+            "n": options.n,
             "warm_up": f"{options.num_iters_warmup} batches of the same prompts, not counted",
             **result.circumstances(
                 llm.args, llm.limits, llm.memory, llm.device_description, options.commit
@@ -76,7 +78,7 @@ def summary(latencies: list[float]) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("input_len", "output_len", "batch_size", "num_iters"):
+    for name in ("input_len", "output_len", "batch_size", "n", "num_iters"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(options, name)} must be at least 1")
@@ -92,7 +94,11 @@ def _measure(llm: LLM, options: argparse.Namespace) -> list[float]:
     requests = random_requests(lengths, target.vocab_size, target.special_ids, rng)
     prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
     params = sampling_params(
-        requests, temperature=1.0, detokenize=not options.disable_detokenize, seed=llm.args.seed
+        requests,
+        temperature=1.0,
+        detokenize=not options.disable_detokenize,
+        seed=llm.args.seed,
+        n=options.n,
     )
     seconds = []
     for _ in range(options.num_iters_warmup + options.num_iters):

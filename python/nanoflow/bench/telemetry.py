@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
 from typing import Any
+
+from nanoflow.energy import gpu_handle
 
 SAMPLES_PER_SECOND = 10
 
@@ -59,7 +60,7 @@ class Telemetry:
             import pynvml
 
             pynvml.nvmlInit()
-            self._nvml, self._handle = pynvml, _handle(pynvml, device)
+            self._nvml, self._handle = pynvml, gpu_handle(pynvml, device)
             self.board = {
                 "driver": pynvml.nvmlSystemGetDriverVersion(),
                 "power_limit_watts": pynvml.nvmlDeviceGetPowerManagementLimit(self._handle) * 1e-3,
@@ -101,13 +102,3 @@ class Telemetry:
         millijoules = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         mhz = nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)
         self.samples.append(Sample(perf_counter(), millijoules * 1e-3, mhz))
-
-
-def _handle(nvml: Any, device: str) -> Any:
-    """NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES names."""
-    index = int(device.partition(":")[2] or 0)
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    name = visible[index] if index < len(visible) and visible[0] else str(index)
-    if name.isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)

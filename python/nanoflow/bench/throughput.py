@@ -43,11 +43,12 @@ class Measurement:
 
 
 def sampling_params(
-    requests: Sequence[Request], *, temperature: float, detokenize: bool, seed: int
+    requests: Sequence[Request], *, temperature: float, detokenize: bool, seed: int, n: int = 1
 ) -> list[SamplingParams]:
-    """For outputs of the requests' lengths, whatever is sampled."""
+    """For `n` outputs of each request's length, whatever is sampled."""
     return [
         SamplingParams(
+            n=n,
             temperature=temperature,
             seed=seed + index,
             max_tokens=request.output_len,
@@ -65,12 +66,15 @@ def measure(
     temperature: float,
     detokenize: bool,
     seed: int,
+    n: int = 1,
     use_tqdm: bool = True,
     order: str = "fcfs",
 ) -> Measurement:
     """Raises RuntimeError when a request did not generate all of its tokens."""
     prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-    params = sampling_params(requests, temperature=temperature, detokenize=detokenize, seed=seed)
+    params = sampling_params(
+        requests, temperature=temperature, detokenize=detokenize, seed=seed, n=n
+    )
     steps: list[Step] = []
     llm.step_listener = steps.append
     try:
@@ -80,14 +84,14 @@ def measure(
     finally:
         llm.step_listener = None
     for request, output in zip(requests, outputs, strict=True):
-        generated = len(output.outputs[0].token_ids)
-        if generated != request.output_len:
+        generated = sum(len(one.token_ids) for one in output.outputs)
+        if generated != n * request.output_len:
             raise RuntimeError(
                 f"request {output.request_id} generated {generated} tokens instead of "
-                f"{request.output_len}"
+                f"{n * request.output_len}"
             )
     input_tokens = sum(len(request.prompt_token_ids) for request in requests)
-    output_tokens = sum(request.output_len for request in requests)
+    output_tokens = n * sum(request.output_len for request in requests)
     count = len(requests)
     return Measurement(
         begin=begin,

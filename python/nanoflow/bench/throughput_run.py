@@ -17,6 +17,7 @@ from nanoflow.bench.steady_run import SETTLE_SECONDS, SteadyMeasurement, measure
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.bench.workload import Target, Workload
 from nanoflow.llm import LLM
+from nanoflow.metrics import Counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,11 @@ def measure_workload(
             **result.circumstances(
                 llm.args, llm.limits, llm.memory, llm.device_description, options.commit
             ),
+            "steps_by_schedule": _steps_by_schedule(llm),
             "workload": workload.name,
             "dataset": options.dataset_name,
             "temperature": options.temperature,
+            "n": options.n,
             "detokenize": not options.disable_detokenize,
             "warm_up": _warm_up(options),
             **done.rates,
@@ -83,6 +86,7 @@ class _Runner:
         self._llm = llm
         self._target = target_of(llm)
         self._rng = np.random.default_rng(llm.args.seed)
+        self._n: int = options.n
         self._steady_seconds: float = options.steady_seconds
         self._order: str = options.order
         self._how: dict[str, Any] = {
@@ -95,7 +99,7 @@ class _Runner:
         return workload.draw(count, self._target, self._rng)
 
     def whole(self, requests: list[Request]) -> _Outcome:
-        run = throughput.measure(self._llm, requests, order=self._order, **self._how)
+        run = throughput.measure(self._llm, requests, n=self._n, order=self._order, **self._how)
         return _Outcome(
             rates=throughput.to_json(run),
             kernels=result.kernels(None, "only with --steady-start"),
@@ -143,6 +147,15 @@ def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None
         return Profiler(), None
     except ProfileError as error:
         return None, str(error)
+
+
+def _steps_by_schedule(llm: LLM) -> dict[str, float]:
+    """Where schedules were chosen from; whole run, trials included."""
+    return {
+        metric.labels["schedule"]: metric.value
+        for metric in llm.get_metrics()
+        if isinstance(metric, Counter) and metric.name == "nanoflow:steps"
+    }
 
 
 def _warm_up(options: argparse.Namespace) -> str:

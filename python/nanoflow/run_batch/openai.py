@@ -9,14 +9,23 @@ from typing import Any
 
 from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
+from nanoflow.structured import parse_structured
 from nanoflow.tokenizer import Tokenizer
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
-_OWN = ("output_kind", "detokenize", "logprobs", "prompt_logprobs", "extra_args")
+_OWN = (
+    "output_kind",
+    "detokenize",
+    "logprobs",
+    "prompt_logprobs",
+    "extra_args",
+    "structured_outputs",
+)
 _PARAMS = frozenset(field.name for field in fields(SamplingParams)) - set(_OWN)
 _CHAT_TEMPLATE = ("messages", "chat_template_kwargs", "add_generation_prompt")
 _CHAT = frozenset((*_CHAT_TEMPLATE, "max_completion_tokens", "logprobs", "top_logprobs"))
 _COMPLETIONS = frozenset(("prompt", "logprobs", "echo"))
+_FORMATS = frozenset(("structured_outputs", "response_format"))
 # What changes nothing here, and what may not be asked for.
 _IGNORED = frozenset(("model", "user", "metadata", "store", "service_tier", "stream_options"))
 _OFF = frozenset(("stream", "echo"))
@@ -36,7 +45,7 @@ def parse_body(
 ) -> Work:
     """Raises ValueError or TypeError naming what is wrong. `defaults`: the model's own."""
     is_chat = url == CHAT_URL
-    known = _PARAMS | _IGNORED | _OFF | (_CHAT if is_chat else _COMPLETIONS)
+    known = _PARAMS | _IGNORED | _OFF | _FORMATS | (_CHAT if is_chat else _COMPLETIONS)
     for name, value in body.items():
         if name not in known:
             raise ValueError(f"{url} has no parameter {name!r} here")
@@ -58,6 +67,7 @@ def parse_body(
             params.logprobs = body.get("top_logprobs") or 0
     else:
         params.logprobs = body.get("logprobs")
+    params.structured_outputs = parse_structured(body)
     params.check()
     return Work(url, _chat(body, tokenizer) if is_chat else _prompts(body), params)
 

@@ -40,6 +40,9 @@ class StepHandle(Protocol):
     def step(self) -> int:
         """Number of the step, from 1."""
 
+    def is_done(self) -> bool:
+        """Whether wait() would return at once."""
+
     def wait(self) -> StepResult:
         """Blocks until the step has completed; raises what made it fail."""
 

@@ -40,7 +40,7 @@ class SchedulerLoop:
         `step_listener` is called in the loop's thread after every step; it must not block or raise.
         """
         self._inbox = Inbox(step_listener)
-        switch = ScheduleSwitch(chooser, engine, state.policy)
+        switch = ScheduleSwitch(chooser, engine, state.policy, state.counters)
         worker = Worker(self._inbox, engine, make_batch, state, steps_in_flight, switch)
         self._thread = threading.Thread(target=worker.run, name="nanoflow-scheduler", daemon=True)
         self._thread.start()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nanoflow.scheduler.choose import Chooser, Mix
 from nanoflow.scheduler.engine import Engine
 from nanoflow.scheduler.policy import Policy
+from nanoflow.scheduler.stats import Counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,13 @@ class ScheduleSwitch:
     """Belongs to the scheduler's thread. Without a chooser all steps run with the one schedule
     that engine and policy were made with."""
 
-    def __init__(self, chooser: Chooser | None, engine: Engine, policy: Policy) -> None:
+    def __init__(
+        self, chooser: Chooser | None, engine: Engine, policy: Policy, counters: Counters
+    ) -> None:
         self._chooser, self._engine, self._policy = chooser, engine, policy
+        self._counters = counters
+        if chooser is not None:
+            counters.schedules = {option.name: 0 for option in chooser.options}
         self._option: int | None = None  # that engine and policy follow
         self._mix = Mix(0)  # of the last step
         self._started: deque[_Started] = deque()  # oldest first
@@ -49,8 +55,10 @@ class ScheduleSwitch:
         """The oldest step is done. One that was queued while the step before it ran took all the
         time since that was done."""
         step = self._started.popleft()
-        if self._chooser is not None and step.time <= self._last_done:
-            self._chooser.observe(step.option, step.mix, time - self._last_done)
+        if self._chooser is not None:
+            self._counters.schedules[self._chooser.options[step.option].name] += 1
+            if step.time <= self._last_done:
+                self._chooser.observe(step.option, step.mix, time - self._last_done)
         self._last_done = time
 
     def forget(self) -> None:

@@ -15,6 +15,7 @@ from nanoflow.scheduler.batch import build_batch
 from nanoflow.scheduler.copies import Copies
 from nanoflow.scheduler.deadlines import TIMEOUT, Deadlines
 from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
+from nanoflow.scheduler.idle import IdleMeter
 from nanoflow.scheduler.inbox import Inbox
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.stats import StepStats
@@ -69,6 +70,7 @@ class Worker:
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_StepInFlight] = deque()  # oldest first
         self._deadlines = Deadlines()
+        self._idle = IdleMeter(state.counters.engine_times)
         self._copies = Copies(engine, state.offload)
         self._restarts_left = 1
         self._submitted = 0  # number of the last step that the engine took
@@ -89,6 +91,7 @@ class Worker:
     def _take_inbox(self) -> bool:
         """Sleeps while there is nothing to do; False when the thread is to end."""
         inbox = self._inbox
+        was_busy = self._is_busy()
         with inbox.changed:
             while not (inbox.has_news() or self._is_busy()):
                 inbox.changed.wait(IDLE_SECONDS if self._copies.is_working else None)
@@ -101,6 +104,8 @@ class Worker:
             is_closing = inbox.is_closing
             doomed, inbox.doomed = len(requests) if is_closing else inbox.doomed, None
         now = perf_counter()
+        if not was_busy:
+            self._idle.wake(now)
         for request in requests:
             try:
                 self._state.add(request)
@@ -149,6 +154,9 @@ class Worker:
     def _submit(self, step: Step, batch: Any) -> StepHandle:
         with _marked():
             self._copies.before_submit(step)
+            self._idle.submit(
+                perf_counter(), self._in_flight[-1].handle if self._in_flight else None
+            )
             handle = self._engine.submit(batch)
             self._submitted = step.number
             keys = int(self._state.slots.computed[step.plan.slots].sum())
@@ -164,6 +172,7 @@ class Worker:
         with _marked():
             result = oldest.handle.wait()
             time_done = perf_counter()
+            self._idle.waited(time_done)
             self._copies.after_wait(oldest.step, is_last=not self._in_flight)
         self._switch.complete(time_done)
         self._state.complete_step(oldest.step, result, time_done)

@@ -89,6 +89,8 @@ def run_tune(options: argparse.Namespace) -> None:
     weights.finish()
     grid = make_grid(options, backend, spec, checkpoint.model.max_position_embeddings)
     with Telemetry(backend.device) as telemetry:
+        if telemetry.reason is not None and backend.device != "cpu":
+            print(f"power is left out of the account: {telemetry.reason}")
         sequential = built_in_schedule("sequential", backend.width)
         engine = _core.Engine(_capacities(grid), weights, sequential)
         default = DEFAULTS[backend.device.partition(":")[0]]

@@ -84,7 +84,8 @@ class Device:
 
 
 def profile(measure: Measure, spec: Spec, device: Device, grid: Grid, origin: str) -> OpTable:
-    """Runs the grid. Raises EngineError on widths that the device does not have."""
+    """Runs the grid. Raises EngineError on widths that the device does not have, ValueError on a
+    model whose layers are not dense."""
     profiler = _Profiler(spec)
     runs: list[Run] = []
     decodes: list[tuple[StepMix, int, Run]] = []  # width of attention
@@ -147,6 +148,12 @@ class _Profiler:
             ("mlp", "gemm_silu_mul", 2 * wide, hidden),
             ("mlp", "gemm", hidden, wide),
         ):
+            if (stage, 0, op) not in run.op_us:
+                ops = ", ".join(sorted({name for at, _, name in run.op_us if at == stage}))
+                raise ValueError(
+                    f"stage {stage} of this model has no {op} but {ops}: only dense models can be "
+                    "tuned"
+                )
             self._add_product(run, run.op_us[stage, 0, op], (features, depth), rows, width)
         moved = 2 * rows * self._bytes * (2 * hidden + self._qkv)  # two norms and a rotation
         others = [

@@ -1,0 +1,244 @@
+"""Throws random requests at small engines: `python tests/python/fuzz.py --requests 100000`.
+
+Engines are real, with a tiny random model on the CPU, and too small a KV cache for what comes.
+Requests come from few prompts and parameters, so that most come again: whatever ran beside them,
+and whether they were preempted or found in a cache, they must get the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from nanoflow import LLM, SamplingParams
+from nanoflow.request import Request
+from tiny_models import write_tiny_llama
+
+VOCAB_SIZE = 160
+MAX_MODEL_LEN = 64
+PER_EXAMPLE = 40  # requests at most
+TIMEOUT = 60.0  # seconds until a hanging run fails
+SIZES: dict[str, Any] = {
+    "max_model_len": MAX_MODEL_LEN,
+    "block_size": 4,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": 20,
+    "scheduling_policy": "priority",
+    "device": "cpu",
+    "cpu_threads": 1,
+    "disable_log_stats": True,
+}
+ENGINES: tuple[dict[str, Any], ...] = (
+    {},
+    {"enable_prefix_caching": False, "async_scheduling": False},
+    {"kv_offloading_size": 0.001},
+    {"schedule": "nano", "max_num_queued_reqs": 20},
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request to be made, or, with `aborts`, one of those before it to be aborted."""
+
+    prompt: int
+    length: int
+    params: tuple[tuple[str, Any], ...]
+    priority: int = 0
+    timeout: float | None = None
+    aborts: int | None = None
+    bad_token: int | None = None
+
+
+params = st.fixed_dictionaries(
+    {"max_tokens": st.integers(1, 30), "seed": st.integers(0, 2)},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.7, 1.0]),
+        "top_p": st.sampled_from([0.5, 1.0]),
+        "top_k": st.sampled_from([1, 20]),
+        "min_p": st.sampled_from([0.0, 0.2]),
+        "min_tokens": st.integers(0, 1),
+        "ignore_eos": st.booleans(),
+        "stop_token_ids": st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=3),
+        "stop": st.sampled_from(["e", "th", "no such string"]),
+        "presence_penalty": st.sampled_from([0.0, 1.5]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "logprobs": st.integers(0, 3),
+        "n": st.integers(1, 3),
+    },
+)
+asked = st.builds(
+    Asked,
+    prompt=st.integers(0, 4),
+    length=st.integers(0, MAX_MODEL_LEN + 2),
+    params=params.map(lambda given: tuple(sorted(given.items()))),
+    priority=st.integers(-2, 2),
+    timeout=st.sampled_from([None] * 8 + [1e-4, 5e-3]),
+    aborts=st.sampled_from([None] * 20 + [0, 1, 5]),
+    bad_token=st.sampled_from([None] * 20 + [-1, VOCAB_SIZE]),
+)
+
+
+@dataclass
+class Fuzzer:
+    """An engine under fire, checked after every step."""
+
+    llm: LLM
+    broken: list[BaseException] = field(default_factory=list)
+    known: dict[Any, list[int]] = field(default_factory=dict)  # tokens of what ran to its end
+    done: queue.SimpleQueue[Request] = field(default_factory=queue.SimpleQueue)
+    number: int = 0
+    finished: int = 0
+
+    def __post_init__(self) -> None:
+        self.llm.step_listener = self.check
+
+    def check(self, _: Any) -> None:
+        try:
+            self.llm._runtime.state.check_integrity()
+        except BaseException as error:  # the listener must not raise
+            self.broken.append(error)
+
+    def fire(self, requests: Sequence[Asked], aborts_all: bool) -> None:
+        loop = self.llm._runtime.loop
+        open_: dict[str, tuple[Request, Any]] = {}
+        ids: list[str] = []
+        for one in requests:
+            for request in self.make(one):
+                open_[request.id] = (
+                    request,
+                    (one.prompt, one.length, repr(one.params), request.index),
+                )
+                ids.append(request.id)
+                loop.submit([request])
+            if one.aborts is not None and ids:
+                loop.abort([ids[-1 - one.aborts % len(ids)]])
+        if aborts_all:
+            loop.abort_all()
+        deadline = time.monotonic() + TIMEOUT
+        for _ in range(len(open_)):
+            request = self.done.get(timeout=max(0.0, deadline - time.monotonic()))
+            request, key = open_.pop(request.id)
+            self.judge(request, key)
+        assert not open_ and self.done.empty()
+        if self.broken:
+            raise self.broken[0]
+
+    def make(self, one: Asked) -> list[Request]:
+        tokens = np.random.default_rng(one.prompt).integers(3, VOCAB_SIZE, one.length)
+        if one.bad_token is not None and one.length:
+            tokens[one.length // 2] = one.bad_token
+        self.number += 1
+        try:
+            given = SamplingParams(**dict(one.params))
+            made = self.llm._processor.make_requests(
+                self.number, tokens.tolist(), given, self.done.put
+            )
+        except ValueError:
+            is_bad = one.bad_token is not None and one.length > 0
+            is_long = not 0 < one.length < MAX_MODEL_LEN
+            is_greedy = dict(one.params).get("temperature") == 0.0
+            assert (
+                is_bad
+                or is_long
+                or (is_greedy and dict(one.params).get("n", 1) > 1)
+                or (dict(one.params).get("min_tokens", 0) > dict(one.params)["max_tokens"])
+            ), "a good request is refused"
+            return []
+        assert one.bad_token is None
+        for request in made:
+            request.priority = one.priority
+            if one.timeout is not None:
+                request.timeout = one.timeout
+        return made
+
+    def judge(self, request: Request, key: Any) -> None:
+        tokens = request.output_token_ids
+        self.finished += 1
+        if request.finish_reason in ("stop", "length"):
+            assert self.known.setdefault(key, tokens) == tokens, f"{key} got other tokens"
+            if request.finish_reason == "length":
+                assert len(tokens) == request.max_len - len(request.prompt_token_ids)
+        elif request.finish_reason == "abort":
+            whole = self.known.get(key)
+            assert whole is None or tokens == whole[: len(tokens)]
+        else:
+            assert "the queue is full" in str(request.error), request.error
+
+    def close(self) -> None:
+        """Nothing may be left behind."""
+        self.llm.step_listener = None
+        self.llm.close()
+        state = self.llm._runtime.state
+        state.reclaim(state.arrived_step)
+        state.check_integrity()
+        assert not state.has_requests
+        assert state.pages.num_free == state.pages.num_pages, "pages are lost"
+        if state.offload is not None:
+            state.offload.check_idle()
+
+
+def fuzz(requests: int, folder: Path) -> list[Fuzzer]:
+    """Fires at least so many requests at all engines together."""
+    model = write_tiny_llama(folder, tokenizer=True, vocab_size=VOCAB_SIZE)
+    fuzzers = [Fuzzer(LLM(model, **{**SIZES, **options})) for options in ENGINES]
+    examples = max(1, 2 * requests // (len(fuzzers) * PER_EXAMPLE))
+    for fuzzer in fuzzers:
+        _shoot(fuzzer, examples)
+    for fuzzer in fuzzers:
+        fuzzer.close()
+    return fuzzers
+
+
+def _shoot(fuzzer: Fuzzer, examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),  # an engine that has failed once is no subject to shrink on
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        requests=st.lists(asked, min_size=PER_EXAMPLE // 2, max_size=PER_EXAMPLE),
+        aborts_all=st.sampled_from([False] * 7 + [True]),
+    )
+    def shoot(requests: list[Asked], aborts_all: bool) -> None:
+        if fuzzer.broken:  # what is tried again is the example, on an engine that is not the same
+            raise fuzzer.broken[0]
+        try:
+            fuzzer.fire(requests, aborts_all)
+        except Exception as error:
+            fuzzer.broken.append(error)
+            raise
+
+    shoot()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--requests", type=int, default=100_000)
+    options = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        fuzzers = fuzz(options.requests, Path(folder))
+    for fuzzer, engine in zip(fuzzers, ENGINES, strict=True):
+        counters = fuzzer.llm._runtime.state.counters
+        print(
+            f"{fuzzer.finished} requests, {len(fuzzer.known)} kinds, {counters.preemptions} "
+            f"preemptions, {dict(counters.finished)}: {engine}"
+        )
+    print(f"nothing was lost in {time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
