@@ -6,7 +6,14 @@ import pytest
 
 from fake_engine import expected_output
 from nanoflow.metrics import make_metrics
-from nanoflow.scheduler.choose import SETTLE_STEPS, TRIAL_SECONDS, Chooser, Mix, Option
+from nanoflow.scheduler.choose import (
+    KEEP_SECONDS,
+    SETTLE_STEPS,
+    TRIAL_SECONDS,
+    Chooser,
+    Mix,
+    Option,
+)
 from nanoflow.scheduler.deal import Dealer
 from test_loop import VOCAB_SIZE, check_nothing_leaked
 from test_loop import serve as serve_loop
@@ -59,7 +66,7 @@ def test_trials_with_more_work_are_not_held_against_a_schedule() -> None:
     chooser = Chooser(options(2), predict)
     for _ in range(200):
         number = chooser.choose(FULL)
-        heavier = Mix(1023, 511, 400_000) if number == 1 else Mix(600, 300, 300_000)
+        heavier = Mix(1023, 511, 500_000) if number == 1 else Mix(600, 300, 300_000)
         chooser.observe(number, heavier, heavier.rows * (1e-4 if number == 0 else 0.9e-4))
     assert chooser.choose(FULL) == 1
 
@@ -78,6 +85,24 @@ def test_a_step_now_and_then_that_captures_a_graph_decides_nothing() -> None:
         slow = 20 if number == 1 and step % 4 == 0 else 1
         chooser.observe(number, FULL, slow * STEP * (1.0 if number == 0 else 0.9))
     assert chooser.choose(FULL) == 1
+
+
+def test_loads_that_take_turns_are_tried_side_by_side() -> None:
+    chooser = Chooser(options(2), predict)
+    other = Mix(300, 300, 200_000)
+    for _ in range(400):
+        for mix, faster in ((FULL, 1), (other, 0)):
+            number = chooser.choose(mix)
+            chooser.observe(number, mix, STEP * (0.9 if number == faster else 1.0))
+    assert (chooser.choose(FULL), chooser.choose(other)) == (1, 0)
+
+
+def test_a_choice_is_looked_at_again_after_a_while() -> None:
+    chooser = Chooser(options(2), predict)
+    serve(chooser, FULL, {0: 1.0, 1: 0.9}, 200)
+    assert chooser.choose(FULL) == 1
+    serve(chooser, FULL, {0: 0.8, 1: 1.0}, round(KEEP_SECONDS / STEP) + 300)
+    assert chooser.choose(FULL) == 0
 
 
 def test_one_option_is_the_choice() -> None:

@@ -1,9 +1,10 @@
 """Which schedule the next step runs with: what the load is, what was predicted, what was measured.
 
-Steps are grouped by how many rows they have, an octave a group, and by how many of them decode. In
-each group only schedules that are predicted to come near the best one stand; those that stand are
-tried in turn in real traffic, and the one that was fastest is kept. So few requests get the plan
-for few requests, and the tables that predictions come from need not be exact.
+Steps are grouped by how many rows they have and how many keys they read, an octave a group, and by
+how many of the rows decode. In each group only schedules that are predicted to come near the best
+one stand; those that stand are tried in turn in real traffic, and the one that was fastest is kept,
+for some minutes. So few requests get the plan for few requests, and the tables that predictions
+come from need not be exact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from nanoflow.scheduler.deal import Dealer
 logger = logging.getLogger(__name__)
 
 TRIAL_SECONDS = 3.0  # of measured steps; a GPU's power and clock have settled by then
-SETTLE_STEPS = 8  # not measured after a switch: plans are made and graphs captured
+SETTLE_STEPS = 8  # of a trial that are not measured: plans are made and graphs captured
+KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
 STANDING = 3  # at most
 
@@ -50,6 +52,7 @@ Predict = Callable[[int, Mix], float]
 class _Trial:
     """What was measured of one option in one group of steps."""
 
+    unsettled: int  # steps still to come that are not measured
     seconds: float = 0.0
     ratios: list[float] = field(default_factory=list)  # of each step
 
@@ -65,6 +68,7 @@ class _Group:
     standing: list[int]
     trials: dict[int, _Trial] = field(default_factory=dict)
     chosen: int | None = None
+    seconds: float = 0.0  # of steps since it was chosen
 
 
 class Chooser:
@@ -74,30 +78,28 @@ class Chooser:
         self.options = list(options)
         self._predict = predict
         self._memo: dict[tuple[int, Mix], float] = {}
-        self._groups: dict[tuple[int, int], _Group] = {}
-        self._last: int | None = None  # the option of the last step
-        self._unsettled = 0  # steps still to come that are not measured
+        self._groups: dict[tuple[int, int, int], _Group] = {}
 
     def choose(self, mix: Mix) -> int:
         """The option for a step that will be much like `mix`."""
-        group = self._group(mix)
-        number = group.chosen
-        if number is None:
-            number = self._on_trial(group)
-        if number != self._last:
-            self._last = number
-            self._unsettled = SETTLE_STEPS
-        return number
+        group = self._groups[self._key(mix)]
+        return self._on_trial(group) if group.chosen is None else group.chosen
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
         """A step ran with an option and took so long, nothing else running on the device."""
-        if self._unsettled > 0:
-            self._unsettled -= 1
+        key = self._key(mix)
+        group = self._groups[key]
+        if group.chosen is not None:
+            group.seconds += seconds
+            if group.seconds >= KEEP_SECONDS:
+                del self._groups[key]
             return
-        group = self._group(mix)
-        if group.chosen is not None or number not in group.standing:
+        if number not in group.standing:
             return
-        trial = group.trials.setdefault(number, _Trial())
+        trial = group.trials.setdefault(number, _Trial(SETTLE_STEPS))
+        if trial.unsettled > 0:
+            trial.unsettled -= 1
+            return
         trial.seconds += seconds
         trial.ratios.append(seconds / self._expected(0, mix))
         if all(self._is_tried(group, other) for other in group.standing):
@@ -112,15 +114,17 @@ class Chooser:
                 ),
             )
 
-    def _group(self, mix: Mix) -> _Group:
-        key = (mix.rows.bit_length(), 4 * mix.decodes // max(1, mix.rows))
+    def _key(self, mix: Mix) -> tuple[int, int, int]:
+        """Of its group, which is there then."""
+        decoding = 4 * mix.decodes // max(1, mix.rows)
+        key = (mix.rows.bit_length(), mix.keys.bit_length(), decoding)
         if key not in self._groups:
             times = {number: self._expected(number, mix) for number in range(len(self.options))}
             limit = NEAR * min(times.values())
             near = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
             standing = near[:STANDING]
             self._groups[key] = _Group(standing, chosen=standing[0] if len(standing) == 1 else None)
-        return self._groups[key]
+        return key
 
     def _is_tried(self, group: _Group, number: int) -> bool:
         return number in group.trials and group.trials[number].seconds >= TRIAL_SECONDS
