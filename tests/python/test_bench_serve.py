@@ -18,6 +18,7 @@ from nanoflow.bench.datasets import Request
 from nanoflow.bench.serve_metrics import Served, details, lines, summary
 from nanoflow.bench.serve_run import arrival_times, serve
 from nanoflow.cli import run_command
+from nanoflow.sampling_params import SamplingParams
 from tiny_models import write_tiny_llama
 
 
@@ -85,12 +86,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
+
+
 def test_requests_arrive_in_time_and_fail_alone(model):
     llm = AsyncLLM(model, max_model_len=64)
     requests = [Request([5] * 8, 6), Request([5] * 80, 6), Request([6] * 8, 4)]
-    how = {"temperature": 0.0, "ignore_eos": True, "seed": 0}
     try:
-        served, duration = asyncio.run(serve(llm, requests, [0.0, 0.05, 0.2], **how))
+        served, duration = asyncio.run(serve(llm, requests, [0.0, 0.05, 0.2], params=GREEDY))
     finally:
         llm.shutdown()
     assert [one.output_len for one in served] == [6, 0, 4]
@@ -104,9 +107,10 @@ def test_requests_arrive_in_time_and_fail_alone(model):
 def test_no_more_requests_than_allowed_are_on_their_way(model):
     llm = AsyncLLM(model)
     requests = [Request([5] * 8, 6)] * 5
-    how = {"temperature": 0.0, "ignore_eos": True, "seed": 0, "max_concurrency": 2}
     try:
-        served, duration = asyncio.run(serve(llm, requests, [0.0] * 5, **how))
+        served, duration = asyncio.run(
+            serve(llm, requests, [0.0] * 5, params=GREEDY, max_concurrency=2)
+        )
     finally:
         llm.shutdown()
     found = summary(served, duration)
@@ -125,6 +129,7 @@ LOAD = ("--input-len", "8", "--output-len", "5", "--num-prompts", "6", "--ignore
 
 def test_serve_command_writes_vllms_fields(model, tmp_path, capsys):
     flags = ("--request-rate", "200", "--goodput", "e2el:60000", "--num-warmups", "2")
+    flags += ("--temperature", "0.5", "--top-k", "9")
     saving = ("--save-result", "--save-detailed", "--result-dir", tmp_path, "--label", "tiny")
     more = ("--metadata", "host=here", "--percentile-metrics", "ttft,e2el")
     percentiles = ("--metric-percentiles", "50,95")
@@ -147,6 +152,8 @@ def test_serve_command_writes_vllms_fields(model, tmp_path, capsys):
             assert run[f"{statistic}_{metric}_ms"] >= 0
     assert run["median_ttft_ms"] <= run["median_e2el_ms"]
     assert run["traffic"] == "8x5"
+    assert (run["temperature"], run["top_k"], run["top_p"]) == (0.5, 9, 1.0)
+    assert run["ignore_eos"]
 
 
 def test_serve_runs_every_rate(model, tmp_path, capsys):
@@ -183,6 +190,7 @@ def test_a_duration_gives_each_rate_its_number_of_requests(model, tmp_path):
         ),
         (("--request-rate", "0"), "request rate 0.0 and burstiness 1.0 must be above 0"),
         (("--burstiness", "-1"), "burstiness -1.0 must be above 0"),
+        (("--top-p", "2"), "top_p"),
         (("--max-concurrency", "0"), "--max-concurrency 0 must be at least 1"),
         (("--goodput", "ttft"), "--goodput ttft must be METRIC:MILLISECONDS"),
         (("--goodput", "speed:5"), "--goodput has 'speed'; there are ttft, tpot, itl, e2el"),

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nanoflow.bench.serve_run import arrival_times, serve
 from nanoflow.bench.workload import Target, Workload, add_workload_arguments, make_workload
 
 BACKEND = "nanoflow"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-concurrency", type=int, help="requests on their way at once (default: any number)")
     add("--ignore-eos", action="store_true", help="generate all tokens, whatever is sampled")
-    add("--temperature", type=float, default=0.0, help="(default: 0.0, greedy)")
+    for name in SAMPLING:
+        kind = int if name == "top_k" else float
+        add(f"--{name.replace('_', '-')}", type=kind, help="(default: the model's own, or none)")
     add(
         "--slo-ms",
         type=float,
@@ -134,12 +138,15 @@ async def _measure_rates(
     tokenizer = None if llm.args.skip_tokenizer_init else await llm.get_tokenizer()
     target = Target(llm.limits.max_model_len, llm.model_config.vocab_size, tokenizer)
     rng = np.random.default_rng(llm.args.seed)
-    how = {
-        "temperature": options.temperature,
-        "ignore_eos": options.ignore_eos,
-        "seed": llm.args.seed,
-        "max_concurrency": options.max_concurrency,
-    }
+    values = {name: getattr(options, name) for name in SAMPLING}
+    chosen = {name: value for name, value in values.items() if value is not None}
+    params = replace(
+        llm.get_default_sampling_params(),
+        seed=llm.args.seed,
+        ignore_eos=options.ignore_eos,
+        **chosen,
+    )
+    how = {"params": params, "max_concurrency": options.max_concurrency}
     if options.num_warmups > 0:
         few = workload.draw(options.num_warmups, target, rng)
         await serve(llm, few, [0.0] * len(few), **how)
@@ -154,7 +161,9 @@ async def _measure_rates(
         found = serve_metrics.summary(
             served, duration, percentiles=percentiles, goodput=goodput, slo_ms=options.slo_ms
         )
-        runs.append((_identity(llm, workload, options, rate, len(requests)) | found, served))
+        sampling = {name: getattr(params, name) for name in (*SAMPLING, "ignore_eos")}
+        identity = _identity(llm, workload, options, rate, len(requests))
+        runs.append((identity | sampling | found, served))
     return runs
 
 
@@ -185,8 +194,6 @@ def _identity(
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
         "traffic": workload.name,
-        "temperature": options.temperature,
-        "ignore_eos": options.ignore_eos,
         "warm_up": f"{options.num_warmups} requests at once, not counted",
         **circumstances,
     }

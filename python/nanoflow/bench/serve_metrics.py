@@ -136,6 +136,8 @@ def lines(found: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequenc
     rows = [
         ("Successful requests:", found["completed"]),
         ("Failed requests:", found["failed"]),
+        ("Maximum request concurrency:", found.get("max_concurrency")),
+        ("Request rate configured (RPS):", found.get("request_rate")),
         ("Benchmark duration (s):", found["duration"]),
         ("Total input tokens:", found["total_input_tokens"]),
         ("Total generated tokens:", found["total_output_tokens"]),
@@ -172,7 +174,7 @@ def _metric_rows(
     ]
 
 
-def _row(name: str, value: float | None) -> str:
+def _row(name: str, value: float | str | None) -> str:
     if value is None:
         return ""
     number = f"{value:<10.2f}" if isinstance(value, float) else f"{value:<10}"

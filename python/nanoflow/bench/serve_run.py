@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -38,13 +39,12 @@ async def serve(
     requests: Sequence[Request],
     arrivals: Sequence[float],
     *,
-    temperature: float,
-    ignore_eos: bool,
-    seed: int,
+    params: SamplingParams,
     max_concurrency: int | None = None,
 ) -> tuple[list[Served], float]:
     """What each client saw, and the seconds until the last had its end.
 
+    `params` but for the seed and the number of tokens, which are each request's own.
     With `max_concurrency`, requests wait their turn before they are sent, and their clocks start
     when they are. Otherwise they start at the arrival, whatever keeps this process busy then.
     Raises EngineError when the engine fails; a request that cannot be run fails alone.
@@ -57,16 +57,15 @@ async def serve(
         async with gate or contextlib.nullcontext():
             start = arrivals[index] if gate is None else perf_counter() - begin
             one = Served(len(requests[index].prompt_token_ids), start)
-            params = SamplingParams(
-                temperature=temperature,
-                seed=seed + index,
+            own = replace(
+                params,
+                seed=(params.seed or 0) + index,
                 max_tokens=requests[index].output_len,
-                ignore_eos=ignore_eos,
                 output_kind=RequestOutputKind.DELTA,
             )
             prompt = {"prompt_token_ids": requests[index].prompt_token_ids}
             try:
-                async for output in llm.generate(prompt, params, f"serve-{index}"):
+                async for output in llm.generate(prompt, own, f"serve-{index}"):
                     completion = output.outputs[0]
                     if completion.token_ids:
                         one.news.append((perf_counter() - begin, len(completion.token_ids)))
