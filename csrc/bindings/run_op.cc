@@ -204,6 +204,31 @@ Op make_logprobs(Operands& a) {
                   .ranks = a.out("ranks")};
 }
 
+Op make_route_experts(Operands& a) {
+  return RouteExperts{.logits = a.in("logits"),
+                      .experts = a.out("experts"),
+                      .weights = a.out("weights"),
+                      .renormalize = a.scalar<bool>("renormalize")};
+}
+
+Op make_sort_by_expert(Operands& a) {
+  return SortByExpert{.experts = a.in("experts"),
+                      .offsets = a.out("offsets"),
+                      .sources = a.out("sources"),
+                      .places = a.out("places")};
+}
+
+template <typename Grouped>
+Op make_grouped(Operands& a) {
+  return Grouped{
+      .x = a.in("x"), .weight = a.in("weight"), .offsets = a.in("offsets"), .out = a.out("out")};
+}
+
+Op make_combine_experts(Operands& a) {
+  return CombineExperts{
+      .x = a.in("x"), .places = a.in("places"), .weights = a.in("weights"), .out = a.out("out")};
+}
+
 constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Embed::kName, make_embed},
     {RmsNorm::kName, make_rms_norm},
@@ -219,6 +244,11 @@ constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {MaskLogits::kName, make_mask_logits},
     {RecordSamples::kName, make_record_samples},
     {Logprobs::kName, make_logprobs},
+    {RouteExperts::kName, make_route_experts},
+    {SortByExpert::kName, make_sort_by_expert},
+    {GroupedGemm::kName, make_grouped<GroupedGemm>},
+    {GroupedGemmSiluMul::kName, make_grouped<GroupedGemmSiluMul>},
+    {CombineExperts::kName, make_combine_experts},
 };
 
 Op make_op(const std::string& name, const py::kwargs& values, Mirror* mirror) {

@@ -31,6 +31,11 @@ class Kernels {
   virtual void run(const MaskLogits& op, Lane& lane) = 0;
   virtual void run(const RecordSamples& op, Lane& lane) = 0;
   virtual void run(const Logprobs& op, Lane& lane) = 0;
+  virtual void run(const RouteExperts& op, Lane& lane) = 0;
+  virtual void run(const SortByExpert& op, Lane& lane) = 0;
+  virtual void run(const GroupedGemm& op, Lane& lane) = 0;
+  virtual void run(const GroupedGemmSiluMul& op, Lane& lane) = 0;
+  virtual void run(const CombineExperts& op, Lane& lane) = 0;
 };
 
 }  // namespace nanoflow

@@ -76,6 +76,23 @@ Regions RecordSamples::writes() const { return {memory(history)}; }
 Regions Logprobs::reads() const { return {memory(logits), memory(sampled)}; }
 Regions Logprobs::writes() const { return {memory(top), memory(logprobs), memory(ranks)}; }
 
+Regions RouteExperts::reads() const { return {memory(logits)}; }
+Regions RouteExperts::writes() const { return {memory(experts), memory(weights)}; }
+
+Regions SortByExpert::reads() const { return {memory(experts)}; }
+Regions SortByExpert::writes() const { return {memory(offsets), memory(sources), memory(places)}; }
+
+Regions GroupedGemm::reads() const { return {memory(x), memory(weight), memory(offsets)}; }
+Regions GroupedGemm::writes() const { return {memory(out)}; }
+
+Regions GroupedGemmSiluMul::reads() const { return {memory(x), memory(weight), memory(offsets)}; }
+Regions GroupedGemmSiluMul::writes() const { return {memory(out)}; }
+
+Regions CombineExperts::reads() const {
+  return {memory(x), memory(places), memory(weights), memory(out)};
+}
+Regions CombineExperts::writes() const { return {memory(out)}; }
+
 std::string_view name_of(const Op& op) {
   return std::visit([](const auto& o) { return o.kName; }, op);
 }

@@ -8,7 +8,8 @@
 #include "core/tensor.h"
 
 // One struct per operation. Dims: T rows (tokens), R requests, S sampled rows, H hidden, I
-// intermediate, V vocabulary, Hq/Hkv query and KV heads, D head dim, P pages, N/K GEMM dims.
+// intermediate, V vocabulary, Hq/Hkv query and KV heads, D head dim, P pages, N/K GEMM dims, E
+// experts, A of them active for a row.
 // Step tables (tokens, positions, page table, sampling parameters) are written before a step's
 // first op and constant while it runs, so ops do not list them among their reads.
 
@@ -279,9 +280,74 @@ struct Logprobs {
   Regions writes() const;
 };
 
+/// Chooses the A likeliest experts of each row by softmax(logits), the likeliest first and the
+/// lower one first where two tie. With `renormalize` their probabilities are divided by their sum.
+/// A row that is not finite gets experts like any other, and weights of NaN.
+struct RouteExperts {
+  Tensor logits;   // [T, E] float32
+  Tensor experts;  // [T, A] int32
+  Tensor weights;  // [T, A] float32
+  bool renormalize;
+
+  static constexpr std::string_view kName = "route_experts";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// Gives every pair of a row and one of its experts a place, in order of experts, then of rows.
+struct SortByExpert {
+  Tensor experts;  // [T, A] int32, those of a row distinct
+  Tensor offsets;  // [E + 1] int32: the places of expert e begin at offsets[e], those of all end at
+                   // offsets[E]
+  Tensor sources;  // [T * A] int32: the row of each place
+  Tensor places;   // [T, A] int32: the place of each pair
+
+  static constexpr std::string_view kName = "sort_by_expert";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// A Gemm for each expert: out = x · weight[e]ᵀ for the rows [offsets[e], offsets[e + 1]).
+struct GroupedGemm {
+  Tensor x;        // [S, K]
+  Tensor weight;   // [E, N, K], rows contiguous
+  Tensor offsets;  // [E + 1] int32, from 0 to S
+  Tensor out;      // [S, N] of x's dtype
+
+  static constexpr std::string_view kName = "grouped_gemm";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// A GemmSiluMul for each expert.
+struct GroupedGemmSiluMul {
+  Tensor x;        // [S, K]
+  Tensor weight;   // [E, 2 I, K], each expert's as in GemmSiluMul
+  Tensor offsets;  // [E + 1] int32, from 0 to S
+  Tensor out;      // [S, I] of x's dtype
+
+  static constexpr std::string_view kName = "grouped_gemm_silu_mul";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// out[t] += weights[t][0] * x[places[t][0]] + weights[t][1] * x[places[t][1]] + ..., added up in
+/// this order in float and rounded once.
+struct CombineExperts {
+  Tensor x;        // [S, H]
+  Tensor places;   // [T, A] int32
+  Tensor weights;  // [T, A] float32
+  Tensor out;      // [T, H] of x's dtype
+
+  static constexpr std::string_view kName = "combine_experts";
+  Regions reads() const;
+  Regions writes() const;
+};
+
 using Op = std::variant<Embed, RmsNorm, Gemm, GemmSiluMul, RopeAppend, PlanAttention, Attention,
                         GatherRows, Sample, FillNormal, Penalize, AddBias, MaskLogits,
-                        RecordSamples, Logprobs>;
+                        RecordSamples, Logprobs, RouteExperts, SortByExpert, GroupedGemm,
+                        GroupedGemmSiluMul, CombineExperts>;
 
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);

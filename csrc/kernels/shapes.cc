@@ -161,4 +161,62 @@ void check_shapes(const Logprobs& op) {
            Logprobs::kMaxTop, " likeliest tokens");
 }
 
+void check_shapes(const RouteExperts& op) {
+  ShapeMatcher match(RouteExperts::kName);
+  match("logits", op.logits, {"T", "E"}).dtype(DType::kF32).contiguous_rows();
+  match("experts", op.experts, {"T", "A"}).dtype(DType::kI32).contiguous_rows();
+  match("weights", op.weights, {"T", "A"}).dtype(DType::kF32).contiguous_rows();
+  NF_CHECK(match["A"] >= 1 && match["A"] <= match["E"], "route_experts: experts is ", op.experts,
+           " but a row has 1 to ", match["E"], " experts");
+}
+
+void check_shapes(const SortByExpert& op) {
+  ShapeMatcher match(SortByExpert::kName);
+  match("experts", op.experts, {"T", "A"}).dtype(DType::kI32).contiguous_rows();
+  match("offsets", op.offsets, {"E + 1"}).dtype(DType::kI32).contiguous_rows();
+  match("sources", op.sources, {"T * A"}).dtype(DType::kI32).contiguous_rows();
+  match("places", op.places, {"T", "A"}).dtype(DType::kI32).contiguous_rows();
+  NF_CHECK(op.experts.is_contiguous() && op.places.is_contiguous(),
+           "sort_by_expert: there are gaps between the rows of experts ", op.experts, " or places ",
+           op.places);
+  NF_CHECK(match["T * A"] == match["T"] * match["A"], "sort_by_expert: sources is ", op.sources,
+           " but experts is ", op.experts);
+  NF_CHECK(match["E + 1"] >= 2, "sort_by_expert: offsets is ", op.offsets, ", without an expert");
+}
+
+void check_shapes(const GroupedGemm& op) {
+  const DType dtype = op.x.dtype();
+  ShapeMatcher match(GroupedGemm::kName);
+  match("x", op.x, {"S", "K"}).contiguous_rows();
+  match("weight", op.weight, {"E", "N", "K"}).dtype(dtype).contiguous_rows();
+  match("offsets", op.offsets, {"E + 1"}).dtype(DType::kI32).contiguous_rows();
+  match("out", op.out, {"S", "N"}).dtype(dtype).contiguous_rows();
+  NF_CHECK(match["E + 1"] == match["E"] + 1, "grouped_gemm: offsets is ", op.offsets,
+           " for weight ", op.weight);
+  NF_CHECK(match["K"] > 0, "grouped_gemm: x is ", op.x, ", without a column");
+}
+
+void check_shapes(const GroupedGemmSiluMul& op) {
+  const DType dtype = op.x.dtype();
+  ShapeMatcher match(GroupedGemmSiluMul::kName);
+  match("x", op.x, {"S", "K"}).contiguous_rows();
+  match("weight", op.weight, {"E", "2 I", "K"}).dtype(dtype).contiguous_rows();
+  match("offsets", op.offsets, {"E + 1"}).dtype(DType::kI32).contiguous_rows();
+  match("out", op.out, {"S", "I"}).dtype(dtype).contiguous_rows();
+  NF_CHECK(match["E + 1"] == match["E"] + 1, "grouped_gemm_silu_mul: offsets is ", op.offsets,
+           " for weight ", op.weight);
+  NF_CHECK(match["2 I"] == 2 * match["I"] && match["I"] % GemmSiluMul::kGroup == 0,
+           "grouped_gemm_silu_mul: weight is ", op.weight, " but needs twice the columns of out, ",
+           op.out, ", which must be a multiple of ", GemmSiluMul::kGroup);
+  NF_CHECK(match["K"] > 0, "grouped_gemm_silu_mul: x is ", op.x, ", without a column");
+}
+
+void check_shapes(const CombineExperts& op) {
+  ShapeMatcher match(CombineExperts::kName);
+  match("x", op.x, {"S", "H"}).contiguous_rows();
+  match("places", op.places, {"T", "A"}).dtype(DType::kI32).contiguous_rows();
+  match("weights", op.weights, {"T", "A"}).dtype(DType::kF32).contiguous_rows();
+  match("out", op.out, {"T", "H"}).dtype(op.x.dtype()).contiguous_rows();
+}
+
 }  // namespace nanoflow

@@ -19,5 +19,10 @@ void check_shapes(const AddBias& op);
 void check_shapes(const MaskLogits& op);
 void check_shapes(const RecordSamples& op);
 void check_shapes(const Logprobs& op);
+void check_shapes(const RouteExperts& op);
+void check_shapes(const SortByExpert& op);
+void check_shapes(const GroupedGemm& op);
+void check_shapes(const GroupedGemmSiluMul& op);
+void check_shapes(const CombineExperts& op);
 
 }  // namespace nanoflow

@@ -15,6 +15,8 @@ int64_t rows_of(const Op& op) {
           return o.out.size(0);
         } else if constexpr (requires { o.logits; }) {
           return o.logits.size(0);
+        } else if constexpr (requires { o.experts; }) {
+          return o.experts.size(0);
         } else {
           return 0;  // works on tables alone
         }

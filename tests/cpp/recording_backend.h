@@ -81,6 +81,11 @@ class RecordingBackend : public Backend {
     void run(const MaskLogits& op, Lane& lane) override { add(op, lane); }
     void run(const RecordSamples& op, Lane& lane) override { add(op, lane); }
     void run(const Logprobs& op, Lane& lane) override { add(op, lane); }
+    void run(const RouteExperts& op, Lane& lane) override { add(op, lane); }
+    void run(const SortByExpert& op, Lane& lane) override { add(op, lane); }
+    void run(const GroupedGemm& op, Lane& lane) override { add(op, lane); }
+    void run(const GroupedGemmSiluMul& op, Lane& lane) override { add(op, lane); }
+    void run(const CombineExperts& op, Lane& lane) override { add(op, lane); }
     void add(const auto& op, Lane& lane) { backend.note(lane, std::string(op.kName)); }
     RecordingBackend& backend;
   };

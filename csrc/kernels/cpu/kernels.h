@@ -33,6 +33,11 @@ class CpuKernels : public Kernels {
   void run(const MaskLogits& op, Lane& lane) override;
   void run(const RecordSamples& op, Lane& lane) override;
   void run(const Logprobs& op, Lane& lane) override;
+  void run(const RouteExperts& op, Lane& lane) override;
+  void run(const SortByExpert& op, Lane& lane) override;
+  void run(const GroupedGemm& op, Lane& lane) override;
+  void run(const GroupedGemmSiluMul& op, Lane& lane) override;
+  void run(const CombineExperts& op, Lane& lane) override;
 
  private:
   Isa isa_;

@@ -65,9 +65,18 @@ Worker::Range Worker::share(int64_t count, int64_t grain) const {
           std::min(count, grains * (index_ + 1) / width_ * grain)};
 }
 
-int64_t Worker::claim() const { return team_.claim(); }
+int64_t Worker::claim() const {
+  return claims_ == nullptr ? team_.claim() : claims_->fetch_add(1, std::memory_order_relaxed);
+}
 
-std::byte* Worker::scratch() const { return team_.scratch(); }
+std::byte* Worker::scratch() const { return team_.scratch() + scratch_begin_; }
+
+Worker Worker::part(std::atomic<int64_t>& claims, size_t scratch_begin) const {
+  Worker part = *this;
+  part.claims_ = &claims;
+  part.scratch_begin_ = scratch_begin_ + scratch_begin;
+  return part;
+}
 
 CpuLane::CpuLane(int width) : team_(std::make_unique<Team>(width)) {}
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -15,6 +16,9 @@ class Team;
 class Worker {
  public:
   Worker(int index, int width, Team& team) : index_(index), width_(width), team_(team) {}
+  /// The same thread in a part of the task that has its own claims, counted from zero in `claims`,
+  /// and the scratch from byte `scratch_begin` on.
+  Worker part(std::atomic<int64_t>& claims, size_t scratch_begin) const;
 
   int index() const { return index_; }  // 0 .. width() - 1
   int width() const { return width_; }
@@ -36,6 +40,8 @@ class Worker {
  private:
   int index_, width_;
   Team& team_;
+  std::atomic<int64_t>* claims_ = nullptr;  // null: the task's own
+  size_t scratch_begin_ = 0;
 };
 
 /// A lane of threads: a FIFO of tasks, each run by all of its threads at once.

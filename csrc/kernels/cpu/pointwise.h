@@ -11,6 +11,10 @@ struct PointwiseLoops {
   void (*rms_norm)(const void* x, const void* weight, void* out, int64_t H, float eps);
   /// Rotates heads of 2 * half elements by half cosines, then half sines.
   void (*rotate)(void* heads, int64_t count, const float* cos_sin, int64_t half);
+  /// out += weights[0] * x[rows[0]] + ... over `count` of the rows of x, which are x_stride
+  /// elements apart.
+  void (*add_weighted)(const void* x, int64_t x_stride, const int32_t* rows, const float* weights,
+                       int64_t count, void* out, int64_t H);
 };
 
 }  // namespace nanoflow::cpu

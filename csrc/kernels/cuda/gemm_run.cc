@@ -1,5 +1,6 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm_sm90.h"
+#include "kernels/cuda/grouped_gemm_sm90.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/shapes.h"
 
@@ -18,20 +19,21 @@ void check_alignment(std::string_view op, std::string_view name, const Tensor& t
            "; the GPU needs both to be multiples of ", kTmaAlign);
 }
 
+/// `weight` [N, K]: the op's, or that of its first expert.
 template <typename Op>
-GemmArguments arguments_of(const Op& op, const CudaLane& lane) {
+GemmArguments arguments_of(const Op& op, const Tensor& weight, const CudaLane& lane) {
   check_alignment(Op::kName, "x", op.x);
-  check_alignment(Op::kName, "weight", op.weight);
+  check_alignment(Op::kName, "weight", weight);
   check_alignment(Op::kName, "out", op.out);
   return {.x = op.x.bytes(),
-          .weight = op.weight.bytes(),
+          .weight = weight.bytes(),
           .bias = nullptr,
           .out = op.out.bytes(),
           .shape = {.rows = static_cast<int>(op.x.size(0)),
-                    .features = static_cast<int>(op.weight.size(0)),
+                    .features = static_cast<int>(weight.size(0)),
                     .depth = static_cast<int>(op.x.size(1))},
           .x_stride = op.x.stride(0),
-          .weight_stride = op.weight.stride(0),
+          .weight_stride = weight.stride(0),
           .out_stride = op.out.stride(0),
           .accumulate = false,
           .sms = lane.width(),
@@ -49,11 +51,27 @@ void launch(std::string_view op, const GemmArguments& arguments, const GemmType&
   launcher(arguments);
 }
 
+template <typename Op>
+void launch_grouped(const Op& op, GroupedGemmLauncher bf16, GroupedGemmLauncher f16, Lane& lane) {
+  check_shapes(op);
+  check_alignment(Op::kName, "weight", op.weight);
+  const GroupedGemmArguments arguments{
+      .all = arguments_of(op, op.weight.select(0, 0), cuda_lane(lane)),
+      .offsets = op.offsets.template data<int32_t>(),
+      .experts = static_cast<int>(op.weight.size(0)),
+      .expert_stride = op.weight.stride(0)};
+  const DType dtype = op.x.dtype();
+  NF_CHECK(dtype == DType::kBF16 || dtype == DType::kF16, Op::kName, ": no GPU kernel multiplies ",
+           dtype, "; use bfloat16 or float16");
+  if (arguments.all.shape.rows == 0) return;
+  (dtype == DType::kBF16 ? bf16 : f16)(arguments);
+}
+
 }  // namespace
 
 void CudaKernels::run(const Gemm& op, Lane& lane) {
   check_shapes(op);
-  GemmArguments arguments = arguments_of(op, cuda_lane(lane));
+  GemmArguments arguments = arguments_of(op, op.weight, cuda_lane(lane));
   if (op.bias) check_alignment(Gemm::kName, "bias", op.bias);
   arguments.bias = op.bias.bytes();
   arguments.accumulate = op.accumulate;
@@ -62,8 +80,16 @@ void CudaKernels::run(const Gemm& op, Lane& lane) {
 
 void CudaKernels::run(const GemmSiluMul& op, Lane& lane) {
   check_shapes(op);
-  launch(GemmSiluMul::kName, arguments_of(op, cuda_lane(lane)),
+  launch(GemmSiluMul::kName, arguments_of(op, op.weight, cuda_lane(lane)),
          {.x = op.x.dtype(), .out = op.out.dtype(), .is_silu_mul = true});
+}
+
+void CudaKernels::run(const GroupedGemm& op, Lane& lane) {
+  launch_grouped(op, grouped_gemm_bf16, grouped_gemm_f16, lane);
+}
+
+void CudaKernels::run(const GroupedGemmSiluMul& op, Lane& lane) {
+  launch_grouped(op, grouped_gemm_bf16_silu_mul, grouped_gemm_f16_silu_mul, lane);
 }
 
 }  // namespace nanoflow::cuda

@@ -34,41 +34,72 @@ using Alone = cute::Shape<cute::_1, cute::_1, cute::_1>;
 using PairOfRows = cute::Shape<cute::_2, cute::_1, cute::_1>;     // the same features
 using PairOfColumns = cute::Shape<cute::_1, cute::_2, cute::_1>;  // the same tokens
 
+/// What a kernel's tiles are multiplied with.
 template <class X, class Out, int kTileM, int kTileN, int kTileK, class Cluster, class Policy,
-          Rows kRows = Rows::kTokens, Combine kCombine = Combine::kStore>
-struct GemmSm90 {
+          Rows kRows>
+struct GemmParts {
   static constexpr bool kTransposed = kRows == Rows::kFeatures;
   using KMajorA = cutlass::layout::RowMajor;
   using KMajorB = cutlass::layout::ColumnMajor;
-  using OutLayout =
-      std::conditional_t<kTransposed, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
+  using OutStride = cutlass::gemm::TagToStrideC_t<
+      std::conditional_t<kTransposed, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>>;
   using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
   static constexpr int kAlign = 16 / sizeof(X);
+  using EpilogueStorage =
+      typename GemmEpilogue<Out, OutStride, kRows, Combine::kStore>::SharedStorage;
 
-  using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
-      GemmEpilogue<Out, cutlass::gemm::TagToStrideC_t<OutLayout>, kRows, kCombine>>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, X, KMajorA, kAlign, X, KMajorB, kAlign,
       float, Tile, Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-          sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(EpilogueStorage))>,
       typename Policy::Mainloop>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Epilogue, typename Policy::Scheduler>;
+};
+
+/// Of a matrix whose rows are contiguous, and of matrices that lie behind each other.
+template <class Stride>
+Stride stride_of(int64_t row_stride, int64_t matrix_stride = 0) {
+  Stride stride{};  // one of its first two modes is the static 1 of the contiguous dimension
+  if constexpr (cute::is_static_v<cute::tuple_element_t<0, Stride>>) {
+    cute::get<1>(stride) = row_stride;
+  } else {
+    cute::get<0>(stride) = row_stride;
+  }
+  cute::get<2>(stride) = matrix_stride;
+  return stride;
+}
+
+inline void check(cutlass::Status status, const GemmArguments& a, const char* what) {
+  NF_CHECK(status == cutlass::Status::kSuccess, "gemm: cannot ", what, " for T=", a.shape.rows,
+           " N=", a.shape.features, " K=", a.shape.depth, " on ", a.sms,
+           " SMs: ", cutlass::cutlassGetStatusString(status));
+}
+
+/// Enqueues a kernel; `a` is what its arguments were made from.
+template <class Device>
+void launch_device(const typename Device::Arguments& arguments, const GemmArguments& a) {
+  check(Device::can_implement(arguments), a, "use this kernel");
+  const size_t needed = Device::get_workspace_size(arguments);
+  NF_CHECK(needed <= a.workspace_bytes, "gemm: T=", a.shape.rows, " N=", a.shape.features,
+           " K=", a.shape.depth, " needs ", needed, " bytes of workspace, the lane has ",
+           a.workspace_bytes);
+  Device device;
+  check(device.initialize(arguments, a.workspace, a.stream), a, "prepare the kernel");
+  check(device.run(a.stream), a, "launch the kernel");
+}
+
+template <class X, class Out, int kTileM, int kTileN, int kTileK, class Cluster, class Policy,
+          Rows kRows = Rows::kTokens, Combine kCombine = Combine::kStore>
+struct GemmSm90 {
+  using Parts = GemmParts<X, Out, kTileM, kTileN, kTileK, Cluster, Policy, kRows>;
+  using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
+      GemmEpilogue<Out, typename Parts::OutStride, kRows, kCombine>>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>,
+                                                      typename Parts::Mainloop, Epilogue,
+                                                      typename Policy::Scheduler>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  template <class Stride>
-  static Stride stride_of(int64_t row_stride) {
-    Stride stride{};  // one of its first two modes is the static 1 of the contiguous dimension
-    if constexpr (cute::is_static_v<cute::tuple_element_t<0, Stride>>) {
-      cute::get<1>(stride) = row_stride;
-    } else {
-      cute::get<0>(stride) = row_stride;
-    }
-    return stride;
-  }
-
   static typename Device::Arguments arguments_of(const GemmArguments& a) {
+    constexpr bool kTransposed = Parts::kTransposed;
     cutlass::KernelHardwareInfo hardware;
     hardware.device_id = 0;  // of the current context; with sm_count given, nothing asks for it
     hardware.sm_count = a.sms;
@@ -95,23 +126,7 @@ struct GemmSm90 {
     return arguments;
   }
 
-  static void check(cutlass::Status status, const GemmArguments& a, const char* what) {
-    NF_CHECK(status == cutlass::Status::kSuccess, "gemm: cannot ", what, " for T=", a.shape.rows,
-             " N=", a.shape.features, " K=", a.shape.depth, " on ", a.sms,
-             " SMs: ", cutlass::cutlassGetStatusString(status));
-  }
-
-  static void launch(const GemmArguments& a) {
-    const typename Device::Arguments arguments = arguments_of(a);
-    check(Device::can_implement(arguments), a, "use this kernel");
-    const size_t needed = Device::get_workspace_size(arguments);
-    NF_CHECK(needed <= a.workspace_bytes, "gemm: T=", a.shape.rows, " N=", a.shape.features,
-             " K=", a.shape.depth, " needs ", needed, " bytes of workspace, the lane has ",
-             a.workspace_bytes);
-    Device device;
-    check(device.initialize(arguments, a.workspace, a.stream), a, "prepare the kernel");
-    check(device.run(a.stream), a, "launch the kernel");
-  }
+  static void launch(const GemmArguments& a) { launch_device<Device>(arguments_of(a), a); }
 };
 
 }  // namespace nanoflow::cuda

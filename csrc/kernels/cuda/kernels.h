@@ -28,6 +28,11 @@ class CudaKernels : public Kernels {
   void run(const MaskLogits& op, Lane& lane) override;
   void run(const RecordSamples& op, Lane& lane) override;
   void run(const Logprobs& op, Lane& lane) override;
+  void run(const RouteExperts& op, Lane& lane) override;
+  void run(const SortByExpert& op, Lane& lane) override;
+  void run(const GroupedGemm& op, Lane& lane) override;
+  void run(const GroupedGemmSiluMul& op, Lane& lane) override;
+  void run(const CombineExperts& op, Lane& lane) override;
 
  private:
   DeviceInfo device_;
