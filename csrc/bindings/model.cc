@@ -20,9 +20,9 @@ void register_spec(py::module_& m) {
       .def(py::init([](int vocab_size, int hidden_size, int intermediate_size, int num_layers,
                        int num_heads, int num_kv_heads, int head_dim,
                        std::vector<float> rope_inv_freq, float rms_norm_eps,
-                       bool tie_word_embeddings, bool qkv_bias, bool qk_norm,
-                       float rope_attention_factor, std::vector<int> layer_windows,
-                       const std::string& dtype) {
+                       bool tie_word_embeddings, bool qkv_bias, bool qk_norm, int num_experts,
+                       int experts_per_token, bool norm_topk_prob, float rope_attention_factor,
+                       std::vector<int> layer_windows, const std::string& dtype) {
              ModelSpec spec{.vocab_size = vocab_size,
                             .hidden_size = hidden_size,
                             .intermediate_size = intermediate_size,
@@ -34,6 +34,9 @@ void register_spec(py::module_& m) {
                             .tie_word_embeddings = tie_word_embeddings,
                             .qkv_bias = qkv_bias,
                             .qk_norm = qk_norm,
+                            .num_experts = num_experts,
+                            .experts_per_token = experts_per_token,
+                            .norm_topk_prob = norm_topk_prob,
                             .dtype = parse_dtype(dtype),
                             .rope_inv_freq = std::move(rope_inv_freq),
                             .rope_attention_factor = rope_attention_factor,
@@ -45,7 +48,8 @@ void register_spec(py::module_& m) {
            py::arg("intermediate_size"), py::arg("num_layers"), py::arg("num_heads"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("rope_inv_freq"),
            py::arg("rms_norm_eps") = 1e-5f, py::arg("tie_word_embeddings") = false,
-           py::arg("qkv_bias") = false, py::arg("qk_norm") = false,
+           py::arg("qkv_bias") = false, py::arg("qk_norm") = false, py::arg("num_experts") = 0,
+           py::arg("experts_per_token") = 0, py::arg("norm_topk_prob") = false,
            py::arg("rope_attention_factor") = 1.0f, py::arg("layer_windows") = std::vector<int>(),
            py::arg("dtype") = "bfloat16")
       .def_readonly("vocab_size", &ModelSpec::vocab_size)
@@ -62,6 +66,9 @@ void register_spec(py::module_& m) {
       .def_readonly("tie_word_embeddings", &ModelSpec::tie_word_embeddings)
       .def_readonly("qkv_bias", &ModelSpec::qkv_bias)
       .def_readonly("qk_norm", &ModelSpec::qk_norm)
+      .def_readonly("num_experts", &ModelSpec::num_experts)
+      .def_readonly("experts_per_token", &ModelSpec::experts_per_token)
+      .def_readonly("norm_topk_prob", &ModelSpec::norm_topk_prob)
       .def_property_readonly(
           "dtype", [](const ModelSpec& spec) { return std::string(to_string(spec.dtype)); })
       .def_property_readonly("kv_bytes_per_token", &ModelSpec::kv_bytes_per_token);

@@ -119,6 +119,7 @@ std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {
 }
 
 std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
+  if (spec().has_experts()) return emit_experts(layer, range);
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
   return {
@@ -131,6 +132,40 @@ std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
            .weight = w.down,
            .out = rows(b.residual, range),
            .accumulate = true}};
+}
+
+std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
+  const DecoderBuffers& b = buffers_;
+  const ExpertBuffers& e = b.experts;
+  const Weights::Layer w = weights_->layer(layer);
+  const auto pairs = [&](const Tensor& tensor) {
+    const int64_t active = spec().experts_per_token;
+    return tensor.slice_rows(range.row_begin * active, range.row_end * active);
+  };
+  const Tensor offsets = e.offsets.select(0, range.segment_begin);
+  return {
+      RmsNorm{.x = rows(b.residual, range),
+              .out = rows(b.normed, range),
+              .weight = w.post_norm,
+              .eps = spec().rms_norm_eps},
+      Gemm{.x = rows(b.normed, range), .weight = w.router, .out = rows(e.logits, range)},
+      RouteExperts{.logits = rows(e.logits, range),
+                   .experts = rows(e.chosen, range),
+                   .weights = rows(e.weights, range),
+                   .renormalize = spec().norm_topk_prob},
+      SortByExpert{.experts = rows(e.chosen, range),
+                   .offsets = offsets,
+                   .sources = pairs(e.sources),
+                   .places = rows(e.places, range)},
+      GatherRows{.x = rows(b.normed, range), .index = pairs(e.sources), .out = pairs(e.values)},
+      GroupedGemmSiluMul{
+          .x = pairs(e.values), .weight = w.gate_up, .offsets = offsets, .out = pairs(b.activated)},
+      GroupedGemm{
+          .x = pairs(b.activated), .weight = w.down, .offsets = offsets, .out = pairs(e.values)},
+      CombineExperts{.x = pairs(e.values),
+                     .places = rows(e.places, range),
+                     .weights = rows(e.weights, range),
+                     .out = rows(b.residual, range)}};
 }
 
 std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) const {

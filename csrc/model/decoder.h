@@ -14,7 +14,7 @@ enum class Stage {
   kQkv,        // norm, projection, norms of heads, rope, KV append; the embedding before layer 0
   kAttention,  // paged attention
   kO,          // output projection, added to the residual
-  kMlp,        // norm, gate and up with SiLU, down, added to the residual
+  kMlp,        // norm, gate and up with SiLU, down, added to the residual; or the same of experts
   kHead,       // last norm of the sampled rows, logits, sampling; once a step
 };
 
@@ -39,13 +39,26 @@ struct MaskTables {
   Tensor masks;  // [requests, ceil(V / 32)] int32
 };
 
+/// What the experts of a step work in. A part of the step keeps to what its rows begin, and its
+/// first segment.
+struct ExpertBuffers {
+  Tensor logits;   // [T, E] float32
+  Tensor chosen;   // [T, A] int32
+  Tensor weights;  // [T, A] float32
+  Tensor places;   // [T, A] int32
+  Tensor sources;  // [T * A] int32: rows, counted from the part's first
+  Tensor offsets;  // [segments, E + 1] int32
+  Tensor values;   // [T * A, H] in order of places: what experts read, then what they give
+};
+
 /// The fixed buffers a step works in. T and S are capacities.
 struct DecoderBuffers {
   Tensor residual;                       // [T, H] what o and down add to
   Tensor normed;                         // [T, H] input of a projection
   Tensor qkv;                            // [T, (Hq + 2 Hkv) * D]
   Tensor attention_out;                  // [T, Hq * D]
-  Tensor activated;                      // [T, I]
+  Tensor activated;                      // [T, I], with experts [T * A, I]
+  ExpertBuffers experts;                 // in a model with experts
   Tensor head_residual, head_normed;     // [S, H]
   Tensor logits;                         // [S, V] float32
   Tensor token_pool;                     // [slots] int32
@@ -95,6 +108,7 @@ class Decoder {
   std::vector<Op> emit_attention(int layer, const RowRange& range) const;
   std::vector<Op> emit_o(int layer, const RowRange& range) const;
   std::vector<Op> emit_mlp(int layer, const RowRange& range) const;
+  std::vector<Op> emit_experts(int layer, const RowRange& range) const;
 
   std::shared_ptr<const Weights> weights_;
   DecoderBuffers buffers_;

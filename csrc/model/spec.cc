@@ -34,6 +34,9 @@ void ModelSpec::check() const {
   positive("head_dim", head_dim);
   NF_CHECK(intermediate_size % GemmSiluMul::kGroup == 0, "model spec: intermediate_size ",
            intermediate_size, " is no multiple of ", GemmSiluMul::kGroup);
+  NF_CHECK(num_experts == 0 ? experts_per_token == 0
+                            : experts_per_token >= 1 && experts_per_token <= num_experts,
+           "model spec: experts_per_token is ", experts_per_token, " of ", num_experts, " experts");
   NF_CHECK(num_heads % num_kv_heads == 0, "model spec: num_kv_heads ", num_kv_heads,
            " does not divide num_heads ", num_heads);
   NF_CHECK(head_dim % 2 == 0, "model spec: head_dim ", head_dim, " is odd");

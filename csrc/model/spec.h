@@ -10,7 +10,7 @@ namespace nanoflow {
 struct ModelSpec {
   int vocab_size = 0;         // V
   int hidden_size = 0;        // H
-  int intermediate_size = 0;  // I, a multiple of GemmSiluMul::kGroup
+  int intermediate_size = 0;  // I, a multiple of GemmSiluMul::kGroup; of an expert, if any
   int num_layers = 0;
   int num_heads = 0;     // Hq
   int num_kv_heads = 0;  // Hkv, divides Hq
@@ -19,11 +19,15 @@ struct ModelSpec {
   bool tie_word_embeddings = false;  // the head reuses the embedding table
   bool qkv_bias = false;             // added to q, k and v before the rotation
   bool qk_norm = false;              // each head of q and k is normed before the rotation
+  int num_experts = 0;               // E; 0: one dense MLP
+  int experts_per_token = 0;         // A
+  bool norm_topk_prob = false;       // the weights of a token's experts add up to 1
   DType dtype = DType::kBF16;        // of weights, activations and KV cache
   std::vector<float> rope_inv_freq;  // [D/2] radians per position, scaling already applied
   float rope_attention_factor = 1;   // on cosines and sines
   std::vector<int> layer_windows;    // [layers] keys a row sees at most, 0: all; or empty: all
 
+  bool has_experts() const { return num_experts > 0; }
   int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int window(int layer) const { return layer_windows.empty() ? 0 : layer_windows[layer]; }
   /// The windows that there are, each once, in the order of the layers they come with first.

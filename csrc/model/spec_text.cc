@@ -16,8 +16,8 @@ namespace {
 template <typename Spec, typename Visit>
 void visit_fields(Spec& spec, Visit&& visit) {
   auto& [vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim,
-         rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, dtype, rope_inv_freq,
-         rope_attention_factor, layer_windows] = spec;
+         rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, num_experts, experts_per_token,
+         norm_topk_prob, dtype, rope_inv_freq, rope_attention_factor, layer_windows] = spec;
   visit("vocab_size", vocab_size);
   visit("hidden_size", hidden_size);
   visit("intermediate_size", intermediate_size);
@@ -29,6 +29,9 @@ void visit_fields(Spec& spec, Visit&& visit) {
   visit("tie_word_embeddings", tie_word_embeddings);
   visit("qkv_bias", qkv_bias);
   visit("qk_norm", qk_norm);
+  visit("num_experts", num_experts);
+  visit("experts_per_token", experts_per_token);
+  visit("norm_topk_prob", norm_topk_prob);
   visit("dtype", dtype);
   visit("rope_inv_freq", rope_inv_freq);
   visit("rope_attention_factor", rope_attention_factor);

@@ -35,19 +35,21 @@ Weights::Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend)
 std::vector<Weights::LayerTensor> Weights::layer_tensors(const ModelSpec& spec) {
   const int64_t hidden = spec.hidden_size, inner = spec.intermediate_size;
   const int64_t D = spec.head_dim, heads = spec.num_heads * D, qkv = spec.qkv_size();
+  const int64_t experts = std::max(1, spec.num_experts);
   std::vector<LayerTensor> tensors = {
       {"input_norm", &Layer::input_norm, {hidden}},
       {"qkv", &Layer::qkv, {qkv, hidden}},
       {"o", &Layer::o, {hidden, heads}},
       {"post_norm", &Layer::post_norm, {hidden}},
-      {"gate_up", &Layer::gate_up, {2 * inner, hidden}},
-      {"down", &Layer::down, {hidden, inner}},
+      {"gate_up", &Layer::gate_up, {experts * 2 * inner, hidden}},
+      {"down", &Layer::down, {experts * hidden, inner}},
   };
   if (spec.qkv_bias) tensors.push_back({"qkv_bias", &Layer::qkv_bias, {qkv}});
   if (spec.qk_norm) {
     tensors.push_back({"q_norm", &Layer::q_norm, {D}});
     tensors.push_back({"k_norm", &Layer::k_norm, {D}});
   }
+  if (spec.has_experts()) tensors.push_back({"router", &Layer::router, {experts, hidden}});
   return tensors;
 }
 
@@ -116,10 +118,19 @@ void Weights::finish() {
   NF_CHECK(missing.tellp() == 0, "weights were not loaded: ", missing.str());
 }
 
+Tensor Weights::by_expert(const Tensor& rows) const {
+  const int64_t experts = spec_.num_experts;
+  if (experts == 0) return rows;
+  return Tensor(rows.bytes(), rows.dtype(), rows.device(),
+                {experts, rows.size(0) / experts, rows.size(1)});
+}
+
 Weights::Layer Weights::layer(int index) const {
   int next = first_layer_ + index * static_cast<int>(layer_tensors_.size());
   Layer layer;
   for (const LayerTensor& tensor : layer_tensors_) layer.*tensor.field = arena_.tensor(next++);
+  layer.gate_up = by_expert(layer.gate_up);
+  layer.down = by_expert(layer.down);
   return layer;
 }
 

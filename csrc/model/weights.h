@@ -27,21 +27,24 @@ namespace nanoflow {
 /// | layers.N.qkv_bias   | [(Hq + 2 Hkv) * D]    | where the spec says so                         |
 /// | layers.N.q_norm     | [D]                   | where the spec says so: of each head of q      |
 /// | layers.N.k_norm     | [D]                   | with q_norm: of each head of k                 |
+/// | layers.N.router     | [E, H]                | in a model with experts                        |
 /// | norm                | [H]                   | before the head                                |
 /// | lm_head             | [V, H]                | absent when embeddings are tied                |
+///
+/// With experts gate_up is [E * 2 I, H] and down [E * H, I]: those of one expert after another.
 class Weights {
  public:
   struct Layer {
-    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias, q_norm, k_norm;
+    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias, q_norm, k_norm, router;
   };
 
   Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
 
   /// Copies rows [row_begin, row_begin + rows) of a tensor from host memory, converting between
   /// floating dtypes. `data` holds whole rows, contiguous, and is free once this returns.
-  /// layers.N.gate and layers.N.up, [I, H] each, are names too: their rows go to their groups
-  /// of gate_up. Throws Error on an unknown name, rows outside the tensor, or a byte count that is
-  /// not a multiple of a row.
+  /// layers.N.gate and layers.N.up, [I, H] each ([E * I, H] with experts), are names too: their
+  /// rows go to their groups of gate_up. Throws Error on an unknown name, rows outside the tensor,
+  /// or a byte count that is not a multiple of a row.
   void load(const std::string& name, int64_t row_begin, const void* data, size_t bytes,
             DType dtype);
   /// Fills a tensor with random values on the device: see FillNormal.
@@ -56,7 +59,7 @@ class Weights {
   Tensor embed() const { return arena_.tensor(embed_); }
   Tensor norm() const { return arena_.tensor(norm_); }
   Tensor lm_head() const { return arena_.tensor(lm_head_); }
-  /// What the spec does not ask for is empty.
+  /// What the spec does not ask for is empty. With experts gate_up is [E, 2 I, H], down [E, H, I].
   Layer layer(int index) const;
   /// Names, dtypes and shapes, in order.
   const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
@@ -83,6 +86,8 @@ class Weights {
   static std::vector<LayerTensor> layer_tensors(const ModelSpec& spec);
 
   Place find(const std::string& name) const;
+  /// The rows of all experts as [E, rows of one, columns]; what it is given, in a model without.
+  Tensor by_expert(const Tensor& rows) const;
   Uploader& uploader();
 
   ModelSpec spec_;

@@ -62,7 +62,8 @@ void Workspace::allocate_activations() {
   a.add("normed", dtype, {rows, hidden});
   a.add("qkv", dtype, {rows, spec_.qkv_size()});
   a.add("attention_out", dtype, {rows, static_cast<int64_t>(spec_.num_heads) * spec_.head_dim});
-  a.add("activated", dtype, {rows, spec_.intermediate_size});
+  a.add("activated", dtype, {rows * std::max(1, spec_.experts_per_token), spec_.intermediate_size});
+  if (spec_.has_experts()) describe_experts(rows);
   a.add("head_residual", dtype, {samples, hidden});
   a.add("head_normed", dtype, {samples, hidden});
   a.add("logits", DType::kF32, {samples, spec_.vocab_size});
@@ -88,6 +89,7 @@ void Workspace::allocate_activations() {
   buffers_.qkv = a.tensor("qkv");
   buffers_.attention_out = a.tensor("attention_out");
   buffers_.activated = a.tensor("activated");
+  if (spec_.has_experts()) bind_experts();
   buffers_.head_residual = a.tensor("head_residual");
   buffers_.head_normed = a.tensor("head_normed");
   buffers_.logits = a.tensor("logits");
@@ -101,6 +103,29 @@ void Workspace::allocate_activations() {
   buffers_.logprobs = a.tensor("logprobs");
   buffers_.ranks = a.tensor("ranks");
   buffers_.cos_sin = a.tensor("cos_sin");
+}
+
+void Workspace::describe_experts(int64_t rows) {
+  const int64_t active = spec_.experts_per_token;
+  Arena& a = activations_;
+  a.add("expert_logits", DType::kF32, {rows, spec_.num_experts});
+  a.add("expert_chosen", DType::kI32, {rows, active});
+  a.add("expert_weights", DType::kF32, {rows, active});
+  a.add("expert_places", DType::kI32, {rows, active});
+  a.add("expert_sources", DType::kI32, {rows * active});
+  a.add("expert_offsets", DType::kI32, {kMaxSegments, spec_.num_experts + 1});
+  a.add("expert_values", spec_.dtype, {rows * active, spec_.hidden_size});
+}
+
+void Workspace::bind_experts() {
+  const Arena& a = activations_;
+  buffers_.experts = {.logits = a.tensor("expert_logits"),
+                      .chosen = a.tensor("expert_chosen"),
+                      .weights = a.tensor("expert_weights"),
+                      .places = a.tensor("expert_places"),
+                      .sources = a.tensor("expert_sources"),
+                      .offsets = a.tensor("expert_offsets"),
+                      .values = a.tensor("expert_values")};
 }
 
 void Workspace::allocate_tables() {

@@ -41,6 +41,9 @@ class Workspace {
 
  private:
   void allocate_activations();
+  /// Of a model with experts, before and after the memory is there.
+  void describe_experts(int64_t rows);
+  void bind_experts();
   void allocate_tables();
   void upload_rope_table();
   /// Where a table lives in a staging copy.

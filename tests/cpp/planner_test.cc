@@ -18,9 +18,10 @@ namespace {
 
 /// A decoder of the tiny model on a backend that computes nothing.
 struct Fixture {
-  explicit Fixture(int num_layers = 2)
+  explicit Fixture(int num_layers = 2) : Fixture(tiny_spec(num_layers)) {}
+  explicit Fixture(const ModelSpec& spec)
       : backend(std::make_shared<RecordingBackend>()),
-        weights(random_weights(tiny_spec(num_layers), backend)),
+        weights(random_weights(spec, backend)),
         config{.max_num_batched_tokens = 64,
                .max_num_seqs = 8,
                .max_model_len = 32,
@@ -78,6 +79,28 @@ TEST_CASE("ping-pong waits where data crosses lanes and nowhere else") {
   int waits = 0;
   for (const NanoOp& op : plan.ops) waits += static_cast<int>(op.deps.size());
   CHECK(waits == 2 * 2 * 2);  // layers × nano-batches × (attention after rope, o after attention)
+}
+
+TEST_CASE("experts of a nano-batch wait for nothing of another") {
+  ModelSpec spec = tiny_spec(2);
+  spec.num_experts = 4;
+  spec.experts_per_token = 2;
+  Fixture f(spec);
+  const PlanKey key{.segment_rows = {8, 12}, .samples = 0};
+  const std::vector<EmittedOp> program = emit_program(f.decoder, pingpong(4, 2), key);
+  const std::vector<std::vector<OpId>> hazards = find_hazards(program);
+  int ops = 0;
+  for (size_t i = 0; i < program.size(); ++i) {
+    if (program[i].label.stage != Stage::kMlp) continue;
+    ++ops;
+    for (OpId hazard : hazards[i]) CHECK(program[hazard].label.part == program[i].label.part);
+  }
+  CHECK(ops == 2 * 2 * 8);
+  const Plan plan = build_plan(f.decoder, pingpong(4, 2), key);
+  CHECK(validate(plan, 8).empty());
+  int waits = 0;
+  for (const NanoOp& op : plan.ops) waits += static_cast<int>(op.deps.size());
+  CHECK(waits == 2 * 2 * 2);  // those of attention, as without experts
 }
 
 TEST_CASE("a head on a lane of the whole device is beside no other lane") {
