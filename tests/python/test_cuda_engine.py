@@ -77,7 +77,9 @@ def logits_of(engine: _core.Engine, chunk_rows: int) -> list[Logits]:
 
 
 def error(a: list[Logits], b: list[Logits]) -> float:
-    return float(np.sqrt(np.mean((np.concatenate(a) - np.concatenate(b)) ** 2)))
+    """Of a usual row: one that lies between two experts may go to either, and end elsewhere."""
+    squares = np.mean((np.concatenate(a) - np.concatenate(b)) ** 2, axis=1)
+    return float(np.sqrt(np.median(squares)))
 
 
 def make_engine(

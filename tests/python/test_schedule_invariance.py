@@ -24,6 +24,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("llama"), num_layers=3)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(
+        tmp_path_factory.mktemp("mixtral"), family="Mixtral", num_local_experts=6, num_layers=3
+    )
+
+
 def prompts() -> list[list[int]]:
     rng = np.random.default_rng(3)
     return [rng.integers(0, 100, length).tolist() for length in LENGTHS]
@@ -92,10 +99,14 @@ def schedules(draw: st.DrawFn) -> _core.Schedule:
     jitter_us=st.sampled_from([0, 50]),
     row_granularity=st.sampled_from([1, 4, 16]),
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "is_mixture"), [("float32", False), ("bfloat16", False), ("bfloat16", True)]
+)
 def test_any_schedule_gives_the_same_bits(
     model: Path,
+    mixture: Path,
     dtype: str,
+    is_mixture: bool,
     schedule: _core.Schedule,
     deal: list[int],
     chunk_rows: int,
@@ -103,6 +114,7 @@ def test_any_schedule_gives_the_same_bits(
     row_granularity: int,
 ) -> None:
     sequential = _core.Schedule("sequential", [_core.LaneSpec("all", WIDTH)])
+    model = mixture if is_mixture else model
     engine = load_engine(model, sequential, dtype=dtype)
     tokens, logits = run(engine, [0] * len(LENGTHS), 64)
     drawn = load_engine(

@@ -4,6 +4,7 @@ The CPU computes in float32; a GPU in bfloat16, beside transformers on that GPU 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import DEVICES
 from engine_driver import Chunk, EngineDriver, load_engine
+from mixtures import MIXTURES
 from nanoflow import _core
 from nanoflow.schedule import built_in_schedule
 from tiny_models import write_tiny_llama
@@ -110,6 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "initializer_range": 0.08,
     },
+    **MIXTURES,
 }
 ON_GPU = {  # of head_dim 64 and 128
     "head-dim",
@@ -120,6 +123,8 @@ ON_GPU = {  # of head_dim 64 and 128
     "deepseek-d128",
     "qwen2-d64",
     "qwen3-d128",
+    "mixtral-d128",
+    "qwen3-moe-d64",
 }
 TOLERANCE = 2e-4  # largest difference of float32 logits, in standard deviations of them
 TORCH = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,12 +151,23 @@ class Subject:
             threads=2,
         )
 
+    @property
+    def has_experts(self) -> bool:
+        """In half precision a row may go to another expert than in float32 where two are all but
+        equal, and then says something else: not every row of such a model can be compared."""
+        return "num_experts_per_tok" in json.loads((self.model / "config.json").read_text())
+
+    def worst(self, difference: NDArray[np.float32]) -> float:
+        """The largest difference of logits [T, V], in three of four rows if they are rerouted."""
+        share = 0.75 if self.has_experts and self.dtype != "float32" else 1.0
+        return float(np.quantile(np.abs(difference).max(axis=1), share))
+
     def limit(self, tokens: list[int], exact: NDArray[np.float32]) -> float:
         """How far a logit may be from the exact one: in bfloat16, about as far as theirs are."""
         if self.dtype == "float32":
             return TOLERANCE * float(exact.std())
         theirs = oracle(self.model, tokens, weights=self.dtype, compute=self.dtype)
-        return 1.5 * float(np.abs(theirs - exact).max())
+        return 1.5 * self.worst(theirs - exact)
 
 
 @pytest.fixture(
@@ -204,10 +220,12 @@ def test_half_precision_errs_no_more_than_transformers(subject: Subject, dtype: 
     exact = oracle(subject.model, tokens, weights=dtype)
 
     def error(logits: NDArray[np.float32]) -> float:
-        return float(np.sqrt(np.mean((logits - exact) ** 2)))
+        squares = np.mean((logits - exact) ** 2, axis=1)
+        return float(np.sqrt(np.median(squares) if subject.has_experts else squares.mean()))
 
     theirs = error(oracle(subject.model, tokens, weights=dtype, compute=dtype))
-    assert error(all_logits(subject.engine("sequential", dtype), tokens)) < 1.2 * theirs
+    ours = error(all_logits(subject.engine("sequential", dtype), tokens))
+    assert ours < (1.5 if subject.has_experts else 1.2) * theirs
 
 
 def test_odd_chunks_and_mixed_lengths_in_one_batch(subject: Subject) -> None:
@@ -227,7 +245,7 @@ def test_odd_chunks_and_mixed_lengths_in_one_batch(subject: Subject) -> None:
         seen.append(result.logits[:rows] if len(seen) % 2 else result.logits[-rows:])
     expected = oracle(subject.model, long.tokens, weights=subject.dtype)
     got = np.concatenate(seen)
-    assert np.abs(got - expected[7:]).max() < subject.limit(long.tokens, expected)
+    assert subject.worst(got - expected[7:]) < subject.limit(long.tokens, expected)
     # What the short request sampled along the way is greedy under the reference.
     check_greedy(subject, short.tokens, 3)
 
@@ -242,7 +260,9 @@ def check_greedy(subject: Subject, tokens: list[int], prompt: int) -> None:
             top5 = set(np.argsort(scores)[-5:].tolist())
             assert tokens[position] in top5
             gap = float(scores[best] - scores[tokens[position]])
-            assert gap < max(1e-3, 2 * subject.limit(tokens, logits))
+            is_rerouted = subject.has_experts and subject.dtype != "float32"
+            limit = scores.std() if is_rerouted else 2 * subject.limit(tokens, logits)
+            assert gap < max(1e-3, limit)
             return
 
 
@@ -258,9 +278,11 @@ def test_greedy_tokens(subject: Subject) -> None:
         check_greedy(subject, sequence.tokens, prompt)
 
 
-def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
-    whole = write_tiny_llama(tmp_path / "whole")
-    sharded = write_tiny_llama(tmp_path / "sharded", max_shard_size="20KB")
+@pytest.mark.parametrize("variant", ["gqa", "mixtral", "qwen3-moe-raw"])
+def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path, variant: str) -> None:
+    config = VARIANTS[variant]
+    whole = write_tiny_llama(tmp_path / "whole", **config)
+    sharded = write_tiny_llama(tmp_path / "sharded", max_shard_size="20KB", **config)
     assert (sharded / "model.safetensors.index.json").exists()
     results = []
     for model in (whole, sharded):

@@ -94,7 +94,8 @@ def matrix_tflops(model: ModelConfig, state: SteadyState) -> float:
 def matrix_flop(model: ModelConfig, rows: float, sampled: float) -> float:
     """Of the products of so many rows with all layers, and of so many with the head."""
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = (heads + 3 * model.intermediate_size) * model.hidden_size
+    mlp = max(1, model.experts_per_token) * 3 * model.intermediate_size + model.num_experts
+    layer = (heads + mlp) * model.hidden_size
     head = model.vocab_size * model.hidden_size
     return 2 * (rows * model.num_layers * layer + sampled * head)
 

@@ -72,10 +72,11 @@ class Checkpoint:
         if self.load_format == "dummy":
             fill_dummy_weights(store, self.seed)
             return
+        tensors = self.tensors()
         load_weights(
             store,
-            self.tensors(),
-            self.adapter.checkpoint_weights(self.model),
+            tensors,
+            self.adapter.stored_weights(self.model, tensors),
             lambda name: self.adapter.is_ignored(self.model, name),
             str(self.path),
         )

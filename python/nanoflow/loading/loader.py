@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -76,7 +77,11 @@ def check_tensors(
 def _load_rows(
     store: WeightStore, weight: CheckpointWeight, begin: int, rows: NDArray[Any]
 ) -> None:
-    """Gives rows [begin, begin + len(rows)) of a checkpoint tensor to their targets."""
+    """Gives what begins at row `begin` of a checkpoint tensor to its targets."""
+    matrix_rows = math.prod(weight.shape[1:-1])  # of each matrix, where the tensor holds several
+    if len(weight.shape) > 2:
+        rows = rows.reshape(-1, weight.shape[-1])
+    begin *= matrix_rows
     end = begin + len(rows)
     target_begin = 0
     for target in weight.targets:

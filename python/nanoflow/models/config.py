@@ -27,6 +27,9 @@ class ModelConfig:
     rope: Rope
     max_position_embeddings: int  # that scaling makes of those in the config
     layer_windows: tuple[int, ...] = ()  # keys a token sees at most, by layer; empty or 0: all
+    num_experts: int = 0  # 0: one dense MLP; else intermediate_size is that of an expert
+    experts_per_token: int = 0
+    norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
 
     def spec_arguments(self, dtype: str, max_model_len: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `_core.ModelSpec`.
@@ -49,6 +52,9 @@ class ModelConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "qkv_bias": self.qkv_bias,
             "qk_norm": self.qk_norm,
+            "num_experts": self.num_experts,
+            "experts_per_token": self.experts_per_token,
+            "norm_topk_prob": self.norm_topk_prob,
             "dtype": dtype,
         }
 
@@ -64,7 +70,10 @@ class WeightTarget:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWeight:
-    """A tensor a checkpoint must hold, and the targets its rows fill one after the other."""
+    """A tensor a checkpoint must hold, and the targets its rows fill one after the other.
+
+    A tensor of three dimensions is one of matrices, whose rows these are.
+    """
 
     shape: tuple[int, ...]
     targets: tuple[WeightTarget, ...]

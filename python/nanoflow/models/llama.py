@@ -7,7 +7,7 @@ of q and k are normed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -76,14 +76,15 @@ _ROTARY_BUFFER = re.compile(
 )
 
 
-def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+def parse_config(config: Mapping[str, Any], member_name: str | None = None) -> ModelConfig:
     """Dimensions and traits from a Hugging Face config.
 
-    `architectures` names a member of the family. Raises ValueError naming a key that is missing, a
-    size that makes no sense, or a trait that is not supported.
+    `architectures` names a member of the family, or a variant of the member that is named. Raises
+    ValueError naming a key that is missing, a size that makes no sense, or a trait that is not
+    supported.
     """
     architecture: str = config["architectures"][0]
-    member = _MEMBERS[architecture]
+    member = _MEMBERS[member_name or architecture]
     config = {**member.defaults, **config}
     _check_traits(config, architecture, member.has_windows)
     hidden_size = _size(config, "hidden_size")
@@ -123,17 +124,32 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
+def mlp_weights(model: ModelConfig, layer: int) -> dict[str, CheckpointWeight]:
+    """Those of one layer's MLP."""
+    hidden, inter = model.hidden_size, model.intermediate_size
+    theirs, ours = f"model.layers.{layer}.mlp", f"layers.{layer}"
+    return {
+        f"{theirs}.gate_proj.weight": _whole(f"{ours}.gate", inter, hidden),
+        f"{theirs}.up_proj.weight": _whole(f"{ours}.up", inter, hidden),
+        f"{theirs}.down_proj.weight": _whole(f"{ours}.down", hidden, inter),
+    }
+
+
+def checkpoint_weights(
+    model: ModelConfig,
+    mlp: Callable[[ModelConfig, int], dict[str, CheckpointWeight]] = mlp_weights,
+) -> dict[str, CheckpointWeight]:
     """The tensors a checkpoint of this model holds, by their Hugging Face names.
 
-    q, k and v become the rows of one tensor; csrc/model/weights.h names them all.
+    q, k and v become the rows of one tensor; csrc/model/weights.h names them all. `mlp` names those
+    of what a layer has in the MLP's place.
     """
-    hidden, inter = model.hidden_size, model.intermediate_size
+    hidden = model.hidden_size
     q_rows, kv_rows = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     weights = {"model.embed_tokens.weight": _whole("embed", model.vocab_size, hidden)}
     for n in range(model.num_layers):
         theirs, ours = f"model.layers.{n}", f"layers.{n}"
-        attn, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        attn = f"{theirs}.self_attn"
         weights |= {
             f"{theirs}.input_layernorm.weight": _whole(f"{ours}.input_norm", hidden),
             f"{attn}.q_proj.weight": _rows(f"{ours}.qkv", 0, q_rows, hidden),
@@ -141,9 +157,7 @@ def checkpoint_weights(model: ModelConfig) -> dict[str, CheckpointWeight]:
             f"{attn}.v_proj.weight": _rows(f"{ours}.qkv", q_rows + kv_rows, kv_rows, hidden),
             f"{attn}.o_proj.weight": _whole(f"{ours}.o", hidden, q_rows),
             f"{theirs}.post_attention_layernorm.weight": _whole(f"{ours}.post_norm", hidden),
-            f"{mlp}.gate_proj.weight": _whole(f"{ours}.gate", inter, hidden),
-            f"{mlp}.up_proj.weight": _whole(f"{ours}.up", inter, hidden),
-            f"{mlp}.down_proj.weight": _whole(f"{ours}.down", hidden, inter),
+            **mlp(model, n),
         }
         if model.qkv_bias:
             weights |= {

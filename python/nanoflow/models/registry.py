@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from nanoflow.models import llama
+from nanoflow.models import llama, moe
 from nanoflow.models.config import CheckpointWeight, ModelConfig
 
 
@@ -18,9 +18,23 @@ class ModelAdapter:
     parse_config: Callable[[Mapping[str, Any]], ModelConfig]
     checkpoint_weights: Callable[[ModelConfig], dict[str, CheckpointWeight]]
     is_ignored: Callable[[ModelConfig, str], bool]  # a tensor that may be present but is not read
+    # The same as checkpoint_weights for checkpoints that hold the weights in another form.
+    other_weights: Callable[[ModelConfig], dict[str, CheckpointWeight]] | None = None
+
+    def stored_weights(
+        self, model: ModelConfig, names: Container[str]
+    ) -> dict[str, CheckpointWeight]:
+        """What a checkpoint with tensors of these names must hold: the form that fits them best."""
+        forms = [self.checkpoint_weights(model)]
+        if self.other_weights is not None:
+            forms.append(self.other_weights(model))
+        return max(forms, key=lambda weights: sum(name in names for name in weights) / len(weights))
 
 
 _LLAMA = ModelAdapter(llama.parse_config, llama.checkpoint_weights, llama.is_ignored)
+_MOE = ModelAdapter(
+    moe.parse_config, moe.checkpoint_weights, llama.is_ignored, moe.fused_checkpoint_weights
+)
 
 _ADAPTERS: Mapping[str, ModelAdapter] = MappingProxyType(
     {
@@ -28,6 +42,8 @@ _ADAPTERS: Mapping[str, ModelAdapter] = MappingProxyType(
         "MistralForCausalLM": _LLAMA,
         "Qwen2ForCausalLM": _LLAMA,
         "Qwen3ForCausalLM": _LLAMA,
+        "MixtralForCausalLM": _MOE,
+        "Qwen3MoeForCausalLM": _MOE,
     }
 )
 
