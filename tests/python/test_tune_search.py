@@ -16,7 +16,7 @@ from engine_driver import load_engine
 from made_up_table import made_up_table
 from nanoflow import _core
 from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
-from nanoflow.tune.costs import CostModel, Load
+from nanoflow.tune.costs import CostModel, Load, shape_of
 from nanoflow.tune.improve import Order, improve, repaired
 from nanoflow.tune.program import Program, program_of
 from nanoflow.tune.search import Candidate, memory_widths, ping_pong, search
@@ -161,12 +161,30 @@ def test_shipped_tables_predict_steps_as_measured(device: str) -> None:
     assert table.steps
     us = []
     for step in table.steps:
-        model = CostModel(table, SimpleNamespace(**step.model))
+        model = CostModel(
+            table, SimpleNamespace(**{"num_experts": 0, "experts_per_token": 0, **step.model})
+        )
         load = Load(**step.load)
         predicted = model.predict(schedule_from_json(step.schedule), load).step_us
         assert predicted == pytest.approx(step.us, rel=0.2)
         us.append((step.us / load.rows, predicted / load.rows))
     assert min(us)[1] < 1.05 * min(predicted for _, predicted in us)
+
+
+def test_experts_multiply_one_after_another() -> None:
+    table, dense = made_up_table(width=4), llama_8b()
+    mixture = SimpleNamespace(**{**shape_of(dense), "num_experts": 8, "experts_per_token": 2})
+    cost, of_dense = CostModel(table, mixture), CostModel(table, dense)
+    load = Load(decodes=2048, context=1)
+    share = Load(decodes=512, context=1)  # of an expert
+    moved = table.row_work(4 * 2 * 2048 * 4096 * 2, 4)
+    norms = [table.row_work(2 * 2 * rows * 4096, 4).us for rows in (2048, 512)]
+    single = of_dense.stage("mlp", 1.0, 4, share).us - norms[1]
+    assert cost.stage("mlp", 1.0, 4, load).us == pytest.approx(norms[0] + moved.us + 8 * single)
+    assert cost.stage("qkv", 1.0, 4, load) == of_dense.stage("qkv", 1.0, 4, load)
+    # One row reaches two of the eight.
+    few = cost.stage("mlp", 1.0, 4, Load(decodes=1, context=1)).us
+    assert few < 3 * of_dense.stage("mlp", 1.0, 4, Load(decodes=1, context=1)).us
 
 
 def test_costs_between_and_beyond_what_was_measured() -> None:

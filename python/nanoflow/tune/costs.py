@@ -14,6 +14,8 @@ from nanoflow.tune.table import OpTable
 _SHAPE = (
     "hidden_size",
     "intermediate_size",
+    "num_experts",
+    "experts_per_token",
     "num_layers",
     "num_heads",
     "num_kv_heads",
@@ -30,6 +32,10 @@ class Spec(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
     @property
@@ -136,7 +142,7 @@ class CostModel:
 
     def _stage(self, stage: str, share: float, width: int, load: Load) -> Cost:
         spec, table = self.spec, self.table
-        hidden, wide = spec.hidden_size, spec.intermediate_size
+        hidden = spec.hidden_size
         heads = spec.num_heads * spec.head_dim
         qkv = heads + 2 * spec.num_kv_heads * spec.head_dim
         rows = max(1, round(share * load.rows))
@@ -148,12 +154,28 @@ class CostModel:
         if stage == "o":
             return table.product(rows, hidden, heads, width)
         if stage == "mlp":
-            gate_up = table.product(rows, 2 * wide, hidden, width)
-            return _sum(norm, gate_up, table.product(rows, hidden, wide, width))
+            return _sum(norm, self._mlp(rows, width))
         keys = 2 * spec.num_kv_heads * spec.head_dim * self._bytes
         read = share * load.decodes * load.context * keys
         flops = 4 * share * load.prefill_rows * load.prefill_context * heads
         return table.attention(read, flops, width)
+
+    def _mlp(self, rows: int, width: int) -> Cost:
+        """With experts, those that rows reach multiply one after another, each an equal share."""
+        spec, table = self.spec, self.table
+        hidden, wide = spec.hidden_size, spec.intermediate_size
+        pairs, reached = rows, 1
+        moved = []
+        if spec.num_experts > 0:
+            pairs = rows * spec.experts_per_token
+            reached = min(spec.num_experts, pairs)
+            moved = [table.row_work(4 * pairs * hidden * self._bytes, width)]  # out, and back again
+        share = max(1, round(pairs / reached))
+        products = (
+            table.product(share, 2 * wide, hidden, width),
+            table.product(share, hidden, wide, width),
+        )
+        return _sum(*moved, *(Cost(p.us * reached, p.joules * reached) for p in products))
 
 
 def _sum(*costs: Cost) -> Cost:
