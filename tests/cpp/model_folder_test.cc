@@ -49,7 +49,10 @@ std::string replaced(std::string text, const std::string& old, const std::string
 TEST_CASE("a model that was written is read as the same bits") {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     ModelSpec spec = tiny_spec(2, dtype);
-    spec.qkv_bias = dtype == DType::kBF16;
+    if (dtype == DType::kBF16) {
+      spec.qkv_bias = spec.qk_norm = true;
+      spec.layer_windows = {16, 0};
+    }
     spec.qk_norm = dtype == DType::kF32;
     if (dtype == DType::kF16) spec.layer_windows = {0, 7};
     spec.rope_attention_factor = 1.25f;
@@ -60,6 +63,7 @@ TEST_CASE("a model that was written is read as the same bits") {
     write_model(*written, folder.path);
     CHECK(to_text(read_spec(folder.path)) == to_text(spec));
     CHECK(read_spec(folder.path).rope_inv_freq == spec.rope_inv_freq);
+    CHECK(read_spec(folder.path).layer_windows == spec.layer_windows);
     const auto read = read_weights(folder.path, cpu());
     REQUIRE(read->entries().size() == written->entries().size());
     for (size_t i = 0; i < written->entries().size(); ++i) {

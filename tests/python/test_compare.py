@@ -71,12 +71,13 @@ def test_work_is_that_of_the_matrix_products(model):
     assert compare.gflop_of(config, REQUESTS) == pytest.approx(2e-9 * (layers + head))
 
 
-def test_the_peak_is_the_highest_rate():
+def test_the_peak_is_the_highest_rate(monkeypatch):
+    monkeypatch.setattr(cpu_peak, "SHAPES", ((64, 96, 64), (32, 64, 128)))
     found = cpu_peak.measure_peak(threads=1, seconds=0.005)
     assert set(found["rates"]) == {"nanoflow", "torch"}
     rates = [rate for rates in found["rates"].values() for rate in rates.values()]
     assert len(rates) == 2 * len(cpu_peak.SHAPES)
-    assert found["gflops"] == max(rates) and min(rates) > 0.1
+    assert found["gflops"] == max(rates) and min(rates) > 0.001
 
 
 LOAD = ("--input-len", "9", "--output-len", "6", "--random-range-ratio", "0.5")

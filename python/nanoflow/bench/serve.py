@@ -156,6 +156,7 @@ async def _measure_rates(
         if options.duration is not None:
             count = max(1, round(rate * options.duration))
         requests = workload.draw(count, target, rng)
+        await llm.reset_prefix_cache()  # which has seen these prompts, where they are few
         arrivals = arrival_times(len(requests), rate, options.burstiness, rng)
         served, duration = await serve(llm, requests, arrivals, **how)
         found = serve_metrics.summary(
