@@ -211,6 +211,23 @@ def test_a_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_slow_disk_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    class Slow(FaultyFile):
+        def _write(self, page: memoryview, offset: int) -> int:
+            time.sleep(0.2)
+            return super()._write(page, offset)
+
+    tier = make_tier(tmp_path, open_file=Slow)
+    tier.write([(key_of(n), n) for n in range(8)])
+    begin = time.monotonic()
+    errors = [done.error for done in tier.close()]
+    assert time.monotonic() - begin < 1.0
+    assert errors.count("ssd_late") >= 6
+    tier = make_tier(tmp_path)
+    assert tier.num_used == errors.count("")
+    tier.close()
+
+
 def test_a_folder_that_is_gone_stops_writes_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

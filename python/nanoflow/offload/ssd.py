@@ -167,8 +167,8 @@ class SsdTier:
         self._publish()
 
     def close(self) -> list[Done]:
-        """Ends what is under way, leaves the manifest of it and lets the folder go; the rest of
-        what poll() would tell."""
+        """Ends the reads and writes that have begun, drops those that have not, leaves a manifest
+        and lets the folder go. Returns the rest of what poll() would tell."""
         self._is_closing = True
         self._readers.close()
         self._writer.close()
@@ -190,7 +190,8 @@ class SsdTier:
         if done.is_read:
             place = self._reading.pop(key)
             entry = self._entries.get(key)
-            if done.error and entry is not None and entry.place == place:
+            is_bad = done.error not in ("", "ssd_late")
+            if is_bad and entry is not None and entry.place == place:
                 del self._entries[key]
                 entry = None
             if entry is None or entry.place != place:
@@ -239,7 +240,10 @@ class SsdTier:
             try:
                 if self._unpublished is not None:
                     raise self._unpublished
-                checksum = self._file.write(place, memoryview(self._pool[slot]), key)
+                if self._is_closing:
+                    error = "ssd_late"
+                else:
+                    checksum = self._file.write(place, memoryview(self._pool[slot]), key)
             except OSError as failure:
                 error = "ssd_full" if _is_full(failure) else "ssd_write"
             self._notes.put(Done(key, slot, False, perf_counter() - begin, error, checksum))
@@ -247,7 +251,10 @@ class SsdTier:
     def _read(self, key: bytes, entry: Entry, slot: int) -> None:
         begin, error = perf_counter(), ""
         try:
-            self._file.read(entry.place, memoryview(self._pool[slot]), key, entry.checksum)
+            if self._is_closing:
+                error = "ssd_late"
+            else:
+                self._file.read(entry.place, memoryview(self._pool[slot]), key, entry.checksum)
         except DamagedPageError:
             error = "ssd_damaged"
         except OSError:
