@@ -94,6 +94,22 @@ def test_random_prompts_share_a_prefix():
         draw(made, max_total=12)
 
 
+def test_prefixes_are_repeated_evenly_and_in_random_order():
+    sizes = {"prefix-len": 8, "suffix-len": 3, "num-prefixes": 4, "output-len": 2}
+    flags = [f"--prefix-repetition-{name}={value}" for name, value in sizes.items()]
+    made = workload("--dataset-name", "prefix_repetition", *flags, "--num-prompts", "10")
+    assert made.name == "prefix-4x8-3x2"
+    requests = draw(made)
+    heads = [tuple(request.prompt_token_ids[:8]) for request in requests]
+    counts = sorted(heads.count(head) for head in set(heads))
+    assert counts == [2, 2, 3, 3]
+    assert heads != sorted(heads, key=heads.index)
+    assert len({tuple(request.prompt_token_ids) for request in requests}) == 10
+    assert {(len(one.prompt_token_ids), one.output_len) for one in requests} == {(11, 2)}
+    with pytest.raises(ValueError, match="requests of 13 tokens exceed max_model_len 12"):
+        draw(made, max_total=12)
+
+
 def conversation(*texts: str) -> dict[str, Any]:
     return {"conversations": [{"from": "someone", "value": text} for text in texts]}
 
@@ -176,6 +192,14 @@ def test_a_trace_is_filtered_and_used_once(tmp_path):
         (("--paper-filter",), "--paper-filter is for --dataset-name trace or splitwise or lmsys"),
         (("--no-oversample",), "--no-oversample is for --dataset-name trace or sharegpt"),
         (("--dataset-name=lmsys", "--input-len=5"), "--input-len is for --dataset-name random"),
+        (
+            ("--prefix-repetition-prefix-len=5",),
+            "--prefix-repetition-prefix-len is for --dataset-name prefix_repetition",
+        ),
+        (
+            ("--dataset-name=prefix_repetition", "--prefix-repetition-num-prefixes=0"),
+            "--prefix-repetition-num-prefixes 0 must be at least 1",
+        ),
         (("--random-prefix-len=-1",), "--random-prefix-len -1 must be at least 0"),
         (("--num-warmups=-1",), "--num-warmups -1 at least 0"),
     ],

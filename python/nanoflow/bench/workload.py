@@ -24,7 +24,16 @@ from nanoflow.bench.sharegpt import read_conversations, sample_conversations
 from nanoflow.tokenizer import Tokenizer
 
 NUM_PROMPTS = 1000
-DATASETS = ("random", "sharegpt", "trace", *PUBLISHED)
+DATASETS = ("random", "sharegpt", "trace", "prefix_repetition", *PUBLISHED)
+# Flags of prefix_repetition, and what they are where they are not given: vLLM's.
+PREFIX_REPETITION: Mapping[str, int] = MappingProxyType(
+    {
+        "prefix_repetition_prefix_len": 256,
+        "prefix_repetition_suffix_len": 256,
+        "prefix_repetition_num_prefixes": 10,
+        "prefix_repetition_output_len": 128,
+    }
+)
 # Flags that some datasets know, and which.
 FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -38,6 +47,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "random_output_len": ("random",),
         "random_range_ratio": ("random",),
         "random_prefix_len": ("random",),
+        **dict.fromkeys(PREFIX_REPETITION, ("prefix_repetition",)),
     }
 )
 
@@ -90,6 +100,8 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths are uniform in [L * (1 - r), L * (1 + r)] (default: 0.0)",
     )
     add("--random-prefix-len", type=int, help="equal tokens before each prompt (default: 0)")
+    for name, default in PREFIX_REPETITION.items():
+        add(_flag(name), type=int, help=f"(default: {default})")
     add("--num-prompts", type=int, help=f"(default: {NUM_PROMPTS})")
     add("--num-warmups", type=int, default=0, help="requests run before, uncounted (default: 0)")
 
@@ -121,7 +133,12 @@ def make_workload(options: argparse.Namespace, num_prompts: int = NUM_PROMPTS) -
             raise ValueError(
                 f"{_flag(side)} and {_flag(f'{prefix}_{side}')} are the same: give one of them"
             )
-    make = {"random": _random, "sharegpt": _sharegpt, "trace": _trace}.get(dataset)
+    make = {
+        "random": _random,
+        "sharegpt": _sharegpt,
+        "trace": _trace,
+        "prefix_repetition": _prefix_repetition,
+    }.get(dataset)
     name, draw = make(given) if make is not None else _published(dataset, given)
     return Workload(name, count, draw)
 
@@ -187,6 +204,28 @@ def _sharegpt(given: Mapping[str, Any]) -> tuple[str, Draw]:
         )
 
     return "sharegpt", draw
+
+
+def _prefix_repetition(given: Mapping[str, Any]) -> tuple[str, Draw]:
+    numbers = {**PREFIX_REPETITION, **given}
+    for name in PREFIX_REPETITION:
+        if numbers[name] < 1:
+            raise ValueError(f"{_flag(name)} {numbers[name]} must be at least 1")
+    prefix_len, suffix_len, prefixes, output_len = (numbers[name] for name in PREFIX_REPETITION)
+    total = prefix_len + suffix_len + output_len
+
+    def draw(count: int, target: Target, rng: np.random.Generator) -> list[Request]:
+        if total > target.max_total:
+            raise ValueError(f"requests of {total} tokens exceed max_model_len {target.max_total}")
+        requests: list[Request] = []
+        for shared in range(prefixes):  # as evenly as it goes
+            lengths = [Lengths(suffix_len, output_len)] * (
+                (count * (shared + 1)) // prefixes - (count * shared) // prefixes
+            )
+            requests += _of_random_tokens(lengths, target, rng, prefix_len)
+        return [requests[index] for index in rng.permutation(count)]
+
+    return f"prefix-{prefixes}x{prefix_len}-{suffix_len}x{output_len}", draw
 
 
 def _published(dataset: str, given: Mapping[str, Any]) -> tuple[str, Draw]:
