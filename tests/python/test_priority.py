@@ -6,12 +6,14 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow import LLM, AsyncLLM, SamplingParams
 from nanoflow.request import Request
+from nanoflow.scheduler.waiting import WaitingQueue
 from test_policy import Setup, check_output, request
 from tiny_models import write_tiny_llama
 
@@ -37,6 +39,23 @@ def test_lower_priorities_first_then_the_order_of_arrival() -> None:
     assert ended == ["2", "6", "1", "4", "0", "3", "5"]
     for one in requests:
         check_output(one)
+
+
+@given(priorities=st.lists(st.integers(0, 2), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_a_request_goes_back_to_its_place_in_the_queue(priorities: list[int], seed: int) -> None:
+    requests = [urgent(n, priority) for n, priority in enumerate(priorities)]
+    age_of = {one.id: (one.priority << 32) + n for n, one in enumerate(requests)}
+    waiting = WaitingQueue()
+    for one in requests:
+        waiting.add(one)
+    in_order = [one.id for one in waiting]
+    rng = np.random.default_rng(seed)
+    out = rng.permutation(in_order)[: rng.integers(1, len(in_order) + 1)].tolist()
+    taken = [waiting.pop(name) for name in out]
+    for one in taken:
+        assert one is not None
+        waiting.put_back(one, age_of)
+    assert [one.id for one in waiting] == in_order
 
 
 def test_a_late_request_of_low_priority_overtakes_the_queue() -> None:

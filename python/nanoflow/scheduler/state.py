@@ -143,9 +143,8 @@ class SchedulerState:
             slots.free(slot)
             self._free_slots.append(slot)
         self._leaving = still_leaving
-        # Who ran before is older than its equals that have not; the youngest were preempted first.
-        for request in sorted(back, key=lambda r: self._age_of[r.id], reverse=True):
-            self._waiting.add(request, is_first=True)
+        for request in back:
+            self._waiting.put_back(request, self._age_of)
 
     def start_step(self) -> Step:
         """Plans the next step and books its pages, slots and tokens. Its plan may be empty."""

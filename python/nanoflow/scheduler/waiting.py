@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 
 from nanoflow.errors import QueueFullError
 from nanoflow.request import Request
@@ -39,16 +40,22 @@ class WaitingQueue:
         if most is not None and tokens + len(request.prompt_token_ids) > most and tokens > 0:
             raise QueueFullError(request.id, tokens, most, "tokens")
 
-    def add(self, request: Request, *, is_first: bool = False) -> None:
-        """Behind, or before, those of its priority."""
+    def add(self, request: Request) -> None:
+        """Behind those of its priority."""
         queue = self._of_priority.get(request.priority)
         if queue is None:
             queue = self._of_priority[request.priority] = OrderedDict()
             insort(self._priorities, request.priority)
         self._prompt_tokens += len(request.prompt_token_ids)
         queue[request.id] = self._requests[request.id] = request
-        if is_first:
-            queue.move_to_end(request.id, last=False)
+
+    def put_back(self, request: Request, age_of: Mapping[str, int]) -> None:
+        """Where it was: behind those of its priority that are older. Few are, as it has run."""
+        self.add(request)
+        queue, age = self._of_priority[request.priority], age_of[request.id]
+        older = list(takewhile(lambda other: age_of[other] < age, queue))
+        for name in (request.id, *reversed(older)):
+            queue.move_to_end(name, last=False)
 
     def pop(self, request_id: str) -> Request | None:
         """Takes a request out, if it is here."""
