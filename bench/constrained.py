@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Run:
     """One run; times in seconds."""
 
     seconds: float
+    cpu_seconds: float  # of all threads: what other work on the machine changes little
     plain_seconds: float | None  # until the last of the requests without the option had ended
     steps: int
 
@@ -66,6 +67,8 @@ class Row:
     total_token_throughput: float
     seconds: float
     seconds_of_unconstrained: float  # over those of the run without any
+    cpu_seconds: float
+    cpu_seconds_of_unconstrained: float
     plain_seconds_of_unconstrained: float | None
     steps: int
 
@@ -94,15 +97,15 @@ def measure(llm: LLM, requests: list[Request], kind: str, share: float) -> Run:
     llm.reset_prefix_cache()
     llm.step_listener = count_step
     prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-    begin = perf_counter()
+    begin, cpu_begin = perf_counter(), process_time()
     outputs: list[RequestOutput] = llm.generate(prompts, params, use_tqdm=False)
-    seconds = perf_counter() - begin
+    seconds, cpu_seconds = perf_counter() - begin, process_time() - cpu_begin
     llm.step_listener = None
     for request, output in zip(requests, outputs, strict=True):
         if len(output.outputs[0].token_ids) != request.output_len:
             raise RuntimeError(f"{kind}: {output.error or output.outputs[0].finish_reason}")
     ends = [o.metrics.finished_time for i, o in enumerate(outputs) if i not in constrained]
-    return Run(seconds, max(ends) - begin if ends else None, steps)
+    return Run(seconds, cpu_seconds, max(ends) - begin if ends else None, steps)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -118,20 +121,26 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def summarise(runs: Mapping[tuple[str, float], list[Run]], tokens: int) -> list[Row]:
-    def median(case: tuple[str, float]) -> float:
-        return statistics.median(run.seconds for run in runs[case])
+    def medians(own: list[Run]) -> tuple[float, float]:
+        return (
+            statistics.median(run.seconds for run in own),
+            statistics.median(run.cpu_seconds for run in own),
+        )
 
-    plain = median(("none", 0.0))
+    plain, plain_cpu = medians(runs["none", 0.0])
     rows = []
     for case, own in runs.items():
+        seconds, cpu_seconds = medians(own)
         plain_seconds = [run.plain_seconds for run in own if run.plain_seconds is not None]
         rows.append(
             Row(
                 kind=case[0],
                 share=case[1],
-                total_token_throughput=tokens / median(case),
-                seconds=median(case),
-                seconds_of_unconstrained=median(case) / plain,
+                total_token_throughput=tokens / seconds,
+                seconds=seconds,
+                seconds_of_unconstrained=seconds / plain,
+                cpu_seconds=cpu_seconds,
+                cpu_seconds_of_unconstrained=cpu_seconds / plain_cpu,
                 plain_seconds_of_unconstrained=(
                     statistics.median(plain_seconds) / plain if plain_seconds else None
                 ),
@@ -161,7 +170,8 @@ def main() -> None:
         beside = row.plain_seconds_of_unconstrained
         print(
             f"{row.kind:>18} {row.share:5.0%}: {row.total_token_throughput:6.0f} total tok/s, "
-            f"{row.seconds_of_unconstrained:.2f} times the seconds of none, {row.steps} steps"
+            f"{row.seconds_of_unconstrained:.2f} times the seconds of none, "
+            f"{row.cpu_seconds_of_unconstrained:.2f} times the CPU seconds, {row.steps} steps"
             + (f", plain ones {beside:.2f}" if beside is not None else "")
         )
     if options.output_json is None:
