@@ -72,7 +72,7 @@ class TokenMask(Protocol):
         """[ceil(V / 32)] token t is allowed if bit t % 32 of t // 32 is 1."""
 
     def push(self, token: int) -> None:
-        """Takes a token that has been sampled. Raises ValueError where none can follow it."""
+        """Takes a token that has been sampled. What it raises ends the request with an error."""
 
 
 class StopWatcher(Protocol):

@@ -53,6 +53,6 @@ def find_ends(slots: Slots, sampled: Ints, tokens: NDArray[np.int32]) -> list[En
         elif slots.binds_late[slot] and request.token_mask is not None:
             try:
                 request.token_mask.push(token)
-            except ValueError as error:
+            except Exception as error:
                 ends.append(End(slot, "error", error=error))
     return ends
