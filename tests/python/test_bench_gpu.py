@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +206,9 @@ def test_counts_the_work_of_matrix_products():
     # weights: q 64, k and v 32 each, o 64, mlp 240; head 800
     flop = 2 * (1495 * 3 * (64 + 2 * 32 + 64 + 240) + 500 * 800)
     assert result.matrix_tflops(model, state) == pytest.approx(flop / 2 * 1e-12)
+    mixture = dataclasses.replace(model, num_experts=5, experts_per_token=2)
+    flop += 2 * (1495 * 3 * (240 + 5 * 8))  # another expert, and the router
+    assert result.matrix_tflops(mixture, state) == pytest.approx(flop / 2 * 1e-12)
 
 
 def test_energy_says_why_it_is_missing():
