@@ -70,7 +70,9 @@ def kernels(options: argparse.Namespace) -> list[Step]:
         script = str(BENCH / "cuda" / f"{name}.py")
         command = [sys.executable, script, library, str(options.output_dir / out)]
         steps.append(Step([*command, options.commit or str(environment.commit())], out))
-    return steps
+    script, out = str(BENCH / "cuda" / "experts.py"), "cuda-experts.json"
+    command = [sys.executable, script, str(options.output_dir / out)]
+    return [*steps, Step([*command, options.commit or str(environment.commit())], out)]
 
 
 def throughput(options: argparse.Namespace) -> list[Step]:
