@@ -14,6 +14,7 @@ from nanoflow import _core
 from nanoflow.config import (
     AUTO,
     DEFAULT_GPU_MEMORY_UTILIZATION,
+    NOT_INVARIANT,
     EngineArgs,
     EngineLimits,
     cpu_threads,
@@ -124,6 +125,8 @@ def make_backend(args: EngineArgs, spec: _core.ModelSpec | None = None) -> _core
     """
     if args.device != "cpu":
         problem = _core.cuda_problem() if args.device == "auto" else ""
+        if args.batch_invariant:
+            problem = NOT_INVARIANT
         if not problem:
             backend = _core.Backend("cuda" if args.device == "auto" else args.device)
             if spec is not None:
