@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from nanoflow.completions import OutputMaker
 from nanoflow.detokenizer import IncrementalDetokenizer
+from nanoflow.errors import TextError
 from nanoflow.outputs import CompletionOutput, Logprob
 from nanoflow.request import Request
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
@@ -42,9 +43,12 @@ class SampleStream:
         return self._read < len(self.tokens) or (self.is_finished and not self._is_told)
 
     def output(self) -> CompletionOutput:
-        """What has been generated, or what is new of it."""
+        """What has been generated, or what is new of it. Raises TextError where that is no text."""
         if not self.is_finished:
-            return self._partial()
+            try:
+                return self._partial()
+            except Exception as error:
+                raise TextError(self._request.id, error) from error
         self._is_told = True
         whole = self._maker.completion(self._request, self._params)
         return self._rest(whole) if self._is_delta else whole

@@ -62,6 +62,13 @@ def test_answers_are_those_of_the_llm(model: Path, tmp_path: Path) -> None:
         [
             *(entry(n) for n in range(5)),
             entry(5, CHAT, messages=messages, logprobs=True, top_logprobs=2),
+            entry(
+                7,
+                structured_outputs={"choice": ["the fox", "a dog"]},
+                ignore_eos=False,
+                max_tokens=20,
+            ),
+            entry(8, response_format={"type": "text"}),
             entry(6, prompt=[[1, 5, 9], [3, 4]], temperature=1, seed=3, n=2, logprobs=1),
         ],
     )
@@ -88,6 +95,9 @@ def test_answers_are_those_of_the_llm(model: Path, tmp_path: Path) -> None:
     assert choice["message"] == {"role": "assistant", "content": chat.outputs[0].text}
     assert len(choice["logprobs"]["content"]) == 6
     assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
+    [choice] = answers["request-7"]["response"]["body"]["choices"]
+    assert choice["text"] in ("the fox", "a dog")
+    assert answers["request-8"]["error"] is None
     several = answers["request-6"]["response"]["body"]["choices"]
     assert [choice["index"] for choice in several] == [0, 1, 2, 3]
     assert len(several[0]["logprobs"]["token_logprobs"]) == 6
@@ -102,20 +112,21 @@ def test_bad_lines_fail_alone(model: Path, tmp_path: Path, capsys: Any) -> None:
         "value": (entry(4, top_p=3), 400, "top_p=3 must be"),
         "long": (entry(5, prompt=[5] * 100), 400, "the prompt has 100 tokens"),
         "chat": (entry(6, CHAT), 400, "messages must be a list"),
+        "format": (entry(10, response_format={"type": "xml"}), 400, "must have the type text"),
         "stream": (entry(7, stream=True), 400, "stream=True is not supported"),
     }
     good = [entry(8), entry(9)]
     source = write(tmp_path / "in.jsonl", [good[0], *(one[0] for one in bad.values()), good[1]])
     target = tmp_path / "out.jsonl"
     assert main(command(model, source, target)) == 0
-    assert "10 requests answered" in capsys.readouterr().out
+    assert "11 requests answered" in capsys.readouterr().out
     by_line = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
-    assert len(by_line) == 10
+    assert len(by_line) == 11
     for number, (_, status, message) in enumerate(bad.values(), start=1):
         answer = by_line[line_id(number)]
         assert answer["response"]["status_code"] == answer["error"]["code"] == status
         assert message in answer["error"]["message"]
-    assert by_line[line_id(0)]["error"] is None and by_line[line_id(9)]["error"] is None
+    assert by_line[line_id(0)]["error"] is None and by_line[line_id(10)]["error"] is None
 
 
 def start(model: Path, source: Path, target: Path, *more: str) -> subprocess.Popen[str]:
@@ -208,6 +219,35 @@ def test_a_drain_is_bounded(model: Path, tmp_path: Path, twice: bool) -> None:
     assert process.returncode == 143
     assert time.monotonic() - begin < 10
     assert len(read(target)) < 500
+
+
+def test_a_killed_bench_leaves_no_child(model: Path) -> None:
+    """`bench startup` is the one command with processes of its own."""
+    flags = ["--model", str(model), "--device", "cpu", "--num-iters-warm", "50"]
+    command = [sys.executable, "-c", MAIN, "bench", "startup", *flags]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(processes_of(parent.pid)) < 2 or not prctl_is_set(parent.pid):
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    while processes_of(parent.pid):
+        assert time.monotonic() < deadline, "a start goes on without its parent"
+        time.sleep(0.01)
+
+
+def prctl_is_set(session: int) -> bool:
+    """Whether the child has got as far as to import nanoflow, behind its prctl."""
+    for process in processes_of(session):
+        try:
+            is_child = b"start_seconds" in Path(f"/proc/{process}/cmdline").read_bytes()
+            maps = Path(f"/proc/{process}/maps").read_text()
+        except OSError:
+            continue
+        if is_child and "_core" in maps:
+            return True
+    return False
 
 
 def test_an_output_of_others_is_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
