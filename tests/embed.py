@@ -23,6 +23,12 @@ from nanoflow.cli import main as nanoflow
 PROJECT = Path(__file__).parent / "cpp" / "embed"
 PROMPTS = [[5, 6, 7], [9], [*range(20, 110)]]  # the last takes two pages
 STEPS = 40
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+MODELS = {  # what each has beside the entries of installed.CONFIG
+    "LlamaForCausalLM": {"model_type": "llama"},
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "head_dim": 64},
+    "MixtralForCausalLM": {"model_type": "mixtral", **EXPERTS},
+}
 LLM_ARGUMENTS = {"load_format": "dummy", "skip_tokenizer_init": True, "schedule": "sequential"}
 
 
@@ -61,23 +67,27 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        model = installed.write_model(scratch / "model")
-        exported = scratch / "exported"
-        if nanoflow(["export-spec", str(model), str(exported), "--load-format", "dummy"]):
-            raise SystemExit("the model could not be exported")
         program = build_program(options.build_dir, scratch)
-        prompts = [",".join(map(str, ids)) for ids in PROMPTS]
-        done = run_program(program, options.device, exported, STEPS, *prompts)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        found = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
-        expected = generate_in_python(model, options.device)
-        if found != expected:
-            raise SystemExit(f"C++ generated {found}, Python {expected}")
-        print(f"C++ and Python generate the same {sum(map(len, found))} tokens")
-        failed = run_program(program, options.device, scratch, STEPS, *prompts)
+        for name, config in MODELS.items():
+            model = installed.write_model(scratch / name, architectures=[name], **config)
+            check_model(program, model, scratch / f"exported-{name}", options.device)
+        failed = run_program(program, options.device, scratch, STEPS, "5")
         if failed.returncode != 1 or "`nanoflow export-spec MODEL FOLDER`" not in failed.stderr:
             raise SystemExit(f"without a model: status {failed.returncode}, {failed.stderr!r}")
+
+
+def check_model(program: Path, model: Path, exported: Path, device: str) -> None:
+    if nanoflow(["export-spec", str(model), str(exported), "--load-format", "dummy"]):
+        raise SystemExit(f"{model.name} could not be exported")
+    prompts = [",".join(map(str, ids)) for ids in PROMPTS]
+    done = run_program(program, device, exported, STEPS, *prompts)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    expected = generate_in_python(model, device)
+    if found != expected:
+        raise SystemExit(f"{model.name}: C++ generated {found}, Python {expected}")
+    print(f"{model.name}: C++ and Python generate the same {sum(map(len, found))} tokens")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ NO_GPU = ("needs an NVIDIA driver", "does not exist", "cannot be used", "cannot 
 TOKENS = 8
 
 
-def write_model(folder: Path) -> Path:
-    """A model for load_format="dummy"."""
+def write_model(folder: Path, **config: object) -> Path:
+    """A model for load_format="dummy": CONFIG with these entries instead."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}), encoding="utf-8")
     return folder
 
 
