@@ -22,7 +22,9 @@ void register_spec(py::module_& m) {
                        std::vector<float> rope_inv_freq, float rms_norm_eps,
                        bool tie_word_embeddings, bool qkv_bias, bool qk_norm, int num_experts,
                        int experts_per_token, bool norm_topk_prob, float rope_attention_factor,
-                       std::vector<int> layer_windows, const std::string& dtype) {
+                       std::vector<float> rope_local_inv_freq, std::vector<int> layer_windows,
+                       const std::string& activation, float embed_scale, float attention_scale,
+                       bool norm_unit_offset, bool post_norms, const std::string& dtype) {
              ModelSpec spec{.vocab_size = vocab_size,
                             .hidden_size = hidden_size,
                             .intermediate_size = intermediate_size,
@@ -40,7 +42,13 @@ void register_spec(py::module_& m) {
                             .dtype = parse_dtype(dtype),
                             .rope_inv_freq = std::move(rope_inv_freq),
                             .rope_attention_factor = rope_attention_factor,
-                            .layer_windows = std::move(layer_windows)};
+                            .rope_local_inv_freq = std::move(rope_local_inv_freq),
+                            .layer_windows = std::move(layer_windows),
+                            .activation = parse_activation(activation),
+                            .embed_scale = embed_scale,
+                            .attention_scale = attention_scale,
+                            .norm_unit_offset = norm_unit_offset,
+                            .post_norms = post_norms};
              spec.check();
              return spec;
            }),
@@ -50,7 +58,11 @@ void register_spec(py::module_& m) {
            py::arg("rms_norm_eps") = 1e-5f, py::arg("tie_word_embeddings") = false,
            py::arg("qkv_bias") = false, py::arg("qk_norm") = false, py::arg("num_experts") = 0,
            py::arg("experts_per_token") = 0, py::arg("norm_topk_prob") = false,
-           py::arg("rope_attention_factor") = 1.0f, py::arg("layer_windows") = std::vector<int>(),
+           py::arg("rope_attention_factor") = 1.0f,
+           py::arg("rope_local_inv_freq") = std::vector<float>(),
+           py::arg("layer_windows") = std::vector<int>(), py::arg("activation") = "silu",
+           py::arg("embed_scale") = 1.0f, py::arg("attention_scale") = 0.0f,
+           py::arg("norm_unit_offset") = false, py::arg("post_norms") = false,
            py::arg("dtype") = "bfloat16")
       .def_readonly("vocab_size", &ModelSpec::vocab_size)
       .def_readonly("hidden_size", &ModelSpec::hidden_size)
@@ -61,7 +73,15 @@ void register_spec(py::module_& m) {
       .def_readonly("head_dim", &ModelSpec::head_dim)
       .def_readonly("rope_inv_freq", &ModelSpec::rope_inv_freq)
       .def_readonly("rope_attention_factor", &ModelSpec::rope_attention_factor)
+      .def_readonly("rope_local_inv_freq", &ModelSpec::rope_local_inv_freq)
       .def_readonly("layer_windows", &ModelSpec::layer_windows)
+      .def_property_readonly(
+          "activation",
+          [](const ModelSpec& spec) { return std::string(to_string(spec.activation)); })
+      .def_readonly("embed_scale", &ModelSpec::embed_scale)
+      .def_readonly("attention_scale", &ModelSpec::attention_scale)
+      .def_readonly("norm_unit_offset", &ModelSpec::norm_unit_offset)
+      .def_readonly("post_norms", &ModelSpec::post_norms)
       .def_readonly("rms_norm_eps", &ModelSpec::rms_norm_eps)
       .def_readonly("tie_word_embeddings", &ModelSpec::tie_word_embeddings)
       .def_readonly("qkv_bias", &ModelSpec::qkv_bias)

@@ -84,12 +84,17 @@ Op make_embed(Operands& a) {
   return Embed{.tokens = a.in("tokens"),
                .token_pool = a.in("token_pool"),
                .table = a.in("table"),
-               .out = a.out("out")};
+               .out = a.out("out"),
+               .scale = a.scalar_or("scale", 1.0f)};
 }
 
 Op make_rms_norm(Operands& a) {
-  return RmsNorm{
-      .x = a.in("x"), .out = a.out("out"), .weight = a.in("weight"), .eps = a.scalar<float>("eps")};
+  return RmsNorm{.x = a.in("x"),
+                 .out = a.out("out"),
+                 .weight = a.in("weight"),
+                 .eps = a.scalar<float>("eps"),
+                 .unit_offset = a.scalar_or("unit_offset", false),
+                 .accumulate = a.scalar_or("accumulate", false)};
 }
 
 Op make_gemm(Operands& a) {
@@ -101,7 +106,11 @@ Op make_gemm(Operands& a) {
 }
 
 Op make_gemm_silu_mul(Operands& a) {
-  return GemmSiluMul{.x = a.in("x"), .weight = a.in("weight"), .out = a.out("out")};
+  return GemmSiluMul{
+      .x = a.in("x"),
+      .weight = a.in("weight"),
+      .out = a.out("out"),
+      .activation = parse_activation(a.scalar_or("activation", std::string("silu")))};
 }
 
 Op make_rope_append(Operands& a) {
@@ -115,6 +124,7 @@ Op make_rope_append(Operands& a) {
                     .q_norm = a.in_or_none("q_norm"),
                     .k_norm = a.in_or_none("k_norm"),
                     .norm_eps = a.scalar_or("norm_eps", 0.0f),
+                    .norm_unit_offset = a.scalar_or("norm_unit_offset", false),
                     .rows = all_rows(qkv)};
 }
 

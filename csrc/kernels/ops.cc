@@ -1,5 +1,7 @@
 #include "kernels/ops.h"
 
+#include "core/error.h"
+
 namespace nanoflow {
 namespace {
 
@@ -19,10 +21,25 @@ Region rows_of(const Tensor& tensor, const KvRows& rows) {
 
 }  // namespace
 
+std::string_view to_string(Activation activation) {
+  return activation == Activation::kSilu ? "silu" : "gelu_tanh";
+}
+
+Activation parse_activation(std::string_view name) {
+  for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+    if (name == to_string(activation)) return activation;
+  }
+  fail("'", name, "' is no activation; there are silu and gelu_tanh");
+}
+
 Regions Embed::reads() const { return {memory(token_pool), memory(table)}; }
 Regions Embed::writes() const { return {memory(out)}; }
 
-Regions RmsNorm::reads() const { return {memory(x), memory(weight)}; }
+Regions RmsNorm::reads() const {
+  Regions regions = {memory(x), memory(weight)};
+  if (accumulate) regions.push_back(memory(out));
+  return regions;
+}
 Regions RmsNorm::writes() const { return {memory(out)}; }
 
 Regions Gemm::reads() const {

@@ -39,23 +39,28 @@ struct KvRows {
   int64_t begin, end;  // rows of the padded step
 };
 
-/// out = table[token]. A token t < 0 stands for token_pool[-1 - t]: the last sample of that slot.
+/// out = table[token] * scale, with scale rounded to table's dtype. A token t < 0 stands for
+/// token_pool[-1 - t]: the last sample of that slot.
 struct Embed {
   Tensor tokens;      // [T] int32
   Tensor token_pool;  // [slots] int32
   Tensor table;       // [V, H]
   Tensor out;         // [T, H]
+  float scale = 1;
 
   static constexpr std::string_view kName = "embed";
   Regions reads() const;
   Regions writes() const;
 };
 
-/// out = x / rms(x) * weight
+/// out = round(x / rms(x)) * weight, or with unit_offset out = x / rms(x) * (1 + weight); with
+/// `accumulate` what out held is added before the last rounding.
 struct RmsNorm {
   Tensor x, out;  // [T, H]
   Tensor weight;  // [H]
   float eps;
+  bool unit_offset = false;
+  bool accumulate = false;  // out += instead of out =
 
   static constexpr std::string_view kName = "rms_norm";
   Regions reads() const;
@@ -76,7 +81,18 @@ struct Gemm {
   Regions writes() const;
 };
 
-/// out = silu(x · gateᵀ) * (x · upᵀ), all in float and rounded once.
+/// What the gate of an MLP goes through.
+enum class Activation {
+  kSilu,      // x / (1 + e^-x)
+  kGeluTanh,  // x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+};
+
+std::string_view to_string(Activation activation);
+/// "silu" or "gelu_tanh"; throws Error on anything else.
+Activation parse_activation(std::string_view name);
+
+/// out = silu(x · gateᵀ) * (x · upᵀ), all in float and rounded once; or with another activation
+/// than SiLU.
 struct GemmSiluMul {
   /// The weight holds this many rows of gate, then the rows of up that belong to them, and so on:
   /// gate row i is row i / kGroup * 2 kGroup + i % kGroup, its up row kGroup further.
@@ -85,6 +101,7 @@ struct GemmSiluMul {
   Tensor x;       // [T, K]
   Tensor weight;  // [2 I, K], rows contiguous; I is a multiple of kGroup
   Tensor out;     // [T, I] of x's dtype
+  Activation activation = Activation::kSilu;
 
   static constexpr std::string_view kName = "gemm_silu_mul";
   Regions reads() const;
@@ -102,6 +119,7 @@ struct RopeAppend {
   Tensor q_norm = {};       // [D], or none
   Tensor k_norm = {};       // [D], if there is a q_norm
   float norm_eps = 0;
+  bool norm_unit_offset = false;  // as in RmsNorm
   KvRows rows;
 
   static constexpr std::string_view kName = "rope_append";

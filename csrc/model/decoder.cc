@@ -54,28 +54,28 @@ std::vector<Op> Decoder::emit(Stage stage, int layer, const RowRange& range) con
 std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
+  const bool is_local = b.cos_sin_local && spec().window(layer) > 0;
   std::vector<Op> ops;
   if (layer == 0) {
     ops.push_back(Embed{.tokens = rows(b.tokens, range),
                         .token_pool = b.token_pool,
                         .table = weights_->embed(),
-                        .out = rows(b.residual, range)});
+                        .out = rows(b.residual, range),
+                        .scale = spec().embed_scale});
   }
-  ops.push_back(RmsNorm{.x = rows(b.residual, range),
-                        .out = rows(b.normed, range),
-                        .weight = w.input_norm,
-                        .eps = spec().rms_norm_eps});
+  ops.push_back(norm(rows(b.residual, range), w.input_norm, rows(b.normed, range)));
   ops.push_back(Gemm{
       .x = rows(b.normed, range), .weight = w.qkv, .out = rows(b.qkv, range), .bias = w.qkv_bias});
   ops.push_back(RopeAppend{.qkv = rows(b.qkv, range),
                            .positions = rows(b.positions, range),
                            .kv_slots = rows(b.kv_slots, range),
-                           .cos_sin = b.cos_sin,
+                           .cos_sin = is_local ? b.cos_sin_local : b.cos_sin,
                            .k_cache = b.k_cache[layer],
                            .v_cache = b.v_cache[layer],
                            .q_norm = w.q_norm,
                            .k_norm = w.k_norm,
                            .norm_eps = spec().rms_norm_eps,
+                           .norm_unit_offset = spec().norm_unit_offset,
                            .rows = kv_rows(layer, range)});
   return ops;
 }
@@ -104,7 +104,9 @@ std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const 
                           .tables = b.attention,
                           .segment_begin = range.segment_begin,
                           .segment_end = range.segment_end,
-                          .scale = 1.0f / std::sqrt(static_cast<float>(spec().head_dim)),
+                          .scale = spec().attention_scale > 0
+                                       ? spec().attention_scale
+                                       : 1.0f / std::sqrt(static_cast<float>(spec().head_dim)),
                           .window = spec().window(layer),
                           .work = work,
                           .rows = kv_rows(layer, range)});
@@ -112,26 +114,44 @@ std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const 
 }
 
 std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {
-  return {Gemm{.x = rows(buffers_.attention_out, range),
-               .weight = weights_->layer(layer).o,
-               .out = rows(buffers_.residual, range),
-               .accumulate = true}};
+  const Weights::Layer w = weights_->layer(layer);
+  std::vector<Op> ops;
+  add_to_residual(ops, rows(buffers_.attention_out, range), w.o, w.o_norm, range);
+  return ops;
 }
 
 std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
   if (spec().has_experts()) return emit_experts(layer, range);
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
-  return {
-      RmsNorm{.x = rows(b.residual, range),
-              .out = rows(b.normed, range),
-              .weight = w.post_norm,
-              .eps = spec().rms_norm_eps},
-      GemmSiluMul{.x = rows(b.normed, range), .weight = w.gate_up, .out = rows(b.activated, range)},
-      Gemm{.x = rows(b.activated, range),
-           .weight = w.down,
-           .out = rows(b.residual, range),
-           .accumulate = true}};
+  std::vector<Op> ops = {norm(rows(b.residual, range), w.post_norm, rows(b.normed, range)),
+                         GemmSiluMul{.x = rows(b.normed, range),
+                                     .weight = w.gate_up,
+                                     .out = rows(b.activated, range),
+                                     .activation = spec().activation}};
+  add_to_residual(ops, rows(b.activated, range), w.down, w.down_norm, range);
+  return ops;
+}
+
+RmsNorm Decoder::norm(const Tensor& x, const Tensor& weight, const Tensor& out) const {
+  return {.x = x,
+          .out = out,
+          .weight = weight,
+          .eps = spec().rms_norm_eps,
+          .unit_offset = spec().norm_unit_offset};
+}
+
+void Decoder::add_to_residual(std::vector<Op>& ops, const Tensor& x, const Tensor& weight,
+                              const Tensor& post_norm, const RowRange& range) const {
+  const Tensor residual = rows(buffers_.residual, range), normed = rows(buffers_.normed, range);
+  if (!post_norm) {
+    ops.push_back(Gemm{.x = x, .weight = weight, .out = residual, .accumulate = true});
+    return;
+  }
+  ops.push_back(Gemm{.x = x, .weight = weight, .out = normed});
+  RmsNorm add = norm(normed, post_norm, residual);
+  add.accumulate = true;
+  ops.push_back(add);
 }
 
 std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
@@ -144,10 +164,7 @@ std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
   };
   const Tensor offsets = e.offsets.select(0, range.segment_begin);
   return {
-      RmsNorm{.x = rows(b.residual, range),
-              .out = rows(b.normed, range),
-              .weight = w.post_norm,
-              .eps = spec().rms_norm_eps},
+      norm(rows(b.residual, range), w.post_norm, rows(b.normed, range)),
       Gemm{.x = rows(b.normed, range), .weight = w.router, .out = rows(e.logits, range)},
       RouteExperts{.logits = rows(e.logits, range),
                    .experts = rows(e.chosen, range),
@@ -175,10 +192,7 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
   std::vector<Op> ops;
   ops.push_back(
       GatherRows{.x = b.residual, .index = first(b.sample_rows), .out = first(b.head_residual)});
-  ops.push_back(RmsNorm{.x = first(b.head_residual),
-                        .out = first(b.head_normed),
-                        .weight = weights_->norm(),
-                        .eps = spec().rms_norm_eps});
+  ops.push_back(norm(first(b.head_residual), weights_->norm(), first(b.head_normed)));
   const Gemm lm_head{
       .x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)};
   ops.push_back(lm_head);
@@ -234,15 +248,16 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
   return ops;
 }
 
-std::vector<float> rope_table(const ModelSpec& spec, int positions) {
-  const size_t half = spec.rope_inv_freq.size();
+std::vector<float> rope_table(const std::vector<float>& inv_freq, float attention_factor,
+                              int positions) {
+  const size_t half = inv_freq.size();
   std::vector<float> table(static_cast<size_t>(positions) * 2 * half);
   for (int position = 0; position < positions; ++position) {
     float* row = table.data() + static_cast<size_t>(position) * 2 * half;
     for (size_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(position) * spec.rope_inv_freq[i];
-      row[i] = std::cos(angle) * spec.rope_attention_factor;
-      row[half + i] = std::sin(angle) * spec.rope_attention_factor;
+      const float angle = static_cast<float>(position) * inv_freq[i];
+      row[i] = std::cos(angle) * attention_factor;
+      row[half + i] = std::sin(angle) * attention_factor;
     }
   }
   return table;

@@ -66,6 +66,7 @@ struct DecoderBuffers {
   Tensor history;                        // [slots, positions] int32
   Tensor top, logprobs, ranks;           // of Logprobs
   Tensor cos_sin;                        // [positions, D] float32
+  Tensor cos_sin_local;                  // of layers with a window; or none: as all others
   std::vector<Tensor> k_cache, v_cache;  // per layer: [P, Hkv, page_size, D]
 
   Tensor tokens, positions, kv_slots;  // [T] int32
@@ -109,6 +110,10 @@ class Decoder {
   std::vector<Op> emit_o(int layer, const RowRange& range) const;
   std::vector<Op> emit_mlp(int layer, const RowRange& range) const;
   std::vector<Op> emit_experts(int layer, const RowRange& range) const;
+  RmsNorm norm(const Tensor& x, const Tensor& weight, const Tensor& out) const;
+  /// Adds x · weightᵀ to the residual, by way of a norm if the spec has them there.
+  void add_to_residual(std::vector<Op>& ops, const Tensor& x, const Tensor& weight,
+                       const Tensor& post_norm, const RowRange& range) const;
 
   std::shared_ptr<const Weights> weights_;
   DecoderBuffers buffers_;
@@ -116,7 +121,8 @@ class Decoder {
   std::vector<int> plan_layers_;    // first layer of each
 };
 
-/// [positions, D] values for RopeAppend::cos_sin from a spec's inverse frequencies.
-std::vector<float> rope_table(const ModelSpec& spec, int positions);
+/// [positions, D] values for RopeAppend::cos_sin from [D/2] inverse frequencies.
+std::vector<float> rope_table(const std::vector<float>& inv_freq, float attention_factor,
+                              int positions);
 
 }  // namespace nanoflow

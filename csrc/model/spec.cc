@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "kernels/ops.h"
 
 namespace nanoflow {
 
@@ -43,6 +42,13 @@ void ModelSpec::check() const {
   NF_CHECK(rope_inv_freq.size() * 2 == static_cast<size_t>(head_dim),
            "model spec: rope_inv_freq has ", rope_inv_freq.size(), " values but head_dim ",
            head_dim, " needs ", head_dim / 2);
+  NF_CHECK(rope_local_inv_freq.empty() || rope_local_inv_freq.size() == rope_inv_freq.size(),
+           "model spec: rope_local_inv_freq has ", rope_local_inv_freq.size(),
+           " values and rope_inv_freq ", rope_inv_freq.size());
+  NF_CHECK(embed_scale > 0 && attention_scale >= 0, "model spec: embed_scale is ", embed_scale,
+           " and attention_scale ", attention_scale);
+  NF_CHECK(!has_experts() || (!post_norms && activation == Activation::kSilu),
+           "model spec: experts have a SiLU gate and no norm behind them");
   NF_CHECK(rope_attention_factor > 0, "model spec: rope_attention_factor is ",
            rope_attention_factor);
   NF_CHECK(layer_windows.empty() || layer_windows.size() == static_cast<size_t>(num_layers),

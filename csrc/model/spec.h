@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "kernels/ops.h"
 
 namespace nanoflow {
 
@@ -25,7 +26,15 @@ struct ModelSpec {
   DType dtype = DType::kBF16;        // of weights, activations and KV cache
   std::vector<float> rope_inv_freq;  // [D/2] radians per position, scaling already applied
   float rope_attention_factor = 1;   // on cosines and sines
-  std::vector<int> layer_windows;    // [layers] keys a row sees at most, 0: all; or empty: all
+  std::vector<float> rope_local_inv_freq = {};  // [D/2] in layers with a window, there without
+                                                // attention factor; or empty: as in all others
+  std::vector<int> layer_windows = {};  // [layers] keys a row sees at most, 0: all; or empty: all
+
+  Activation activation = Activation::kSilu;  // of the MLP's gate
+  float embed_scale = 1;                      // on embeddings
+  float attention_scale = 0;                  // on q·k; 0: D^-1/2
+  bool norm_unit_offset = false;              // all norms multiply by 1 + weight
+  bool post_norms = false;  // what attention and MLP add to the residual is normed before
 
   bool has_experts() const { return num_experts > 0; }
   int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }

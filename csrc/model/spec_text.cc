@@ -17,7 +17,9 @@ template <typename Spec, typename Visit>
 void visit_fields(Spec& spec, Visit&& visit) {
   auto& [vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim,
          rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, num_experts, experts_per_token,
-         norm_topk_prob, dtype, rope_inv_freq, rope_attention_factor, layer_windows] = spec;
+         norm_topk_prob, dtype, rope_inv_freq, rope_attention_factor, rope_local_inv_freq,
+         layer_windows, activation, embed_scale, attention_scale, norm_unit_offset, post_norms] =
+      spec;
   visit("vocab_size", vocab_size);
   visit("hidden_size", hidden_size);
   visit("intermediate_size", intermediate_size);
@@ -35,7 +37,13 @@ void visit_fields(Spec& spec, Visit&& visit) {
   visit("dtype", dtype);
   visit("rope_inv_freq", rope_inv_freq);
   visit("rope_attention_factor", rope_attention_factor);
+  visit("rope_local_inv_freq", rope_local_inv_freq);
   visit("layer_windows", layer_windows);
+  visit("activation", activation);
+  visit("embed_scale", embed_scale);
+  visit("attention_scale", attention_scale);
+  visit("norm_unit_offset", norm_unit_offset);
+  visit("post_norms", post_norms);
 }
 
 template <typename T>
@@ -49,6 +57,7 @@ std::string value_text(int value) { return number_text(value); }
 std::string value_text(float value) { return number_text(value); }
 std::string value_text(bool value) { return value ? "true" : "false"; }
 std::string value_text(DType value) { return std::string(to_string(value)); }
+std::string value_text(Activation value) { return std::string(to_string(value)); }
 
 template <typename T>
 std::string value_text(const std::vector<T>& values) {
@@ -71,6 +80,8 @@ void parse_value(std::string_view text, bool& value) {
 }
 
 void parse_value(std::string_view text, DType& value) { value = parse_dtype(text); }
+
+void parse_value(std::string_view text, Activation& value) { value = parse_activation(text); }
 
 template <typename T>
 void parse_value(std::string_view text, std::vector<T>& values) {

@@ -50,6 +50,10 @@ std::vector<Weights::LayerTensor> Weights::layer_tensors(const ModelSpec& spec) 
     tensors.push_back({"k_norm", &Layer::k_norm, {D}});
   }
   if (spec.has_experts()) tensors.push_back({"router", &Layer::router, {experts, hidden}});
+  if (spec.post_norms) {
+    tensors.push_back({"o_norm", &Layer::o_norm, {hidden}});
+    tensors.push_back({"down_norm", &Layer::down_norm, {hidden}});
+  }
   return tensors;
 }
 

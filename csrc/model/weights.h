@@ -28,6 +28,8 @@ namespace nanoflow {
 /// | layers.N.q_norm     | [D]                   | where the spec says so: of each head of q      |
 /// | layers.N.k_norm     | [D]                   | with q_norm: of each head of k                 |
 /// | layers.N.router     | [E, H]                | in a model with experts                        |
+/// | layers.N.o_norm     | [H]                   | with post_norms: of the attention's output     |
+/// | layers.N.down_norm  | [H]                   | with post_norms: of the MLP's output           |
 /// | norm                | [H]                   | before the head                                |
 /// | lm_head             | [V, H]                | absent when embeddings are tied                |
 ///
@@ -35,7 +37,8 @@ namespace nanoflow {
 class Weights {
  public:
   struct Layer {
-    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias, q_norm, k_norm, router;
+    Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias, q_norm, k_norm, router, o_norm,
+        down_norm;
   };
 
   Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);

@@ -37,7 +37,7 @@ Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend&
                                               : backend.row_granularity()) {
   allocate_activations();
   allocate_tables();
-  upload_rope_table();
+  upload_rope_tables();
 }
 
 const DecoderBuffers& Workspace::bind(const KvCache& cache) {
@@ -76,7 +76,9 @@ void Workspace::allocate_activations() {
   a.add("top", DType::kI32, {samples, Logprobs::kMaxTop});
   a.add("logprobs", DType::kF32, {samples, 1 + Logprobs::kMaxTop});
   a.add("ranks", DType::kI32, {samples});
+  const bool has_local_rope = !spec_.rope_local_inv_freq.empty();
   a.add("cos_sin", DType::kF32, {config_.max_model_len, spec_.head_dim});
+  if (has_local_rope) a.add("cos_sin_local", DType::kF32, {config_.max_model_len, spec_.head_dim});
   if (attention_bytes > 0) {
     const auto words = static_cast<int64_t>(attention_bytes / sizeof(int32_t));
     const auto plans = static_cast<int64_t>(spec_.distinct_windows().size());
@@ -103,6 +105,7 @@ void Workspace::allocate_activations() {
   buffers_.logprobs = a.tensor("logprobs");
   buffers_.ranks = a.tensor("ranks");
   buffers_.cos_sin = a.tensor("cos_sin");
+  if (has_local_rope) buffers_.cos_sin_local = a.tensor("cos_sin_local");
 }
 
 void Workspace::describe_experts(int64_t rows) {
@@ -194,11 +197,19 @@ void Workspace::allocate_tables() {
   buffers_.logprob_targets = t.tensor("logprob_targets");
 }
 
-void Workspace::upload_rope_table() {
-  const std::vector<float> table = rope_table(spec_, config_.max_model_len);
+void Workspace::upload_rope_tables() {
+  upload_rope_table(buffers_.cos_sin, spec_.rope_inv_freq, spec_.rope_attention_factor);
+  if (buffers_.cos_sin_local) {
+    upload_rope_table(buffers_.cos_sin_local, spec_.rope_local_inv_freq, 1.0f);
+  }
+}
+
+void Workspace::upload_rope_table(const Tensor& to, const std::vector<float>& inv_freq,
+                                  float attention_factor) {
+  const std::vector<float> table = rope_table(inv_freq, attention_factor, config_.max_model_len);
   const auto lane = backend_.make_lane(1);
   const auto done = backend_.make_event();
-  backend_.copy(buffers_.cos_sin.bytes(), table.data(), table.size() * sizeof(float), *lane);
+  backend_.copy(to.bytes(), table.data(), table.size() * sizeof(float), *lane);
   lane->record(*done);
   done->synchronize();
 }

@@ -45,7 +45,9 @@ class Workspace {
   void describe_experts(int64_t rows);
   void bind_experts();
   void allocate_tables();
-  void upload_rope_table();
+  void upload_rope_tables();
+  void upload_rope_table(const Tensor& to, const std::vector<float>& inv_freq,
+                         float attention_factor);
   /// Where a table lives in a staging copy.
   template <typename T>
   T* staged(const Tensor& table, int ring) const;

@@ -54,7 +54,12 @@ TEST_CASE("a model that was written is read as the same bits") {
       spec.layer_windows = {16, 0};
     }
     spec.qk_norm = dtype == DType::kF32;
-    if (dtype == DType::kF16) spec.layer_windows = {0, 7};
+    if (dtype == DType::kF16) {
+      spec.layer_windows = {0, 7};
+      spec.rope_local_inv_freq = spec.rope_inv_freq;
+      spec.activation = Activation::kGeluTanh;
+      spec.post_norms = spec.norm_unit_offset = true;
+    }
     spec.rope_attention_factor = 1.25f;
     spec.rms_norm_eps = 1e-6f;
     const Folder folder;

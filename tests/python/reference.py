@@ -70,9 +70,11 @@ def embed(tokens: Ints, token_pool: Ints, table: Floats) -> Floats:
     return rows
 
 
-def rms_norm(x: Floats, weight: Floats, eps: float, dtype: str) -> Floats:
+def rms_norm(
+    x: Floats, weight: Floats, eps: float, dtype: str, unit_offset: bool = False
+) -> Floats:
     normed = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
-    return rounded(normed, dtype) * weight
+    return normed * (1 + weight) if unit_offset else rounded(normed, dtype) * weight
 
 
 def gemm(x: Floats, weight: Floats, bias: Floats | float = 0.0) -> Floats:
@@ -92,11 +94,18 @@ def gate_and_up(weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return gate, up
 
 
-def gemm_silu_mul(x: Floats, weight: Floats) -> Floats:
+def gemm_silu_mul(x: Floats, weight: Floats, activation: str = "silu") -> Floats:
     gate, up = (gemm(x, part) for part in gate_and_up(weight))
+    if activation == "gelu_tanh":
+        return gelu_tanh(gate) * up
     with np.errstate(over="ignore"):
         product: Floats = gate / (1 + np.exp(-gate)) * up
     return product
+
+
+def gelu_tanh(x: Floats) -> Floats:
+    activated: Floats = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return activated
 
 
 def rope_table(inv_freq: NDArray[Any], positions: int) -> NDArray[np.float32]:

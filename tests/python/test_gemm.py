@@ -117,12 +117,39 @@ def test_gemm_silu_mul(
     tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight)))
 
 
-def silu_mul(backend: _core.Backend, gate: Any, up: Any) -> NDArray[np.float32]:
+@pytest.mark.parametrize(("rows", "depth", "columns"), FUSED_SHAPES[:6])
+def test_gate_with_gelu(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    rows: int,
+    depth: int,
+    columns: int,
+) -> None:
+    skip_unless_it_runs(backend, dtype, depth, columns)
+    x, weight = randn(rng, dtype, rows, depth), matrix(rng, dtype, 2 * columns, depth)
+    out = with_gaps(poisoned((rows, columns), dtype))
+    gelu: dict[str, Any] = {"activation": "gelu_tanh"}
+    operands = {"x": with_gaps(x), "weight": weight, "out": out}
+    run_beside_cpu(backend, "gemm_silu_mul", DIFFERING[dtype], **operands, **gelu)
+    tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight), **gelu))
+
+
+def test_gelu_is_accurate_over_the_whole_range(cpu_backend: _core.Backend) -> None:
+    gate = np.concatenate([np.linspace(-8, 30, 100005), [-0.0, 1e-30, 3e38]]).astype(np.float32)
+    out = silu_mul(cpu_backend, gate, np.ones_like(gate), activation="gelu_tanh")
+    with np.errstate(over="ignore"):
+        expected = reference.gelu_tanh(decode(gate))
+    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=2e-7)
+
+
+def silu_mul(backend: _core.Backend, gate: Any, up: Any, **more: Any) -> NDArray[np.float32]:
     """silu(gate) * up of one row, as products with x = 1."""
     weight = reference.interleave(np.asarray(gate, np.float32), np.asarray(up, np.float32))
     out = poisoned((1, len(gate)), "float32")
     x = np.ones((1, 1), np.float32)
-    _core.run_op("gemm_silu_mul", backend, x=x, weight=weight[:, None], out=out)
+    _core.run_op("gemm_silu_mul", backend, x=x, weight=weight[:, None], out=out, **more)
     return out[0]
 
 

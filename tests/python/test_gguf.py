@@ -132,6 +132,24 @@ def config_of(**changes: Any) -> dict[str, Any]:
     return hf_config(merged, has_output=True, rope_factors=None)
 
 
+def test_gemma3_fills_in_what_its_files_leave_out() -> None:
+    gemma = {key.replace("llama.", "gemma3."): value for key, value in METADATA.items()}
+    gemma |= {"general.architecture": "gemma3", "gemma3.attention.key_length": 32}
+    gemma["gemma3.attention.sliding_window"] = 512
+    config = hf_config(gemma, has_output=False, rope_factors=None)
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    assert config["query_pre_attn_scalar"] == 32 and config["sliding_window"] == 512
+    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 10000.0
+    gemma |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    scaled = hf_config(gemma, has_output=False, rope_factors=None)
+    assert scaled["rope_parameters"]["full_attention"]["factor"] == 8.0
+    with pytest.raises(ValueError, match="rope scaling 'yarn' is not supported for gemma3"):
+        hf_config(gemma | {"gemma3.rope.scaling.type": "yarn"}, has_output=0, rope_factors=None)
+    del gemma["gemma3.attention.sliding_window"]
+    with pytest.raises(ValueError, match=r"lack gemma3\.attention\.sliding_window"):
+        hf_config(gemma, has_output=False, rope_factors=None)
+
+
 def test_metadata_may_leave_out_what_follows_from_the_rest() -> None:
     config = config_of()
     assert config["vocab_size"] == 3

@@ -50,6 +50,20 @@ def test_embed_reads_the_table_and_the_pool(
     np.testing.assert_array_equal(decode(out), reference.embed(tokens, pool, decode(table)))
 
 
+@pytest.mark.parametrize("hidden", [67, 576])
+def test_embeddings_are_scaled_as_gemmas_are(
+    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng, hidden: int
+) -> None:
+    skip_what_no_gpu_does(backend, dtype, hidden)
+    table, pool = randn(rng, dtype, 50, hidden), np.zeros(1, np.int32)
+    tokens, scale = rng.integers(0, 50, 33, np.int32), 576**0.5 + 0.3
+    out = poisoned((33, hidden), dtype)
+    run_beside_cpu(
+        backend, "embed", 0, tokens=tokens, token_pool=pool, table=table, out=out, scale=scale
+    )
+    tolerance.check(out, decode(table)[tokens] * rounded(np.float32(scale), dtype))
+
+
 @pytest.mark.parametrize("hidden", [67, pytest.param(576, marks=SANITIZER)])
 @pytest.mark.parametrize("rows", [*ROWS, 700])
 def test_gather_rows(backend: _core.Backend, dtype: str, rng: Rng, rows: int, hidden: int) -> None:
@@ -70,6 +84,38 @@ def test_rms_norm(
     out = with_gaps(poisoned((rows, hidden), dtype))
     run_beside_cpu(backend, "rms_norm", 5e-3, x=with_gaps(x), out=out, weight=weight, eps=EPS)
     tolerance.check(out, reference.rms_norm(decode(x), decode(weight), EPS, dtype))
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("rows", "hidden"), [(3, 24), (17, 67), (129, 640), (9, 4096)])
+def test_rms_norm_adds_and_counts_its_weights_from_one(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    rows: int,
+    hidden: int,
+    unit_offset: bool,
+    accumulate: bool,
+) -> None:
+    skip_what_no_gpu_does(backend, dtype, hidden)
+    x, weight = randn(rng, dtype, rows, hidden), randn(rng, dtype, hidden)
+    before = randn(rng, dtype, rows, hidden)
+    out = with_gaps(before.copy() if accumulate else poisoned((rows, hidden), dtype))
+    run_beside_cpu(
+        backend,
+        "rms_norm",
+        2e-2,
+        x=with_gaps(x),
+        out=out,
+        weight=weight,
+        eps=EPS,
+        unit_offset=unit_offset,
+        accumulate=accumulate,
+    )
+    normed = reference.rms_norm(decode(x), decode(weight), EPS, dtype, unit_offset)
+    tolerance.check(out, normed + (decode(before) if accumulate else 0.0))
 
 
 def test_rms_norm_rounds_as_transformers_does(backend: _core.Backend, rng: Rng) -> None:
@@ -99,7 +145,7 @@ def test_rms_norm_rounds_as_transformers_does(backend: _core.Backend, rng: Rng) 
         pytest.param(32, 8, 128, 64, marks=SANITIZER),
     ],
 )
-@pytest.mark.parametrize("has_norms", [False, True], ids=["", "norms"])
+@pytest.mark.parametrize("norm", ["", "norms", "norms with unit offset"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_rope_append(
     backend: _core.Backend,
@@ -111,7 +157,7 @@ def test_rope_append(
     kv_heads: int,
     head_dim: int,
     page_size: int,
-    has_norms: bool,
+    norm: str,
 ) -> None:
     skip_what_no_gpu_does(backend, dtype, head_dim)
     cache = reference.paged_cache(
@@ -126,6 +172,7 @@ def test_rope_append(
     cache.k_cache[:] = cache.v_cache[:] = poisoned((), dtype)
     qkv = randn(rng, dtype, rows, (heads + 2 * kv_heads) * head_dim)
     before = decode(qkv).reshape(rows, heads + 2 * kv_heads, head_dim)
+    has_norms, unit_offset = bool(norm), "offset" in norm
     norms = (
         {name: randn(rng, dtype, head_dim) for name in ("q_norm", "k_norm")} if has_norms else {}
     )
@@ -140,14 +187,15 @@ def test_rope_append(
         k_cache=cache.k_cache,
         v_cache=cache.v_cache,
         **norms,
-        **({"norm_eps": EPS} if has_norms else {}),
+        **({"norm_eps": EPS, "norm_unit_offset": unit_offset} if has_norms else {}),
     )
     real = ~is_padding
     after = decode(qkv).reshape(before.shape)
     normed = before[real, :-kv_heads]
     if has_norms:
         weights = [decode(norms["q_norm"])] * heads + [decode(norms["k_norm"])] * kv_heads
-        normed = rounded(reference.rms_norm(normed, np.stack(weights), EPS, dtype), dtype)
+        exact = reference.rms_norm(normed, np.stack(weights), EPS, dtype, unit_offset)
+        normed = rounded(exact, dtype)
     rotated = reference.rotate(normed, cos_sin[positions[real]])
     tolerance.check(encode(after[real, :-kv_heads], dtype), rotated)
     np.testing.assert_array_equal(after[:, -kv_heads:], before[:, -kv_heads:])

@@ -217,6 +217,7 @@ def test_supported_architectures() -> None:
         "Qwen3ForCausalLM",
         "MixtralForCausalLM",
         "Qwen3MoeForCausalLM",
+        "Gemma3ForCausalLM",
     )
 
 
@@ -243,6 +244,64 @@ def test_qwen3_norms_each_head_of_q_and_k() -> None:
         assert weight.shape == (128,)
         assert [target.name for target in weight.targets] == [f"layers.0.{name}"]
     assert not parse().qk_norm
+
+
+GEMMA3: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "num_hidden_layers": 7,
+    "num_key_value_heads": "absent",
+    "sliding_window": 512,
+}
+
+
+def test_gemma3_has_two_ropes_and_slides_in_five_layers_of_six() -> None:
+    model = parse(**GEMMA3)
+    assert model.layer_windows == (512,) * 5 + (0, 512)
+    assert (model.head_dim, model.num_kv_heads, model.tie_word_embeddings) == (256, 4, True)
+    spec = model.spec_arguments("float32")
+    assert spec["embed_scale"] == 64 and spec["attention_scale"] == 1 / 16
+    assert spec["activation"] == "gelu_tanh" and spec["norm_unit_offset"] and spec["post_norms"]
+    assert spec["rope_inv_freq"][1] == pytest.approx(1e6 ** (-1 / 128), rel=1e-6)
+    assert spec["rope_local_inv_freq"][1] == pytest.approx(1e4 ** (-1 / 128), rel=1e-6)
+    old = parse(
+        **GEMMA3,
+        rope_theta=5e5,
+        rope_local_base_freq=2e4,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=64,
+    )
+    new = parse(
+        **GEMMA3,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+        layer_types=["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+        query_pre_attn_scalar=64,
+    )
+    assert old.spec_arguments("float32") == new.spec_arguments("float32")
+    assert new.max_position_embeddings == 131072  # which the factor is part of already
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_activation": "silu"}, "only 'gelu_pytorch_tanh' is"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
+        ({"sliding_window": None}, "lacks 'sliding_window'"),
+        ({"layer_types": ["full_attention"]}, "for each of 7 layers"),
+        ({"rope_parameters": {"rope_type": "default"}}, "not those of full_attention, sliding"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "a yarn rope of windows is not supported",
+        ),
+    ],
+)
+def test_what_gemma3_does_not_compute_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(**GEMMA3 | changes)
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])

@@ -26,6 +26,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+_CONFIGS = {"Gemma3": "Gemma3Text"}  # where the name of a family's config is another
 
 
 def tiny_llama(
@@ -48,7 +49,7 @@ def tiny_llama(
     """
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(
-        getattr(transformers, f"{family}Config")(
+        getattr(transformers, f"{_CONFIGS.get(family, family)}Config")(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,

@@ -17,7 +17,8 @@ GemmArgs args_of(const Op& op) {
           .x_stride = op.x.stride(0),
           .weight_stride = op.weight.stride(0),
           .out_stride = op.out.stride(0),
-          .accumulate = false};
+          .accumulate = false,
+          .activation = Activation::kSilu};
 }
 
 void enqueue(const GemmArgs& args, const GemmKernel& kernel, Lane& lane) {
@@ -40,7 +41,9 @@ void CpuKernels::run(const Gemm& op, Lane& lane) {
 
 void CpuKernels::run(const GemmSiluMul& op, Lane& lane) {
   check_shapes(op);
-  enqueue(args_of(op), gemm_kernels(isa_, op.x.dtype()).silu_mul, lane);
+  GemmArgs args = args_of(op);
+  args.activation = op.activation;
+  enqueue(args, gemm_kernels(isa_, op.x.dtype()).silu_mul, lane);
 }
 
 }  // namespace nanoflow::cpu

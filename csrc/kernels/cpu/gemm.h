@@ -18,6 +18,7 @@ struct GemmArgs {
   int64_t T, N, K;
   int64_t x_stride, weight_stride, out_stride;
   bool accumulate;
+  Activation activation;  // of GemmSiluMul
 };
 
 /// One way to multiply. All threads of a lane call run(). In every kernel the order in which the

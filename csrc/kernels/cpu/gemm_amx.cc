@@ -119,7 +119,7 @@ struct SiluMul {
   static void store(const GemmArgs& args, int64_t t, int64_t n, Vec low, Vec high, int columns) {
     const Vec gate = _mm512_shuffle_f32x4(low, high, 0x44);
     const Vec up = _mm512_shuffle_f32x4(low, high, 0xee);
-    store_sums<BFloat16>(args, t, n / 2, silu(gate) * up, columns / 2);
+    store_sums<BFloat16>(args, t, n / 2, activated(args.activation, gate) * up, columns / 2);
   }
 };
 

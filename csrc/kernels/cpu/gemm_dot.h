@@ -99,7 +99,7 @@ class DotGemm {
       dot<kCount>(t, gate, columns, values);
       dot<kCount>(t, gate + kGroup, columns, up);
       for (int i = 0; i < kTile; i += kLanes) {
-        store(values + i, silu(load(values + i)) * load(up + i));
+        store(values + i, activated(args_.activation, load(values + i)) * load(up + i));
       }
     } else {
       dot<kCount>(t, n, columns, values);

@@ -9,10 +9,17 @@
 namespace nanoflow::cpu {
 namespace {
 
-inline Vec silu(Vec x) {
+/// 1 / (1 + e^-x)
+inline Vec sigmoid(Vec x) {
   const Vec e = exponential(min(x, splat(0.0f) - x));  // e^-|x|, so that nothing overflows
   const Vec numerator = where_at_least(x, splat(0.0f), splat(1.0f), e);
-  return x * (numerator * reciprocal(splat(1.0f) + e));
+  return numerator * reciprocal(splat(1.0f) + e);
+}
+
+inline Vec activated(Activation activation, Vec x) {
+  if (activation == Activation::kSilu) return x * sigmoid(x);
+  constexpr float kTwice = 1.5957691216f;  // 2 sqrt(2 / pi): (1 + tanh(y)) / 2 is sigmoid(2 y)
+  return x * sigmoid(splat(kTwice) * fma(splat(0.044715f) * x * x, x, x));
 }
 
 /// Rounds n sums of row t to out, from a column of it on, with bias and old values added.

@@ -56,11 +56,12 @@ void append(const Tensor& cache, int32_t slot, const std::byte* heads) {
 /// Norms heads [begin, end) of a row in place.
 void norm_heads(const RopeAppend& op, const PointwiseLoops& loops, std::byte* heads, int64_t begin,
                 int64_t end, const Tensor& weight) {
+  const NormStyle style{op.norm_eps, op.norm_unit_offset, false};
   const int64_t D = weight.size(0);
   const int64_t head_bytes = D * static_cast<int64_t>(size_of(weight.dtype()));
   for (int64_t i = begin; i < end; ++i) {
     std::byte* head = heads + i * head_bytes;
-    loops.rms_norm(head, weight.bytes(), head, D, op.norm_eps);
+    loops.rms_norm(head, weight.bytes(), head, D, style);
   }
 }
 
@@ -90,12 +91,17 @@ void rope_append_row(const RopeAppend& op, const PointwiseLoops& loops, int64_t 
 }  // namespace
 
 void CpuKernels::run(const Embed& op, Lane& lane) {
+  const PointwiseLoops& loops = loop_set(isa_).of(op.table.dtype(), Embed::kName).pointwise;
   check_shapes(op);
-  for_rows(lane, op.out.size(0), [op](int64_t row) {
+  for_rows(lane, op.out.size(0), [op, &loops](int64_t row) {
     const int64_t token = token_of(op, row);
     NF_CHECK(token >= 0 && token < op.table.size(0), "embed: row ", row, " holds token ", token,
              " but the vocabulary has ", op.table.size(0));
-    std::memcpy(row_of(op.out, row), row_of(op.table, token), row_bytes(op.table));
+    if (op.scale == 1) {
+      std::memcpy(row_of(op.out, row), row_of(op.table, token), row_bytes(op.table));
+    } else {
+      loops.scale(row_of(op.table, token), op.scale, row_of(op.out, row), op.table.size(1));
+    }
   });
 }
 
@@ -103,7 +109,8 @@ void CpuKernels::run(const RmsNorm& op, Lane& lane) {
   const PointwiseLoops& loops = loop_set(isa_).of(op.x.dtype(), RmsNorm::kName).pointwise;
   check_shapes(op);
   for_rows(lane, op.x.size(0), [op, &loops](int64_t row) {
-    loops.rms_norm(row_of(op.x, row), op.weight.bytes(), row_of(op.out, row), op.x.size(1), op.eps);
+    loops.rms_norm(row_of(op.x, row), op.weight.bytes(), row_of(op.out, row), op.x.size(1),
+                   {op.eps, op.unit_offset, op.accumulate});
   });
 }
 

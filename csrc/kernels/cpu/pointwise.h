@@ -4,11 +4,18 @@
 
 namespace nanoflow::cpu {
 
+/// How a norm ends: see RmsNorm.
+struct NormStyle {
+  float eps;
+  bool unit_offset, accumulate;
+};
+
 /// Loops over one row; pointers are to elements of the dtype they were compiled for.
 struct PointwiseLoops {
-  /// out = weight * round(x / rms(x)): the normalised value is rounded to the dtype first. out may
-  /// be x.
-  void (*rms_norm)(const void* x, const void* weight, void* out, int64_t H, float eps);
+  /// RmsNorm; out may be x.
+  void (*rms_norm)(const void* x, const void* weight, void* out, int64_t H, const NormStyle& style);
+  /// out = x * round(factor)
+  void (*scale)(const void* x, float factor, void* out, int64_t H);
   /// Rotates heads of 2 * half elements by half cosines, then half sines.
   void (*rotate)(void* heads, int64_t count, const float* cos_sin, int64_t half);
   /// out += weights[0] * x[rows[0]] + ... over `count` of the rows of x, which are x_stride

@@ -26,15 +26,27 @@ float sum_of_squares(const T* x, int64_t count) {
 }
 
 template <typename T>
-void rms_norm(const void* x_data, const void* weight_data, void* out_data, int64_t H, float eps) {
+void rms_norm(const void* x_data, const void* weight_data, void* out_data, int64_t H,
+              const NormStyle& style) {
   const T* x = static_cast<const T*>(x_data);
   const T* weight = static_cast<const T*>(weight_data);
   T* out = static_cast<T*>(out_data);
   const float mean = sum_of_squares(x, H) / static_cast<float>(H);
-  const Vec inverse = splat(1.0f / __builtin_sqrtf(mean + eps));
+  const Vec inverse = splat(1.0f / __builtin_sqrtf(mean + style.eps));
   for_vectors(H, [=](int64_t i, auto n) {
-    store(out + i, rounded(load(x + i, n) * inverse, T{}) * load(weight + i, n), n);
+    const Vec normal = load(x + i, n) * inverse, factor = load(weight + i, n);
+    Vec y = style.unit_offset ? normal * (splat(1.0f) + factor) : rounded(normal, T{}) * factor;
+    if (style.accumulate) y = y + load(out + i, n);
+    store(out + i, y, n);
   });
+}
+
+template <typename T>
+void scale(const void* x_data, float factor, void* out_data, int64_t H) {
+  const T* x = static_cast<const T*>(x_data);
+  T* out = static_cast<T*>(out_data);
+  const Vec rounded_factor = rounded(splat(factor), T{});
+  for_vectors(H, [=](int64_t i, auto n) { store(out + i, load(x + i, n) * rounded_factor, n); });
 }
 
 template <typename T>
@@ -66,7 +78,7 @@ void add_weighted(const void* x_data, int64_t x_stride, const int32_t* rows, con
 }
 
 template <typename T>
-constexpr PointwiseLoops kPointwiseLoops{&rms_norm<T>, &rotate<T>, &add_weighted<T>};
+constexpr PointwiseLoops kPointwiseLoops{&rms_norm<T>, &scale<T>, &rotate<T>, &add_weighted<T>};
 
 }  // namespace
 }  // namespace nanoflow::cpu

@@ -60,7 +60,11 @@ __device__ inline uint32_t transpose_block(uint32_t pair) {
   return out;
 }
 
-__device__ inline float silu(float x) { return __fdividef(x, 1.0F + __expf(-x)); }
+__device__ inline float activated(bool is_gelu, float x) {
+  constexpr float kTwice = 1.5957691216F;  // 2 sqrt(2 / pi): (1 + tanh(y)) / 2 is sigmoid(2 y)
+  const float y = is_gelu ? kTwice * (x + 0.044715F * x * x * x) : x;
+  return __fdividef(x, 1.0F + __expf(-y));
+}
 
 /// An epilogue for CUTLASS's warp-specialised kernels, inside its Sm90TmaWarpSpecializedAdapter.
 template <class Out, class Stride, Rows kRows, Combine kCombine>
@@ -86,6 +90,7 @@ class GemmEpilogue {
     int64_t out_stride;  // from token to token, in elements
     const Out* bias;     // [N], or null
     bool accumulate;     // adds to what out holds
+    bool is_gelu;        // kSiluMul with the other activation
   };
   using Params = Arguments;
 
@@ -182,7 +187,7 @@ class GemmEpilogue {
 
   /// What the thread's two sums of a line and a chunk become.
   template <class Sums>
-  CUTLASS_DEVICE static cutlass::Array<float, 2> pair_of(const Sums& sums, int line, int chunk) {
+  CUTLASS_DEVICE cutlass::Array<float, 2> pair_of(const Sums& sums, int line, int chunk) const {
     const auto sum = [&](int column, int row, int block) {
       return sums(cute::make_coord(cute::make_coord(column, row, block)));
     };
@@ -192,9 +197,9 @@ class GemmEpilogue {
       if constexpr (!kIsSiluMul) {
         pair[i] = sum(i, line, chunk);
       } else if constexpr (kIsTransposed) {
-        pair[i] = silu(sum(i, 0, chunk)) * sum(i, 1, chunk);
+        pair[i] = activated(params_.is_gelu, sum(i, 0, chunk)) * sum(i, 1, chunk);
       } else {
-        pair[i] = silu(sum(i, line, 2 * chunk)) * sum(i, line, 2 * chunk + 1);
+        pair[i] = activated(params_.is_gelu, sum(i, line, 2 * chunk)) * sum(i, line, 2 * chunk + 1);
       }
     }
     return pair;

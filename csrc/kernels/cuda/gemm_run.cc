@@ -36,6 +36,7 @@ GemmArguments arguments_of(const Op& op, const Tensor& weight, const CudaLane& l
           .weight_stride = weight.stride(0),
           .out_stride = op.out.stride(0),
           .accumulate = false,
+          .is_gelu = false,
           .sms = lane.width(),
           .workspace = lane.workspace(),
           .workspace_bytes = CudaLane::kWorkspaceBytes,
@@ -80,7 +81,9 @@ void CudaKernels::run(const Gemm& op, Lane& lane) {
 
 void CudaKernels::run(const GemmSiluMul& op, Lane& lane) {
   check_shapes(op);
-  launch(GemmSiluMul::kName, arguments_of(op, op.weight, cuda_lane(lane)),
+  GemmArguments arguments = arguments_of(op, op.weight, cuda_lane(lane));
+  arguments.is_gelu = op.activation == Activation::kGeluTanh;
+  launch(GemmSiluMul::kName, arguments,
          {.x = op.x.dtype(), .out = op.out.dtype(), .is_silu_mul = true});
 }
 

@@ -117,7 +117,8 @@ struct GemmSm90 {
         {.out = static_cast<Out*>(a.out),
          .out_stride = a.out_stride,
          .bias = static_cast<const Out*>(a.bias),
-         .accumulate = a.accumulate},
+         .accumulate = a.accumulate,
+         .is_gelu = a.is_gelu},
         hardware};
     if constexpr (cute::is_same_v<typename Policy::Scheduler, cutlass::gemm::StreamKScheduler>) {
       using Mode = decltype(arguments.scheduler.decomposition_mode);

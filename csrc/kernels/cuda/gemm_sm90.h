@@ -19,6 +19,7 @@ struct GemmArguments {
   GemmShape shape;
   int64_t x_stride, weight_stride, out_stride;
   bool accumulate;  // out += instead of out =
+  bool is_gelu;     // GemmSiluMul with GELU
   int sms;          // CTAs that run at a time
   void* workspace;  // stream-K sums and flags, contents undefined
   size_t workspace_bytes;

@@ -25,6 +25,7 @@ struct NormArgs {
   int64_t x_stride, out_stride, rows;
   int packs;  // of a row
   float eps;
+  bool unit_offset, accumulate;
 };
 
 /// The sum over all threads of the block, in every thread.
@@ -69,12 +70,15 @@ __global__ void norm_kernel(const NormArgs<T> a) {
     for (int p = 0; p < kPacks; ++p) {
       const int pack = threadIdx.x + p * blockDim.x;
       if (pack >= a.packs) continue;
+      T* to = a.out + row * a.out_stride + pack * kPack;
+      Pack<T> old;
+      if (a.accumulate) old = Pack<T>(to);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const T normal = from_float<T>(to_float(x[p].values[i]) * inverse);
-        x[p].values[i] = from_float<T>(to_float(normal) * to_float(weight[p].values[i]));
+        x[p].values[i] = weigh_normal(to_float(x[p].values[i]) * inverse, weight[p].values[i],
+                                      a.unit_offset, a.accumulate ? to_float(old.values[i]) : 0.0f);
       }
-      x[p].store(a.out + row * a.out_stride + pack * kPack);
+      x[p].store(to);
     }
   }
 }
@@ -118,7 +122,9 @@ void CudaKernels::run(const RmsNorm& op, Lane& lane) {
                        .out_stride = op.out.stride(0),
                        .rows = op.x.size(0),
                        .packs = static_cast<int>(op.x.size(1)) / kPack,
-                       .eps = op.eps},
+                       .eps = op.eps,
+                       .unit_offset = op.unit_offset,
+                       .accumulate = op.accumulate},
            cuda_lane(lane));
   });
 }

@@ -29,6 +29,13 @@ __device__ inline __half from_float(float x) {
   return __float2half_rn(x);
 }
 
+/// What RmsNorm makes of a normalised value, its weight and what it is added to.
+template <typename T>
+__device__ T weigh_normal(float normal, T weight, bool unit_offset, float old = 0) {
+  if (unit_offset) return from_float<T>(normal * (1.0f + to_float(weight)) + old);
+  return from_float<T>(to_float(from_float<T>(normal)) * to_float(weight) + old);
+}
+
 /// Eight values in registers.
 template <typename T>
 union Pack {

@@ -49,15 +49,34 @@ int grid_of(int64_t rows, int pieces, const CudaLane& lane) {
   return grid_size((rows * pieces + kThreads - 1) / kThreads, kBlocksPerSm, lane);
 }
 
+/// Eight values of T times a factor that is rounded to T; 1 leaves them as they are.
+template <typename T>
+struct Scale {
+  float factor;
+
+  __device__ uint4 operator()(const uint4& raw) const {
+    if (factor == 1) return raw;
+    Pack<T> pack;
+    pack.raw = raw;
+    const float rounded = to_float(from_float<T>(factor));
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      pack.values[i] = from_float<T>(to_float(pack.values[i]) * rounded);
+    }
+    return pack.raw;
+  }
+};
+
 /// A token that is not in the table gives a row of NaN, which Sample reports.
+template <typename T>
 __global__ void embed_kernel(const int32_t* tokens, const int32_t* token_pool, int64_t slots,
-                             Rows table, Rows out, int pieces) {
+                             Rows table, Rows out, int pieces, Scale<T> scale) {
   for_pieces(out.count, pieces, [&](int64_t row, int piece) {
     int64_t token = tokens[row];
     if (token < 0) token = -1 - token < slots ? token_pool[-1 - token] : -1;
     const bool is_known = token >= 0 && token < table.count;
     out.data[row * out.stride + piece] =
-        is_known ? table.data[token * table.stride + piece] : kNans;
+        is_known ? scale(table.data[token * table.stride + piece]) : kNans;
   });
 }
 
@@ -98,6 +117,7 @@ struct RopeArgs {
   int q_heads, kv_heads, half;
   const T *q_norm, *k_norm;  // [D] each, or null
   float norm_eps;
+  bool norm_unit_offset;
 };
 
 /// NaNs where there is nothing to load.
@@ -149,10 +169,9 @@ __device__ void norm_head(Pack<T>& first, Pack<T>& second, const T* weight, cons
   const Pack<T> weights[] = {Pack<T>(weight + offset), Pack<T>(weight + a.half + offset)};
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
-    const T x = from_float<T>(to_float(first.values[i]) * inverse);
-    const T y = from_float<T>(to_float(second.values[i]) * inverse);
-    first.values[i] = from_float<T>(to_float(x) * to_float(weights[0].values[i]));
-    second.values[i] = from_float<T>(to_float(y) * to_float(weights[1].values[i]));
+    const float x = to_float(first.values[i]), y = to_float(second.values[i]);
+    first.values[i] = weigh_normal(x * inverse, weights[0].values[i], a.norm_unit_offset);
+    second.values[i] = weigh_normal(y * inverse, weights[1].values[i], a.norm_unit_offset);
   }
 }
 
@@ -193,9 +212,17 @@ void CudaKernels::run(const Embed& op, Lane& lane) {
   if (op.out.size(0) == 0) return;
   const CudaLane& own = cuda_lane(lane);
   const int pieces = pieces_of(op.out);
-  embed_kernel<<<grid_of(op.out.size(0), pieces, own), kThreads, 0, own.stream()>>>(
-      op.tokens.data<int32_t>(), op.token_pool.data<int32_t>(), op.token_pool.size(0),
-      Rows(op.table), Rows(op.out), pieces);
+  const auto launch = [&](auto scale) {
+    embed_kernel<<<grid_of(op.out.size(0), pieces, own), kThreads, 0, own.stream()>>>(
+        op.tokens.data<int32_t>(), op.token_pool.data<int32_t>(), op.token_pool.size(0),
+        Rows(op.table), Rows(op.out), pieces, scale);
+  };
+  if (op.scale == 1) {
+    launch(Scale<__half>{1});  // of any dtype
+  } else {
+    dispatch_half(op.table.dtype(), Embed::kName,
+                  [&](auto tag) { launch(Scale<typename decltype(tag)::type>{op.scale}); });
+  }
   NF_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -252,7 +279,8 @@ void CudaKernels::run(const RopeAppend& op, Lane& lane) {
                            .half = D / 2,
                            .q_norm = op.q_norm ? op.q_norm.data<T>() : nullptr,
                            .k_norm = op.q_norm ? op.k_norm.data<T>() : nullptr,
-                           .norm_eps = op.norm_eps};
+                           .norm_eps = op.norm_eps,
+                           .norm_unit_offset = op.norm_unit_offset};
     rope_append_kernel<<<grid_of(rows, heads * D / 2 / kPack, own), kThreads, 0, own.stream()>>>(
         args);
   });

@@ -1,8 +1,8 @@
-"""Reader of GGUF files of the llama architecture: config, metadata, and dequantised tensors.
+"""Reader of GGUF files of llama and gemma3: config, metadata, and dequantised tensors.
 
 The `gguf` package parses the file and dequantises. Converters to GGUF reorder the rows of q and k
-for rotations of neighbouring pairs; here they are put back into the halves that Hugging Face models
-rotate.
+of a Llama for rotations of neighbouring pairs; here they are put back into the halves that Hugging
+Face models rotate. Of Gemma's norms they store 1 + weight.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ _LAYER_NAMES: Mapping[str, str] = MappingProxyType(
         "ffn_gate.weight": "mlp.gate_proj.weight",
         "ffn_up.weight": "mlp.up_proj.weight",
         "ffn_down.weight": "mlp.down_proj.weight",
+    }
+)
+_GEMMA3_LAYER_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        **_LAYER_NAMES,
+        "attn_q_norm.weight": "self_attn.q_norm.weight",
+        "attn_k_norm.weight": "self_attn.k_norm.weight",
+        "post_attention_norm.weight": "post_attention_layernorm.weight",
+        "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+        "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
     }
 )
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
@@ -103,11 +113,13 @@ class GgufTensor:
     stored: gguf.ReaderTensor
     heads: int  # number of heads whose rows are put back into halves; 0: rows stay as they are
     mapping: mmap.mmap
+    is_offset: bool = False  # 1 more is stored than the model has
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, NDArray[Any]]]:
         """See CheckpointTensor. Raises ValueError on a quantisation that `gguf` cannot undo."""
         if len(self.shape) == 1:
-            yield 0, self._decode(self.stored.data)
+            values = self._decode(self.stored.data)
+            yield 0, values - np.float32(1) if self.is_offset else values
             self._release(0, self.shape[0])
             return
         order = _half_split_order(self.shape[0], self.heads) if self.heads else None
@@ -176,13 +188,15 @@ class GgufFile:
             "attn_q.weight": self.config["num_attention_heads"],
             "attn_k.weight": self.config["num_key_value_heads"],
         }
+        is_gemma = self.metadata["general.architecture"] == "gemma3"
+        layer_names = _GEMMA3_LAYER_NAMES if is_gemma else _LAYER_NAMES
         tensors = {}
         for stored in sorted(self._stored.values(), key=lambda t: t.data_offset):
             if stored.name == _ROPE_FACTORS:
                 continue  # part of the config
             name, layer = stored.name, _LAYER_TENSOR.fullmatch(stored.name)
-            if layer is not None and layer[2] in _LAYER_NAMES:
-                name = f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}"
+            if layer is not None and layer[2] in layer_names:
+                name = f"model.layers.{layer[1]}.{layer_names[layer[2]]}"
             name = _TOP_NAMES.get(name, name)
             tensors[name] = GgufTensor(
                 name=name,
@@ -190,8 +204,9 @@ class GgufFile:
                 dtype=stored.tensor_type.name,
                 path=self.path,
                 stored=stored,
-                heads=heads.get(layer[2], 0) if layer is not None else 0,
+                heads=heads.get(layer[2], 0) if layer is not None and not is_gemma else 0,
                 mapping=self._mapping,
+                is_offset=is_gemma and stored.name.endswith("_norm.weight"),
             )
         return tensors
 

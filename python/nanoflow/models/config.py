@@ -30,6 +30,12 @@ class ModelConfig:
     num_experts: int = 0  # 0: one dense MLP; else intermediate_size is that of an expert
     experts_per_token: int = 0
     norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
+    rope_local: Rope | None = None  # of layers with a window, where it is another
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    attention_scale: float = 0.0  # 0: head_dim^-0.5
+    norm_unit_offset: bool = False
+    post_norms: bool = False
 
     def spec_arguments(self, dtype: str, max_model_len: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `_core.ModelSpec`.
@@ -47,7 +53,15 @@ class ModelConfig:
             "head_dim": self.head_dim,
             "rope_inv_freq": tuple(self.rope.inv_freq(max_model_len).tolist()),
             "rope_attention_factor": self.rope.attention_factor,
+            "rope_local_inv_freq": ()
+            if self.rope_local is None
+            else tuple(self.rope_local.inv_freq(max_model_len).tolist()),
             "layer_windows": self.layer_windows,
+            "activation": self.activation,
+            "embed_scale": self.embed_scale,
+            "attention_scale": self.attention_scale,
+            "norm_unit_offset": self.norm_unit_offset,
+            "post_norms": self.post_norms,
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_word_embeddings,
             "qkv_bias": self.qkv_bias,

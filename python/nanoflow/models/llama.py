@@ -71,6 +71,17 @@ _REQUIRED_TRAITS: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "layer_types": (None,),
 }
+_TWO_NORMS: Mapping[str, str] = MappingProxyType(
+    {"input_layernorm": "input_norm", "post_attention_layernorm": "post_norm"}
+)
+_FOUR_NORMS: Mapping[str, str] = MappingProxyType(
+    {
+        "input_layernorm": "input_norm",
+        "post_attention_layernorm": "o_norm",
+        "pre_feedforward_layernorm": "post_norm",
+        "post_feedforward_layernorm": "down_norm",
+    }
+)
 _ROTARY_BUFFER = re.compile(
     r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 )
@@ -87,9 +98,27 @@ def parse_config(config: Mapping[str, Any], member_name: str | None = None) -> M
     member = _MEMBERS[member_name or architecture]
     config = {**member.defaults, **config}
     _check_traits(config, architecture, member.has_windows)
-    hidden_size = _size(config, "hidden_size")
-    num_heads = _size(config, "num_attention_heads")
-    num_kv_heads = _size(config, "num_key_value_heads", default=num_heads)
+    sizes = dimensions(config)
+    rope = Rope(
+        rope_parameters(config), sizes["head_dim"], positive_size(config, "max_position_embeddings")
+    )
+    rope.inv_freq()  # raises what is wrong with it
+    return ModelConfig(
+        architecture=architecture,
+        **sizes,
+        qkv_bias=member.qkv_bias,
+        qk_norm=member.qk_norm,
+        rope=rope,
+        max_position_embeddings=rope.max_positions,
+        layer_windows=layer_windows(config, sizes["num_layers"]) if member.has_windows else (),
+    )
+
+
+def dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of a ModelConfig that all families spell alike."""
+    hidden_size = positive_size(config, "hidden_size")
+    num_heads = positive_size(config, "num_attention_heads")
+    num_kv_heads = positive_size(config, "num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_key_value_heads={num_kv_heads} does not divide num_attention_heads={num_heads}"
@@ -99,29 +128,20 @@ def parse_config(config: Mapping[str, Any], member_name: str | None = None) -> M
             f"num_attention_heads={num_heads} does not divide hidden_size={hidden_size}, "
             "and the config has no head_dim"
         )
-    head_dim = _size(config, "head_dim", default=hidden_size // num_heads)
+    head_dim = positive_size(config, "head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd; rotary positions need an even one")
-    num_layers = _size(config, "num_hidden_layers")
-    rope = Rope(rope_parameters(config), head_dim, _size(config, "max_position_embeddings"))
-    rope.inv_freq()  # raises what is wrong with it
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=_size(config, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=member.qkv_bias,
-        qk_norm=member.qk_norm,
-        rope=rope,
-        max_position_embeddings=rope.max_positions,
-        layer_windows=_layer_windows(config, num_layers) if member.has_windows else (),
-    )
+    return {
+        "vocab_size": positive_size(config, "vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": positive_size(config, "intermediate_size"),
+        "num_layers": positive_size(config, "num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+    }
 
 
 def mlp_weights(model: ModelConfig, layer: int) -> dict[str, CheckpointWeight]:
@@ -151,14 +171,15 @@ def checkpoint_weights(
         theirs, ours = f"model.layers.{n}", f"layers.{n}"
         attn = f"{theirs}.self_attn"
         weights |= {
-            f"{theirs}.input_layernorm.weight": _whole(f"{ours}.input_norm", hidden),
             f"{attn}.q_proj.weight": _rows(f"{ours}.qkv", 0, q_rows, hidden),
             f"{attn}.k_proj.weight": _rows(f"{ours}.qkv", q_rows, kv_rows, hidden),
             f"{attn}.v_proj.weight": _rows(f"{ours}.qkv", q_rows + kv_rows, kv_rows, hidden),
             f"{attn}.o_proj.weight": _whole(f"{ours}.o", hidden, q_rows),
-            f"{theirs}.post_attention_layernorm.weight": _whole(f"{ours}.post_norm", hidden),
             **mlp(model, n),
         }
+        norms = _FOUR_NORMS if model.post_norms else _TWO_NORMS
+        for name, own in norms.items():
+            weights[f"{theirs}.{name}.weight"] = _whole(f"{ours}.{own}", hidden)
         if model.qkv_bias:
             weights |= {
                 f"{attn}.q_proj.bias": _rows(f"{ours}.qkv_bias", 0, q_rows),
@@ -183,11 +204,11 @@ def is_ignored(model: ModelConfig, name: str) -> bool:
     return _ROTARY_BUFFER.fullmatch(name) is not None
 
 
-def _layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """Of each layer: in all that layer_types calls sliding, else from max_window_layers on."""
     if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
         return ()
-    window = _size(config, "sliding_window")
+    window = positive_size(config, "sliding_window")
     types = config.get("layer_types")
     if types is None:
         full = config.get("max_window_layers") or 0
@@ -215,7 +236,7 @@ def _check_traits(config: Mapping[str, Any], architecture: str, has_windows: boo
             )
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def positive_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         value = default

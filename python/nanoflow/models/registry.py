@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from nanoflow.models import llama, moe
+from nanoflow.models import gemma3, llama, moe
 from nanoflow.models.config import CheckpointWeight, ModelConfig
 
 
@@ -44,6 +44,9 @@ _ADAPTERS: Mapping[str, ModelAdapter] = MappingProxyType(
         "Qwen3ForCausalLM": _LLAMA,
         "MixtralForCausalLM": _MOE,
         "Qwen3MoeForCausalLM": _MOE,
+        "Gemma3ForCausalLM": ModelAdapter(
+            gemma3.parse_config, llama.checkpoint_weights, llama.is_ignored
+        ),
     }
 )
 
