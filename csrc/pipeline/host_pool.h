@@ -45,10 +45,10 @@ class HostPool {
 
  private:
   struct Direction {
-    std::unique_ptr<Lane> lane;
-    std::unique_ptr<Event> event;
     Buffer stamps;  // int64 [kMaxCopiesInFlight, 2] nanoseconds
     uint64_t count = 0;
+    std::unique_ptr<Event> event;
+    std::unique_ptr<Lane> lane;  // the last: it goes first, when what is queued has run
   };
   void copy(const PageCopies& copies, bool to_host, Lane& lane);
 

@@ -128,6 +128,17 @@ def test_copies_that_cannot_be_are_refused(model: Path) -> None:
     engine.store_pages([9], [9]).wait()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_engine_ends_when_its_copies_have(model: Path, device: str) -> None:
+    engine = make_driver(model, device, jitter_us=20000).engine
+    handles = [engine.store_pages([n], [n]) for n in range(4)]
+    handles += [engine.load_pages([n], [n]) for n in range(4, 8)]
+    assert not handles[-1].is_done()
+    del engine
+    assert all(handle.is_done() for handle in handles)
+    assert all(handle.wait() > 0 for handle in handles)
+
+
 def test_an_engine_without_a_pool_says_so(model: Path) -> None:
     schedule = built_in_schedule("sequential", 2)
     engine = load_engine(model, schedule, threads=2)
