@@ -23,7 +23,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class Round:
 class Row:
     mode: str
     seconds: float
+    cpu_seconds: float  # of this process, which other processes on the machine change little
     prompt_tokens: int
     output_tokens: int
     prefill_tokens_computed: int  # with what preemptions made necessary again
@@ -87,10 +88,11 @@ def arguments(options: argparse.Namespace, mode: str) -> dict[str, Any]:
         "disable_log_stats": True,
         "block_size": options.block_size,
         "num_gpu_blocks_override": options.num_pages,
-        "max_model_len": options.block_size * options.num_pages
-        if options.max_model_len is None
-        else options.max_model_len,
     }
+    if options.device == "cpu":
+        common["cpu_threads"] = options.threads
+    if options.max_model_len is not None:
+        common["max_model_len"] = options.max_model_len
     if options.shape is not None:
         common["load_format"] = "dummy"
     if mode == "off":
@@ -151,9 +153,9 @@ def run(
     llm = AsyncLLM(options.model, **arguments(options, mode))
     try:
         llm._runtime.loop.step_listener = count
-        begin = perf_counter()
+        begin, cpu_begin = perf_counter(), process_time()
         said = asyncio.run(all_of_them())
-        seconds = perf_counter() - begin
+        seconds, cpu_seconds = perf_counter() - begin, process_time() - cpu_begin
         metrics = {
             metric_name(metric): metric.value
             for metric in llm.get_metrics()
@@ -172,6 +174,7 @@ def run(
     row = Row(
         mode=mode,
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         prefill_tokens_computed=sum(computed),
@@ -180,9 +183,11 @@ def run(
         metrics=metrics,
     )
     print(
-        f"{mode:>9}: {row.seconds:7.2f} s, {row.prefill_tokens_computed:8,} prefill tokens, "
+        f"{mode:>9}: {row.seconds:7.2f} s ({row.cpu_seconds:.1f} s CPU), "
+        f"{row.prefill_tokens_computed:8,} prefill tokens, "
         f"{row.total_tokens_per_second:9,.1f} tok/s, first token "
-        f"{row.mean_first_token_seconds:.3f} s"
+        f"{row.mean_first_token_seconds:.3f} s",
+        flush=True,
     )
     return row, said
 
@@ -198,35 +203,40 @@ def cost_without_reuse(options: argparse.Namespace, vocab_size: int) -> dict[str
     single.conversations, single.rounds, single.think = options.unique, 1, 0.0
     talk = conversations(single, vocab_size)
     rates: dict[str, list[float]] = {"prefix": [], "host": []}
+    cpu: dict[str, list[float]] = {"prefix": [], "host": []}
     for repeat in range(REPEATS):
         for mode in sorted(rates, reverse=repeat % 2 == 1):
             row, _ = run(single, mode, talk)
             rates[mode].append(row.total_tokens_per_second)
+            cpu[mode].append(row.cpu_seconds)
     medians = {mode: median(values) for mode, values in rates.items()}
     return {
         "requests": options.unique,
         "total_tokens_per_second": rates,
         "median": medians,
         "lost": 1 - medians["host"] / medians["prefix"],
+        "cpu_seconds": cpu,
+        "cpu_seconds_added": median(cpu["host"]) / median(cpu["prefix"]) - 1,
     }
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--model", help="the default is SmolLM2-135M-Instruct")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    parser.add_argument("--conversations", type=int, default=24)
+    parser.add_argument("--conversations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--scale", type=float, default=0.25, help="of the lengths of LMSYS")
     parser.add_argument("--think", type=float, default=2.0, help="seconds between rounds, mean")
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--num-pages", type=int, default=160, help="of the device")
+    parser.add_argument("--num-pages", type=int, default=80, help="of the device")
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--host-gib", type=float, default=1.0)
-    parser.add_argument("--small-host-gib", type=float, default=0.1, help="above the SSD")
+    parser.add_argument("--small-host-gib", type=float, default=0.05, help="above the SSD")
     parser.add_argument("--ssd", help="PATH:SIZE; the default is a temporary folder of 1 GiB")
-    parser.add_argument("--unique", type=int, default=48, help="requests without reuse; 0: none")
+    parser.add_argument("--unique", type=int, default=16, help="requests without reuse; 0: none")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--output-json", type=Path)
     return parser.parse_args()
@@ -273,7 +283,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     }
     if options.unique:
         result["without_reuse"] = cost_without_reuse(options, vocab_size)
-        print(f"lost without reuse: {result['without_reuse']['lost']:.1%}")
+        cost = result["without_reuse"]
+        print(f"without reuse: {cost['lost']:.1%} of the throughput lost, ", end="")
+        print(f"{cost['cpu_seconds_added']:.1%} more CPU time")
     if options.output_json is not None:
         options.output_json.parent.mkdir(parents=True, exist_ok=True)
         options.output_json.write_text(json.dumps(result, indent=1) + "\n")

@@ -61,6 +61,24 @@ def compare_rows(result: Result) -> list[tuple[str, str]]:
     ]
 
 
+def round_rows(result: Result) -> list[tuple[str, str]]:
+    load = f"{result['conversations']} conversations of {result['rounds']} rounds"
+    cost = result["without_reuse"]
+    return [
+        (
+            f"{load}, tiers of the KV cache: {row['mode']}",
+            f"{row['prefill_tokens_computed']:,} prompt tokens computed, "
+            f"{row['cpu_seconds']:.0f} s of CPU time",
+        )
+        for row in result["results"]
+    ] + [
+        (
+            f"host tier beside none, {cost['requests']} requests with nothing in common",
+            f"{cost['cpu_seconds_added']:+.1%} CPU time",
+        )
+    ]
+
+
 def engine_name(name: str, engine: Result) -> str:
     """With the version of its package, the first after Python's, and the dtype."""
     version = next(v for package, v in engine["versions"].items() if package != "python")
@@ -79,6 +97,7 @@ ROWS: Mapping[str, Callable[[Result], list[tuple[str, str]]]] = {
     "transformers.json": throughput_rows,
     "cold_start.json": cold_start_rows,
     "scheduler_overhead.json": overhead_rows,
+    "multi_round.json": round_rows,
 }
 
 
