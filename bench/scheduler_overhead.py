@@ -98,8 +98,14 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
         PageAllocator(num_pages),
     )
     heard: list[StepStats] = []
+    cpu_time_of: dict[int, float] = {}  # of the scheduler's thread, at the end of each step
+
+    def listen(stats: StepStats) -> None:
+        cpu_time_of[stats.step] = time.thread_time()
+        heard.append(stats)
+
     done: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    loop = SchedulerLoop(InstantEngine(), make_batch, state, step_listener=heard.append)
+    loop = SchedulerLoop(InstantEngine(), make_batch, state, step_listener=listen)
     requests_per_step = 1.5 * running / options.output_len
     count = running + int(requests_per_step * (options.steps + 2 * WARM_UP_STEPS)) + running
     requests = make_requests(count, options, done)
@@ -111,6 +117,8 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
             break
     loop.close()
     steps = full[WARM_UP_STEPS : WARM_UP_STEPS + options.steps]
+    first, last = steps[0].step, steps[-1].step
+    cpu_seconds = (cpu_time_of[last] - cpu_time_of[first]) / (last - first)
     seconds = np.array([stats.scheduler_seconds for stats in steps])
     return {
         "running": running,
@@ -118,6 +126,7 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
         "mean_decode_tokens": float(np.mean([stats.decode_tokens for stats in steps])),
         "mean_prefill_tokens": float(np.mean([stats.prefill_tokens for stats in steps])),
         "mean_ms": float(seconds.mean() * 1e3),
+        "cpu_ms": float(cpu_seconds * 1e3),  # which other processes change little
         "median_ms": float(np.median(seconds) * 1e3),
         "p99_ms": float(np.quantile(seconds, 0.99) * 1e3),
         "target_ms": TARGET_MS.get(running),
@@ -141,7 +150,8 @@ def main() -> None:
     results = [measure(running, options) for running in options.running]
     for row in results:
         print(
-            f"{row['running']:>5} running: mean {row['mean_ms']:.3f} ms, median "
+            f"{row['running']:>5} running: mean {row['mean_ms']:.3f} ms (CPU "
+            f"{row['cpu_ms']:.3f}), median "
             f"{row['median_ms']:.3f} ms, p99 {row['p99_ms']:.3f} ms per step of "
             f"{row['mean_decode_tokens']:.0f} decode and {row['mean_prefill_tokens']:.0f} prefill "
             "tokens"
