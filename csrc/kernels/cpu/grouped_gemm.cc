@@ -64,7 +64,8 @@ void enqueue(const Op& op, const GemmKernel& kernel, Lane& lane) {
                       .x_stride = op.x.stride(0),
                       .weight_stride = op.weight.stride(1),
                       .out_stride = op.out.stride(0),
-                      .accumulate = false};
+                      .accumulate = false,
+                      .activation = Activation::kSilu};
   if (args.T == 0 || args.N == 0) return;
   const Experts experts{.offsets = op.offsets.template data<int32_t>(),
                         .count = op.weight.size(0),
