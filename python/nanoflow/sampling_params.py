@@ -178,6 +178,8 @@ class SamplingParams:
             ids = getattr(self, name)
             if isinstance(ids, str | int):
                 raise TypeError(f"{name}={ids!r} must be a list of integers")
+            if set(map(type, ids or ())) <= {int}:  # fast, as such lists may be long
+                continue
             for token in ids or ():
                 _check_type(name, token, "a list of integers", (Integral,))
         if not isinstance(self.logit_bias, Mapping | None):

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -26,6 +27,8 @@ void add_bias(const AddBias& op, int64_t row) {
   }
 }
 
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
 void mask_row(const MaskLogits& op, int64_t row) {
   constexpr int64_t kBits = 32;
   const int32_t mask = op.mask_rows.data<int32_t>()[row];
@@ -35,9 +38,12 @@ void mask_row(const MaskLogits& op, int64_t row) {
   const int32_t* words = op.masks.data<int32_t>() + mask * op.masks.stride(0);
   float* logits = op.logits.data<float>() + row * op.logits.stride(0);
   const int64_t V = op.logits.size(1);
-  for (int64_t token = 0; token < V; ++token) {
-    const auto word = static_cast<uint32_t>(words[token / kBits]);
-    if ((word >> (token % kBits) & 1) == 0) logits[token] = -std::numeric_limits<float>::infinity();
+  for (int64_t begin = 0; begin < V; begin += kBits) {
+    const auto word = static_cast<uint32_t>(words[begin / kBits]);
+    if (word == ~0u) continue;
+    for (int64_t token = begin; token < std::min(begin + kBits, V); ++token) {
+      if ((word >> (token - begin) & 1) == 0) logits[token] = kNever;
+    }
   }
 }
 
