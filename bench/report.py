@@ -63,20 +63,19 @@ def compare_rows(result: Result) -> list[tuple[str, str]]:
 
 def round_rows(result: Result) -> list[tuple[str, str]]:
     load = f"{result['conversations']} conversations of {result['rounds']} rounds"
-    cost = result["without_reuse"]
-    return [
+    cost = result.get("without_reuse")
+    rows = [
         (
             f"{load}, tiers of the KV cache: {row['mode']}",
             f"{row['prefill_tokens_computed']:,} prompt tokens computed, "
             f"{row['cpu_seconds']:.0f} s of CPU time",
         )
         for row in result["results"]
-    ] + [
-        (
-            f"host tier beside none, {cost['requests']} requests with nothing in common",
-            f"{cost['cpu_seconds_added']:+.1%} CPU time",
-        )
     ]
+    if cost is not None:
+        what = f"host tier beside none, {cost['requests']} requests with nothing in common"
+        rows.append((what, f"{cost['cpu_seconds_added']:+.1%} CPU time"))
+    return rows
 
 
 def engine_name(name: str, engine: Result) -> str:
