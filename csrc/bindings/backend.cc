@@ -34,6 +34,16 @@ void register_backend(py::module_& m) {
           },
           py::arg("dtype"), py::arg("head_dim"),
           "Why models of this dtype and head dim cannot run here; empty where they can.");
+  m.def(
+      "make_backends",
+      [](const std::string& device, int ranks, int threads, const std::string& isa) {
+        return make_backends({.device = parse_device(device), .threads = threads, .isa = isa},
+                             ranks);
+      },
+      py::arg("device"), py::arg("ranks"), py::arg("threads") = 0, py::arg("isa") = "auto",
+      py::call_guard<py::gil_scoped_release>(),
+      "The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device "
+      "and those after it. Raises EngineError where there are fewer GPUs than ranks.");
   m.def("cuda_problem", &cuda_problem, py::arg("index") = 0,
         py::call_guard<py::gil_scoped_release>(),
         "Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.");

@@ -171,7 +171,9 @@ Op make_fill_normal(Operands& a) {
   return FillNormal{.out = a.out("out"),
                     .seed = a.scalar<uint64_t>("seed"),
                     .mean = a.scalar<float>("mean"),
-                    .std = a.scalar<float>("std")};
+                    .std = a.scalar<float>("std"),
+                    .first = a.scalar_or("first", uint64_t{0}),
+                    .stride = a.scalar_or("stride", int64_t{0})};
 }
 
 Op make_penalize(Operands& a) {
@@ -239,6 +241,12 @@ Op make_combine_experts(Operands& a) {
       .x = a.in("x"), .places = a.in("places"), .weights = a.in("weights"), .out = a.out("out")};
 }
 
+Op make_all_reduce(Operands& a) { return AllReduce{.x = a.out("x")}; }
+
+Op make_all_gather(Operands& a) {
+  return AllGather{.x = a.in("x"), .out = a.out("out"), .work = {}};
+}
+
 constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {Embed::kName, make_embed},
     {RmsNorm::kName, make_rms_norm},
@@ -259,6 +267,8 @@ constexpr std::pair<std::string_view, Op (*)(Operands&)> kMakers[] = {
     {GroupedGemm::kName, make_grouped<GroupedGemm>},
     {GroupedGemmSiluMul::kName, make_grouped<GroupedGemmSiluMul>},
     {CombineExperts::kName, make_combine_experts},
+    {AllReduce::kName, make_all_reduce},
+    {AllGather::kName, make_all_gather},
 };
 
 Op make_op(const std::string& name, const py::kwargs& values, Mirror* mirror) {
@@ -287,7 +297,7 @@ std::vector<Tensor> tensors_of(const py::kwargs& values) {
 }
 
 /// Enqueues the op and, before an attention on a backend that wants one, its plan; returns the
-/// plan's memory.
+/// memory they work in.
 Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
   Buffer work;
   if (auto* attention = std::get_if<Attention>(&op)) {
@@ -309,6 +319,15 @@ Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
                          {static_cast<int64_t>(bytes / sizeof(int32_t))});
       attention->work = plan.work;
       backend.kernels().run(plan, lane);
+    }
+  }
+  if (auto* gather = std::get_if<AllGather>(&op)) {
+    const size_t bytes = backend.gather_work_bytes(static_cast<size_t>(gather->out.numel()) *
+                                                   size_of(gather->out.dtype()));
+    if (bytes > 0) {
+      work = backend.allocate(bytes);
+      gather->work = Tensor(work.data(), DType::kI32, backend.device(),
+                            {static_cast<int64_t>(bytes / sizeof(int32_t))});
     }
   }
   std::visit([&](const auto& o) { backend.kernels().run(o, lane); }, op);

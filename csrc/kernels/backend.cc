@@ -14,7 +14,8 @@ constexpr const char* kCudaLibrary = "libnanoflow_cuda.so";
 
 /// The two functions of the CUDA backend's library.
 struct CudaLibrary {
-  void (*make_backend)(const BackendOptions&, std::shared_ptr<Backend>&);
+  void (*make_backends)(const BackendOptions&, int ranks,
+                        std::vector<std::shared_ptr<Backend>>& backends);
   void (*find_problem)(int index, std::string& problem);
 };
 
@@ -37,8 +38,8 @@ CudaLibrary open_cuda_library(Device device) {
     return found;
   };
   CudaLibrary cuda{};
-  cuda.make_backend =
-      reinterpret_cast<decltype(cuda.make_backend)>(function("nanoflow_make_cuda_backend"));
+  cuda.make_backends =
+      reinterpret_cast<decltype(cuda.make_backends)>(function("nanoflow_make_cuda_backends"));
   cuda.find_problem =
       reinterpret_cast<decltype(cuda.find_problem)>(function("nanoflow_find_cuda_problem"));
   return cuda;
@@ -61,6 +62,8 @@ std::string Backend::model_problem(DType, int) const { return ""; }
 
 size_t Backend::attention_work_bytes(int, int, int, int) const { return 0; }
 
+size_t Backend::gather_work_bytes(size_t) const { return 0; }
+
 std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& widths) {
   std::vector<std::unique_ptr<Lane>> lanes;
   for (int width : widths) lanes.push_back(make_lane(width));
@@ -71,11 +74,16 @@ std::unique_ptr<Graph> Backend::capture(Lane&, std::function<void()> enqueue) {
   return std::make_unique<Recall>(std::move(enqueue));
 }
 
+std::vector<std::shared_ptr<Backend>> make_backends(const BackendOptions& options, int ranks) {
+  NF_CHECK(ranks >= 1, "there cannot be ", ranks, " ranks");
+  if (options.device.kind == Device::Kind::kCpu) return make_cpu_backends(options, ranks);
+  std::vector<std::shared_ptr<Backend>> backends;
+  open_cuda_library(options.device).make_backends(options, ranks, backends);
+  return backends;
+}
+
 std::shared_ptr<Backend> make_backend(const BackendOptions& options) {
-  if (options.device.kind == Device::Kind::kCpu) return make_cpu_backend(options);
-  std::shared_ptr<Backend> backend;
-  open_cuda_library(options.device).make_backend(options, backend);
-  return backend;
+  return make_backends(options, 1).front();
 }
 
 std::string cuda_problem(int index) {

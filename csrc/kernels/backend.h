@@ -11,6 +11,7 @@
 
 #include "core/arena.h"
 #include "core/device.h"
+#include "kernels/communicator.h"
 #include "kernels/kernels.h"
 
 namespace nanoflow {
@@ -91,6 +92,8 @@ class Backend {
   /// Enqueues a copy between any two of host and device memory.
   virtual void copy(void* to, const void* from, size_t bytes, Lane& lane) = 0;
   virtual Kernels& kernels() = 0;
+  /// What collectives run on; alive as long as the backend.
+  virtual Communicator& communicator() = 0;
   /// Records what `enqueue` gives to `origin`, and to lanes that it forks from origin and joins
   /// into it again; nothing runs. The same work must have run before, so that all it needs exists.
   /// Here a graph is `enqueue` itself, called again at every launch.
@@ -101,8 +104,14 @@ class Backend {
   /// plan.
   virtual size_t attention_work_bytes(int requests, int rows, int num_heads,
                                       int num_kv_heads) const;
+  /// Bytes of AllGather::work for an out of so many bytes; 0 where it needs none.
+  virtual size_t gather_work_bytes(size_t out_bytes) const;
 };
 
+/// The ranks of one process that share every layer of a model (tensor parallelism), in order. On a
+/// CPU they divide the threads, at least one each; on GPUs they are devices index, index + 1, ...
+/// Errors as make_backend; also where there are fewer GPUs than ranks.
+std::vector<std::shared_ptr<Backend>> make_backends(const BackendOptions& options, int ranks);
 /// Throws Error for a device this build or machine does not have, and says how to get it.
 std::shared_ptr<Backend> make_backend(const BackendOptions& options);
 /// What that error would say for a CUDA device, empty where it can be used. Never throws, and takes
@@ -110,7 +119,7 @@ std::shared_ptr<Backend> make_backend(const BackendOptions& options);
 std::string cuda_problem(int index);
 
 /// Defined by kernels/cpu.
-std::shared_ptr<Backend> make_cpu_backend(const BackendOptions& options);
+std::vector<std::shared_ptr<Backend>> make_cpu_backends(const BackendOptions& options, int ranks);
 /// The instruction sets this machine can run, slowest first; the last is what "auto" takes.
 std::vector<std::string> cpu_isas();
 

@@ -36,6 +36,8 @@ class Kernels {
   virtual void run(const GroupedGemm& op, Lane& lane) = 0;
   virtual void run(const GroupedGemmSiluMul& op, Lane& lane) = 0;
   virtual void run(const CombineExperts& op, Lane& lane) = 0;
+  virtual void run(const AllReduce& op, Lane& lane) = 0;
+  virtual void run(const AllGather& op, Lane& lane) = 0;
 };
 
 }  // namespace nanoflow

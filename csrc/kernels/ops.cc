@@ -110,6 +110,20 @@ Regions CombineExperts::reads() const {
 }
 Regions CombineExperts::writes() const { return {memory(out)}; }
 
+Regions AllReduce::reads() const { return {memory(x)}; }
+Regions AllReduce::writes() const { return {memory(x)}; }
+
+Regions AllGather::reads() const { return {memory(x)}; }
+Regions AllGather::writes() const {
+  Regions regions = {memory(out)};
+  if (work) regions.push_back(memory(work));
+  return regions;
+}
+
+bool is_collective(const Op& op) {
+  return std::holds_alternative<AllReduce>(op) || std::holds_alternative<AllGather>(op);
+}
+
 std::string_view name_of(const Op& op) {
   return std::visit([](const auto& o) { return o.kName; }, op);
 }

@@ -213,11 +213,14 @@ struct Sample {
 };
 
 /// out[i] = mean + std * n(seed, i), where n is normal_sum of kernels/random.h over its deviation:
-/// a value depends on the seed and its index in out alone, and all backends agree to the last bit.
+/// a value depends on the seed and its index alone, and all backends agree to the last bit. Where
+/// out is a part of a larger matrix, of `stride` columns, index i is that of the value there.
 struct FillNormal {
   Tensor out;  // of any shape, contiguous
   uint64_t seed;
   float mean, std;
+  uint64_t first = 0;  // index of the first value
+  int64_t stride = 0;  // from a row of out to the next; 0: its columns
 
   static constexpr std::string_view kName = "fill_normal";
   Regions reads() const;
@@ -362,11 +365,33 @@ struct CombineExperts {
   Regions writes() const;
 };
 
+/// x = the sum of all ranks' x, the same bits on every rank.
+struct AllReduce {
+  Tensor x;  // [T, N], contiguous
+
+  static constexpr std::string_view kName = "all_reduce";
+  Regions reads() const;
+  Regions writes() const;
+};
+
+/// out = the columns of all ranks' x side by side, without those that out has no room for.
+struct AllGather {
+  Tensor x;     // [T, C]: may be this rank's columns of out
+  Tensor out;   // [T, N], N at most ranks * C
+  Tensor work;  // for backends that ask for it (Backend::gather_work_bytes), or none
+
+  static constexpr std::string_view kName = "all_gather";
+  Regions reads() const;
+  Regions writes() const;
+};
+
 using Op = std::variant<Embed, RmsNorm, Gemm, GemmSiluMul, RopeAppend, PlanAttention, Attention,
                         GatherRows, Sample, FillNormal, Penalize, AddBias, MaskLogits,
                         RecordSamples, Logprobs, RouteExperts, SortByExpert, GroupedGemm,
-                        GroupedGemmSiluMul, CombineExperts>;
+                        GroupedGemmSiluMul, CombineExperts, AllReduce, AllGather>;
 
+/// Whether all ranks take part in it together.
+bool is_collective(const Op& op);
 std::string_view name_of(const Op& op);
 Regions reads_of(const Op& op);
 Regions writes_of(const Op& op);

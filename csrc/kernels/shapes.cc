@@ -103,6 +103,8 @@ void check_shapes(const Sample& op) {
 
 void check_shapes(const FillNormal& op) {
   NF_CHECK(op.out.is_contiguous(), "fill_normal: out is ", op.out, ", not contiguous");
+  NF_CHECK(op.stride == 0 || (op.out.dims() == 2 && op.stride >= op.out.size(1)),
+           "fill_normal: stride is ", op.stride, " but out is ", op.out);
   NF_CHECK(std::isfinite(op.mean) && std::isfinite(op.std) && op.std >= 0, "fill_normal: mean is ",
            op.mean, " and std ", op.std, "; both must be finite, std at least 0");
 }
@@ -217,6 +219,20 @@ void check_shapes(const CombineExperts& op) {
   match("places", op.places, {"T", "A"}).dtype(DType::kI32).contiguous_rows();
   match("weights", op.weights, {"T", "A"}).dtype(DType::kF32).contiguous_rows();
   match("out", op.out, {"T", "H"}).dtype(op.x.dtype()).contiguous_rows();
+}
+
+void check_shapes(const AllReduce& op) {
+  ShapeMatcher match(AllReduce::kName);
+  match("x", op.x, {"T", "N"}).contiguous_rows();
+  NF_CHECK(op.x.is_contiguous(), "all_reduce: x is ", op.x, ", not contiguous");
+}
+
+void check_shapes(const AllGather& op, int ranks) {
+  ShapeMatcher match(AllGather::kName);
+  match("x", op.x, {"T", "C"}).contiguous_rows();
+  match("out", op.out, {"T", "N"}).dtype(op.x.dtype()).contiguous_rows();
+  NF_CHECK(match["N"] <= ranks * match["C"], "all_gather: out is ", op.out, " but ", ranks,
+           " ranks have columns as in ", op.x);
 }
 
 }  // namespace nanoflow

@@ -13,6 +13,8 @@ int64_t rows_of(const Op& op) {
           return o.rows.end - o.rows.begin;
         } else if constexpr (requires { o.out; }) {
           return o.out.size(0);
+        } else if constexpr (requires { o.x; }) {
+          return o.x.size(0);
         } else if constexpr (requires { o.logits; }) {
           return o.logits.size(0);
         } else if constexpr (requires { o.experts; }) {

@@ -20,8 +20,8 @@ using cpu::Worker;
 
 namespace {
 
-std::shared_ptr<Backend> make_backend() {
-  return make_cpu_backend({.device = {}, .threads = 2, .isa = "auto"});
+std::shared_ptr<Backend> two_threads() {
+  return make_backend({.device = {}, .threads = 2, .isa = "auto"});
 }
 
 /// Blocks until the lane has run what is queued; rethrows its error.
@@ -329,7 +329,7 @@ TEST_CASE("stamps follow the order of the queue") {
 }
 
 TEST_CASE("the backend copies in the order of a lane") {
-  const auto backend = make_backend();
+  const auto backend = two_threads();
   const auto lane = backend->make_lane(2);
   for (size_t bytes : {size_t{0}, size_t{1}, size_t{4099}, (size_t{1} << 20) + 3}) {
     std::vector<char> from(bytes), to(bytes, 0);
@@ -341,7 +341,7 @@ TEST_CASE("the backend copies in the order of a lane") {
 }
 
 TEST_CASE("the backend describes itself and gives aligned memory") {
-  const auto backend = make_backend();
+  const auto backend = two_threads();
   CHECK(backend->width() == 2);
   CHECK(backend->description() == "cpu (2 threads, " + cpu_isas().back() + ")");
   CHECK(backend->free_memory() > 0);
@@ -350,19 +350,19 @@ TEST_CASE("the backend describes itself and gives aligned memory") {
     CHECK(buffer.bytes() == bytes);
     CHECK(reinterpret_cast<uintptr_t>(buffer.data()) % Arena::kAlignment == 0);
   }
-  CHECK(make_cpu_backend({})->width() >= 1);
+  CHECK(make_backend({})->width() >= 1);
 }
 
 TEST_CASE("the backend refuses what it does not have") {
-  CHECK_THROWS_WITH_AS(make_cpu_backend({.device = {}, .threads = 1, .isa = "avx9"}),
+  CHECK_THROWS_WITH_AS(make_backend({.device = {}, .threads = 1, .isa = "avx9"}),
                        doctest::Contains("instruction set 'avx9' is not one of those this machine "
                                          "has: auto, generic"),
                        Error);
-  CHECK_THROWS_AS(make_cpu_backend({.device = {}, .threads = -1, .isa = "auto"}), Error);
-  CHECK_THROWS_AS(make_backend()->make_lane(0), Error);
-  CHECK_THROWS_AS(make_backend()->allocate(size_t{1} << 60), Error);
+  CHECK_THROWS_AS(make_backend({.device = {}, .threads = -1, .isa = "auto"}), Error);
+  CHECK_THROWS_AS(two_threads()->make_lane(0), Error);
+  CHECK_THROWS_AS(two_threads()->allocate(size_t{1} << 60), Error);
   for (const std::string& isa : cpu_isas()) {
-    CHECK(make_cpu_backend({.device = {}, .threads = 1, .isa = isa})->description() ==
+    CHECK(make_backend({.device = {}, .threads = 1, .isa = isa})->description() ==
           "cpu (1 thread, " + isa + ")");
   }
 }

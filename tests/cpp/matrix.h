@@ -101,7 +101,7 @@ struct Runner {
   std::unique_ptr<Lane> lane;
 
   Runner(const std::string& isa, int width)
-      : backend(make_cpu_backend({.device = {}, .threads = width, .isa = isa})),
+      : backend(make_backend({.device = {}, .threads = width, .isa = isa})),
         lane(backend->make_lane(width)) {}
 
   void run(const Tensor& x, const Tensor& weight, const Tensor& out) {

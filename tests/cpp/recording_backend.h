@@ -36,6 +36,7 @@ class RecordingBackend : public Backend {
   }
   void copy(void*, const void*, size_t, Lane& lane) override { note(lane, "copy"); }
   Kernels& kernels() override { return kernels_; }
+  Communicator& communicator() override { return cpu_->communicator(); }
 
  private:
   struct RecordingEvent : Event {
@@ -86,6 +87,8 @@ class RecordingBackend : public Backend {
     void run(const GroupedGemm& op, Lane& lane) override { add(op, lane); }
     void run(const GroupedGemmSiluMul& op, Lane& lane) override { add(op, lane); }
     void run(const CombineExperts& op, Lane& lane) override { add(op, lane); }
+    void run(const AllReduce& op, Lane& lane) override { add(op, lane); }
+    void run(const AllGather& op, Lane& lane) override { add(op, lane); }
     void add(const auto& op, Lane& lane) { backend.note(lane, std::string(op.kName)); }
     RecordingBackend& backend;
   };
@@ -96,6 +99,7 @@ class RecordingBackend : public Backend {
 
   int width_;
   int lanes_ = 0, events_ = 0;
+  std::shared_ptr<Backend> cpu_ = make_backend({.device = {}, .threads = 1, .isa = "generic"});
   RecordingKernels kernels_;
 };
 

@@ -9,6 +9,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/lane.h"
+#include "kernels/cpu/thread_comm.h"
 
 namespace nanoflow {
 namespace cpu {
@@ -20,7 +21,8 @@ constexpr int64_t kCopyGrain = 4096;
 
 class CpuBackend : public Backend {
  public:
-  CpuBackend(int width, Isa isa) : width_(width), isa_(isa), kernels_(isa) {}
+  CpuBackend(int width, Isa isa, std::unique_ptr<Communicator> communicator)
+      : width_(width), isa_(isa), kernels_(isa, std::move(communicator)) {}
 
   Device device() const override { return Device{}; }
   std::string description() const override {
@@ -54,6 +56,7 @@ class CpuBackend : public Backend {
   }
 
   Kernels& kernels() override { return kernels_; }
+  Communicator& communicator() override { return kernels_.communicator(); }
 
  private:
   int width_;
@@ -64,11 +67,16 @@ class CpuBackend : public Backend {
 }  // namespace
 }  // namespace cpu
 
-std::shared_ptr<Backend> make_cpu_backend(const BackendOptions& options) {
+std::vector<std::shared_ptr<Backend>> make_cpu_backends(const BackendOptions& options, int ranks) {
   NF_CHECK(options.threads >= 0 && options.threads <= cpu::kMaxThreads, "threads is ",
            options.threads, " but must be 0 (all cores) to ", cpu::kMaxThreads);
   const int width = options.threads > 0 ? options.threads : cpu::usable_cores();
-  return std::make_shared<cpu::CpuBackend>(width, cpu::parse_isa(options.isa));
+  std::vector<std::shared_ptr<Backend>> backends;
+  for (std::unique_ptr<Communicator>& communicator : cpu::make_thread_communicators(ranks)) {
+    backends.push_back(std::make_shared<cpu::CpuBackend>(
+        std::max(1, width / ranks), cpu::parse_isa(options.isa), std::move(communicator)));
+  }
+  return backends;
 }
 
 }  // namespace nanoflow

@@ -1,5 +1,9 @@
 #pragma once
 
+#include <memory>
+#include <utility>
+
+#include "kernels/communicator.h"
 #include "kernels/cpu/lane.h"
 #include "kernels/kernels.h"
 
@@ -17,7 +21,9 @@ enum class Isa {
 
 class CpuKernels : public Kernels {
  public:
-  explicit CpuKernels(Isa isa) : isa_(isa) {}
+  CpuKernels(Isa isa, std::unique_ptr<Communicator> communicator)
+      : isa_(isa), communicator_(std::move(communicator)) {}
+  Communicator& communicator() { return *communicator_; }
 
   void run(const Embed& op, Lane& lane) override;
   void run(const RmsNorm& op, Lane& lane) override;
@@ -38,9 +44,12 @@ class CpuKernels : public Kernels {
   void run(const GroupedGemm& op, Lane& lane) override;
   void run(const GroupedGemmSiluMul& op, Lane& lane) override;
   void run(const CombineExperts& op, Lane& lane) override;
+  void run(const AllReduce& op, Lane& lane) override;
+  void run(const AllGather& op, Lane& lane) override;
 
  private:
   Isa isa_;
+  std::unique_ptr<Communicator> communicator_;
 };
 
 }  // namespace nanoflow::cpu

@@ -86,6 +86,10 @@ void CpuLane::enqueue(std::function<void(const Worker&)> fn, size_t scratch_byte
   team_->run_together(std::move(fn), scratch_bytes);
 }
 
+void CpuLane::enqueue_alone(std::function<void(std::exception_ptr&)> fn) {
+  team_->run_alone(std::move(fn));
+}
+
 int CpuLane::width() const { return team_->width(); }
 
 void CpuLane::wait(Event& event) {

@@ -54,6 +54,9 @@ class CpuLane : public Lane {
   /// returned. The scratch belongs to the lane, is reused by every task and grows when a task asks
   /// for more than before.
   void enqueue(std::function<void(const Worker&)> fn, size_t scratch_bytes = 0);
+  /// Queues fn, which one thread calls between tasks, with the lane's error. It runs also when
+  /// there is one; what it throws becomes the lane's error.
+  void enqueue_alone(std::function<void(std::exception_ptr&)> fn);
 
   int width() const override;
   void wait(Event& event) override;

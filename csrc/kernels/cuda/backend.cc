@@ -10,6 +10,7 @@
 #include "kernels/cuda/green.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/lane.h"
+#include "kernels/cuda/local_comm.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -18,7 +19,8 @@ constexpr int kRowGranularity = 64;  // rows of the smallest GEMM tile
 
 class CudaBackend : public Backend {
  public:
-  explicit CudaBackend(const DeviceInfo& device) : device_(device), kernels_(device) {}
+  CudaBackend(const DeviceInfo& device, std::unique_ptr<Communicator> communicator)
+      : device_(device), kernels_(device, std::move(communicator)) {}
 
   Device device() const override { return {Device::Kind::kCuda, device_.index}; }
   std::string description() const override {
@@ -74,6 +76,7 @@ class CudaBackend : public Backend {
   }
 
   Kernels& kernels() override { return kernels_; }
+  Communicator& communicator() override { return kernels_.communicator(); }
 
   std::unique_ptr<Graph> capture(Lane& origin, std::function<void()> enqueue) override {
     return capture_graph(origin, enqueue);
@@ -105,12 +108,15 @@ class CudaBackend : public Backend {
 
 // What nanoflow_core looks up in this library.
 
-extern "C" void nanoflow_make_cuda_backend(const nanoflow::BackendOptions& options,
-                                           std::shared_ptr<nanoflow::Backend>& backend) {
+extern "C" void nanoflow_make_cuda_backends(
+    const nanoflow::BackendOptions& options, int ranks,
+    std::vector<std::shared_ptr<nanoflow::Backend>>& backends) {
   using namespace nanoflow;
   NF_CHECK(options.threads == 0 && options.isa == "auto",
            "threads and isa are options of the CPU backend, not of device '", options.device, "'");
-  backend = std::make_shared<cuda::CudaBackend>(cuda::open_device(options.device.index));
+  NF_CHECK(ranks == 1, "tensor_parallel_size ", ranks, " needs device='cpu'; GPUs run one rank");
+  backends.push_back(std::make_shared<cuda::CudaBackend>(cuda::open_device(options.device.index),
+                                                         cuda::make_local_communicator()));
 }
 
 extern "C" void nanoflow_find_cuda_problem(int index, std::string& problem) {

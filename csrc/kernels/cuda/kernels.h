@@ -1,7 +1,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 
+#include "kernels/communicator.h"
 #include "kernels/cuda/lane.h"
 #include "kernels/kernels.h"
 
@@ -11,7 +14,9 @@ namespace nanoflow::cuda {
 /// can be captured in a graph.
 class CudaKernels : public Kernels {
  public:
-  explicit CudaKernels(const DeviceInfo& device) : device_(device) {}
+  CudaKernels(const DeviceInfo& device, std::unique_ptr<Communicator> communicator)
+      : device_(device), communicator_(std::move(communicator)) {}
+  Communicator& communicator() { return *communicator_; }
 
   void run(const Embed& op, Lane& lane) override;
   void run(const RmsNorm& op, Lane& lane) override;
@@ -33,9 +38,12 @@ class CudaKernels : public Kernels {
   void run(const GroupedGemm& op, Lane& lane) override;
   void run(const GroupedGemmSiluMul& op, Lane& lane) override;
   void run(const CombineExperts& op, Lane& lane) override;
+  void run(const AllReduce& op, Lane& lane) override;
+  void run(const AllGather& op, Lane& lane) override;
 
  private:
   DeviceInfo device_;
+  std::unique_ptr<Communicator> communicator_;
 };
 
 }  // namespace nanoflow::cuda

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels/communicator.h"
+
+namespace nanoflow::cpu {
+
+/// Communicators of ranks 0, 1, ... of this process. Sums are taken in the order of ranks, in
+/// float, and rounded once; what a row gets does not depend on the rows beside it.
+std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size);
+
+}  // namespace nanoflow::cpu
