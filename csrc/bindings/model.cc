@@ -99,9 +99,13 @@ void register_spec(py::module_& m) {
 void register_model(py::module_& m) {
   register_spec(m);
   py::class_<Weights, std::shared_ptr<Weights>>(
-      m, "Weights", "The weights of one rank in the backend's memory, filled tensor by tensor.")
-      .def(py::init<const ModelSpec&, std::shared_ptr<Backend>>(), py::arg("spec"),
-           py::arg("backend"))
+      m, "Weights",
+      "The weights of one rank in the backend's memory, filled with the tensors of the whole "
+      "model, of which it keeps its part.")
+      .def(py::init<const ModelSpec&, std::shared_ptr<Backend>, bool>(), py::arg("spec"),
+           py::arg("backend"), py::arg("with_o_columns") = false,
+           "For the backend's rank, of a model of this spec. `with_o_columns`: for schedules that "
+           "gather attention outputs.")
       .def(
           "load",
           [](Weights& weights, const std::string& name, const py::array& array, int row_begin) {
@@ -119,16 +123,18 @@ void register_model(py::module_& m) {
       .def("finish", &Weights::finish, py::call_guard<py::gil_scoped_release>(),
            "Waits for the copies. Raises EngineError naming every tensor with rows that were never "
            "loaded.")
-      .def("shapes",
-           [](const Weights& weights) {
-             py::dict shapes;
-             for (const Arena::Entry& entry : weights.entries()) {
-               shapes[py::str(entry.name)] = py::tuple(py::cast(entry.shape));
-             }
-             return shapes;
-           })
+      .def(
+          "shapes",
+          [](const Weights& weights) {
+            py::dict shapes;
+            for (const Weights::Named& tensor : weights.tensors()) {
+              shapes[py::str(tensor.name)] = py::tuple(py::cast(tensor.shape));
+            }
+            return shapes;
+          },
+          "Of the tensors to fill, which are the whole model's.")
       .def_property_readonly("bytes", &Weights::bytes)
-      .def_property_readonly("spec", &Weights::spec)
+      .def_property_readonly("spec", &Weights::spec, "Of the rank's part.")
       .def_property_readonly("backend", &Weights::backend);
   m.def("write_model", &write_model, py::arg("weights"), py::arg("folder"),
         py::call_guard<py::gil_scoped_release>(),

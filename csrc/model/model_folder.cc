@@ -108,6 +108,8 @@ void write_model(const Weights& weights, const std::filesystem::path& folder) {
   NF_CHECK(weights.backend()->device().kind == Device::Kind::kCpu,
            "only weights in host memory can be written, not those of ",
            weights.backend()->device());
+  NF_CHECK(weights.spec().ranks == 1, "only the weights of a rank alone can be written, not those ",
+           "of rank ", weights.spec().rank, " of ", weights.spec().ranks);
   std::error_code problem;
   std::filesystem::create_directories(folder, problem);
   NF_CHECK(!problem, "cannot make the folder ", folder.string(), ": ", problem.message());

@@ -20,6 +20,48 @@ std::vector<int> ModelSpec::distinct_windows() const {
   return windows;
 }
 
+ModelSpec ModelSpec::shard(int own_rank, int num_ranks) const {
+  NF_CHECK(ranks == 1 && num_ranks >= 1 && own_rank >= 0 && own_rank < num_ranks,
+           "model spec: rank ", own_rank, " of ", num_ranks, ", of a part for rank ", rank, " of ",
+           ranks);
+  NF_CHECK(num_ranks == 1 || !(has_experts() || post_norms), "a model with ",
+           has_experts() ? "experts" : "norms after attention and MLP",
+           " runs on one rank, not with tensor_parallel_size ", num_ranks);
+  const auto divide = [&](const char* name, int value) {
+    NF_CHECK(value % num_ranks == 0, "tensor_parallel_size ", num_ranks, " does not divide ", name,
+             " ", value);
+    return value / num_ranks;
+  };
+  ModelSpec part = *this;
+  part.rank = own_rank;
+  part.ranks = num_ranks;
+  part.num_heads = divide("num_heads", num_heads);
+  divide("hidden_size", hidden_size);
+  part.intermediate_size = divide("intermediate_size", intermediate_size);
+  NF_CHECK(part.intermediate_size % GemmSiluMul::kGroup == 0, "tensor_parallel_size ", num_ranks,
+           " leaves a rank ", part.intermediate_size, " of intermediate_size ", intermediate_size,
+           ", no multiple of ", GemmSiluMul::kGroup);
+  if (num_kv_heads < num_ranks) {
+    NF_CHECK(num_ranks % num_kv_heads == 0, "tensor_parallel_size ", num_ranks,
+             " is no multiple of num_kv_heads ", num_kv_heads);
+    part.num_kv_heads = 1;
+    part.kv_replicas = num_ranks / num_kv_heads;
+  } else {
+    part.num_kv_heads = divide("num_kv_heads", num_kv_heads);
+  }
+  NF_CHECK(part.vocab_share() * (num_ranks - 1) < vocab_size, "tensor_parallel_size ", num_ranks,
+           " leaves a rank no row of vocab_size ", vocab_size);
+  return part;
+}
+
+int ModelSpec::vocab_share() const {
+  constexpr int kRows = 8;  // of a GPU's products: their columns are multiples
+  const int share = (vocab_size + ranks - 1) / ranks;
+  return ranks == 1 ? share : (share + kRows - 1) / kRows * kRows;
+}
+
+int ModelSpec::vocab_end() const { return std::min(vocab_size, vocab_begin() + vocab_share()); }
+
 void ModelSpec::check() const {
   const auto positive = [](const char* name, int value) {
     NF_CHECK(value > 0, "model spec: ", name, " is ", value, " but must be positive");

@@ -7,7 +7,12 @@
 
 namespace nanoflow {
 
-/// Dimensions and traits of a decoder-only model of the Llama family: plain data.
+/// Dimensions and traits of a decoder-only model of the Llama family, or of one rank's part of it:
+/// plain data.
+///
+/// Ranks divide the heads, the intermediate dimension and the rows of the head; where there are
+/// fewer KV heads than ranks, several ranks hold the same one. In a rank's part num_heads,
+/// num_kv_heads and intermediate_size are the rank's own; all else is the model's.
 struct ModelSpec {
   int vocab_size = 0;         // V
   int hidden_size = 0;        // H
@@ -35,8 +40,17 @@ struct ModelSpec {
   float attention_scale = 0;                  // on q·k; 0: D^-1/2
   bool norm_unit_offset = false;              // all norms multiply by 1 + weight
   bool post_norms = false;  // what attention and MLP add to the residual is normed before
+  int rank = 0, ranks = 1;
+  int kv_replicas = 1;  // ranks that hold the same KV heads
 
   bool has_experts() const { return num_experts > 0; }
+  /// What a rank holds. Throws Error naming the dimension that does not divide.
+  ModelSpec shard(int rank, int ranks) const;
+  int all_heads() const { return num_heads * ranks; }  // Hq of the model
+  /// Rows of the head that every rank but the last has.
+  int vocab_share() const;
+  int vocab_begin() const { return rank * vocab_share(); }
+  int vocab_end() const;  // of this rank
   int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int window(int layer) const { return layer_windows.empty() ? 0 : layer_windows[layer]; }
   /// The windows that there are, each once, in the order of the layers they come with first.

@@ -40,15 +40,33 @@ void convert(const std::byte* from, DType from_dtype, std::byte* to, DType to_dt
   });
 }
 
-/// Calls fn(target row, source row, rows) for the parts of the runs that source rows [begin, end)
-/// fill.
+/// Calls fn(run, index of its first row among the rows of all runs) for the parts of the runs that
+/// rows [begin, end) of all are in.
 template <typename Fn>
 void for_parts(const std::vector<RowRun>& runs, int64_t begin, int64_t end, const Fn& fn) {
-  int64_t first = 0;  // source row of the run
+  int64_t first = 0;
   for (const RowRun& run : runs) {
     const int64_t low = std::max(begin, first), high = std::min(end, first + run.count);
-    if (low < high) fn(run.row + low - first, low, high - low);
+    const int64_t skipped = low - first;
+    if (low < high) fn(RowRun{run.from + skipped, run.row + skipped, high - low}, low);
     first += run.count;
+  }
+}
+
+/// `count` rows from row `from` on, `values` of each.
+void convert_rows(const SourceRows& source, int64_t from, int64_t count, size_t values,
+                  std::byte* to, DType to_dtype) {
+  const size_t from_bytes = static_cast<size_t>(source.stride) * size_of(source.dtype);
+  const auto* data =
+      static_cast<const std::byte*>(source.data) + static_cast<size_t>(from) * from_bytes;
+  if (values == static_cast<size_t>(source.stride)) {  // one piece
+    convert(data, source.dtype, to, to_dtype, static_cast<size_t>(count) * values);
+    return;
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    convert(data, source.dtype, to, to_dtype, values);
+    data += from_bytes;
+    to += values * size_of(to_dtype);
   }
 }
 
@@ -65,40 +83,41 @@ Uploader::~Uploader() {
   }
 }
 
-void Uploader::write(const Tensor& target, const std::vector<RowRun>& runs, const void* from,
-                     DType dtype) {
-  const DType to_dtype = target.dtype();
+void Uploader::write(const Tensor& target, const std::vector<RowRun>& runs,
+                     const SourceRows& source) {
+  const DType dtype = target.dtype();
   const auto values = static_cast<size_t>(target.stride(0));  // of a row
-  const size_t from_bytes = values * size_of(dtype), to_bytes = values * size_of(to_dtype);
-  const auto* source = static_cast<const std::byte*>(from);
+  const size_t row_bytes = values * size_of(dtype);
+  const auto target_row = [&](int64_t row) {
+    return target.bytes() + static_cast<size_t>(row) * row_bytes;
+  };
   int64_t rows = 0;
   for (const RowRun& run : runs) rows += run.count;
 
   if (target.device().kind == Device::Kind::kCpu) {  // no way to go
-    parallel_shares(rows, static_cast<size_t>(rows) * to_bytes, [&](int64_t begin, int64_t end) {
-      for_parts(runs, begin, end, [&](int64_t to, int64_t first, int64_t count) {
-        convert(source + static_cast<size_t>(first) * from_bytes, dtype,
-                target.bytes() + static_cast<size_t>(to) * to_bytes, to_dtype,
-                static_cast<size_t>(count) * values);
+    parallel_shares(rows, static_cast<size_t>(rows) * row_bytes, [&](int64_t begin, int64_t end) {
+      for_parts(runs, begin, end, [&](const RowRun& run, int64_t) {
+        convert_rows(source, run.from, run.count, values, target_row(run.row), dtype);
       });
     });
     return;
   }
-  const auto step = static_cast<int64_t>(std::max<size_t>(1, kBufferBytes / to_bytes));
+  const auto step = static_cast<int64_t>(std::max<size_t>(1, kBufferBytes / row_bytes));
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t end = std::min(rows, begin + step);
-    const size_t bytes = static_cast<size_t>(end - begin) * to_bytes;
+    const size_t bytes = static_cast<size_t>(end - begin) * row_bytes;
     Stage& stage = free_stage(bytes);
-    std::byte* staged = stage.buffer.data();
+    const auto staged_row = [&](int64_t index) {
+      return stage.buffer.data() + static_cast<size_t>(index - begin) * row_bytes;
+    };
     parallel_shares(end - begin, bytes, [&](int64_t low, int64_t high) {
-      convert(source + static_cast<size_t>(begin + low) * from_bytes, dtype,
-              staged + static_cast<size_t>(low) * to_bytes, to_dtype,
-              static_cast<size_t>(high - low) * values);
+      for_parts(runs, begin + low, begin + high, [&](const RowRun& run, int64_t index) {
+        convert_rows(source, run.from, run.count, values, staged_row(index), dtype);
+      });
     });
-    for_parts(runs, begin, end, [&](int64_t to, int64_t first, int64_t count) {
-      backend_.copy(target.bytes() + static_cast<size_t>(to) * to_bytes,
-                    staged + static_cast<size_t>(first - begin) * to_bytes,
-                    static_cast<size_t>(count) * to_bytes, *lane_);
+    for_parts(runs, begin, end, [&](const RowRun& run, int64_t index) {
+      backend_.copy(target_row(run.row), staged_row(index),
+                    static_cast<size_t>(run.count) * row_bytes, *lane_);
     });
     lane_->record(*stage.copied);
   }

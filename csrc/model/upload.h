@@ -10,9 +10,16 @@
 
 namespace nanoflow {
 
-/// Consecutive rows of a source that fill consecutive rows of a target from `row` on.
+/// Rows [from, from + count) of a source, which fill those of a target from `row` on.
 struct RowRun {
-  int64_t row, count;
+  int64_t from, row, count;
+};
+
+/// Rows in host memory, of which the target takes as many values as its own rows have.
+struct SourceRows {
+  const void* data;  // the first value that is taken of row 0
+  DType dtype;
+  int64_t stride;  // values from a row to the next
 };
 
 /// Brings rows from pageable host memory to a device, and converts between floating dtypes on the
@@ -23,9 +30,9 @@ class Uploader {
   explicit Uploader(Backend& backend);
   ~Uploader();  // waits for the copies
 
-  /// Fills the runs of `target` one after another from the contiguous rows at `from`, which may be
-  /// gone once this returns. What reaches the target is there after finish().
-  void write(const Tensor& target, const std::vector<RowRun>& runs, const void* from, DType dtype);
+  /// Fills the runs of `target` from `source`, which may be gone once this returns. What reaches
+  /// the target is there after finish().
+  void write(const Tensor& target, const std::vector<RowRun>& runs, const SourceRows& source);
   /// Waits for all copies; rethrows what made one fail.
   void finish();
   /// What the copies are enqueued on.

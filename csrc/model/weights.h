@@ -13,7 +13,10 @@
 
 namespace nanoflow {
 
-/// The weights of one rank, in one allocation of the backend's memory, filled tensor by tensor.
+/// The weights of one rank, in one allocation of the backend's memory, filled tensor by tensor. The
+/// tensors of the whole model are named and given; of each, the rank keeps its part: rows of qkv,
+/// gate_up and lm_head (whole heads, and the same channels of gate and up), columns of o and down,
+/// all of the others.
 ///
 /// | name                | shape                 | what                                           |
 /// |---------------------|-----------------------|------------------------------------------------|
@@ -39,9 +42,19 @@ class Weights {
   struct Layer {
     Tensor input_norm, qkv, o, post_norm, gate_up, down, qkv_bias, q_norm, k_norm, router, o_norm,
         down_norm;
+    Tensor o_columns;  // [H / ranks, all Hq * D]: rows of o, for these columns of its output
   };
 
-  Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend);
+  /// A tensor of the whole model.
+  struct Named {
+    std::string name;
+    std::vector<int64_t> shape;
+  };
+
+  /// For the rank of the backend's communicator, of a model of this spec. `with_o_columns`: also
+  /// its rows of every o (see Layer), which schedules that gather attention outputs need where
+  /// there are several ranks.
+  Weights(const ModelSpec& spec, std::shared_ptr<Backend> backend, bool with_o_columns = false);
 
   /// Copies rows [row_begin, row_begin + rows) of a tensor from host memory, converting between
   /// floating dtypes. `data` holds whole rows, contiguous, and is free once this returns.
@@ -56,47 +69,79 @@ class Weights {
   /// copy fail, or one Error that names every tensor with rows that were never loaded.
   void finish();
 
+  /// The rank's part.
   const ModelSpec& spec() const { return spec_; }
   const std::shared_ptr<Backend>& backend() const { return backend_; }
   size_t bytes() const { return arena_.bytes(); }
   Tensor embed() const { return arena_.tensor(embed_); }
   Tensor norm() const { return arena_.tensor(norm_); }
-  Tensor lm_head() const { return arena_.tensor(lm_head_); }
+  /// Rows vocab_begin() to vocab_end() of the spec.
+  Tensor lm_head() const;
   /// What the spec does not ask for is empty. With experts gate_up is [E, 2 I, H], down [E, H, I].
   Layer layer(int index) const;
-  /// Names, dtypes and shapes, in order.
+  /// Whether layers have o_columns.
+  bool has_o_columns() const { return with_o_columns_; }
+  /// The tensors to fill, in order.
+  const std::vector<Named>& tensors() const { return tensors_; }
+  /// Names, dtypes and shapes of what the rank holds, in order.
   const std::vector<Arena::Entry>& entries() const { return arena_.entries(); }
   /// The tensor of an entry.
   Tensor tensor(int entry) const { return arena_.tensor(entry); }
 
  private:
-  /// Where the rows of a name lie: row i is row begin + i / group * stride + i % group of an entry.
+  /// Rows [first, first + count) of a model's tensor, which lie in the rank's from `row` on.
+  struct Part {
+    int64_t first, count, row;
+  };
+  /// What an entry of the arena holds: some rows of a tensor, from a column on.
+  struct Share {
+    Named whole;
+    std::vector<Part> parts;
+    int64_t column;
+  };
+  /// Where the rows of a name lie: row i is row begin + i / group * stride + i % group of a tensor.
   struct Place {
-    int entry;
+    std::string tensor;
     int64_t rows, begin, group, stride;
 
     int64_t row(int64_t i) const { return begin + i / group * stride + i % group; }
   };
 
-  /// A tensor that every layer holds.
+  /// What of a tensor a rank holds.
+  enum class Split {
+    kWhole,       // all
+    kRows,        // its share of the rows
+    kColumns,     // its share of the columns
+    kQkv,         // rows: those of its heads of q, k and v
+    kVocabulary,  // rows: those of its tokens
+  };
+  /// A tensor that every layer holds, of the whole model.
   struct LayerTensor {
     const char* name;
     Tensor Layer::* field;
     std::vector<int64_t> shape;
+    Split split;
+    const char* filled_as;  // the tensor it is filled with: its own name but for copies
   };
 
   /// In the order they have in the arena.
-  static std::vector<LayerTensor> layer_tensors(const ModelSpec& spec);
-
+  std::vector<LayerTensor> layer_tensors(const ModelSpec& whole) const;
+  int add(const std::string& name, const Named& whole, Split split);
+  Share share_of(const Named& whole, Split split) const;
+  std::vector<Part> qkv_parts() const;
   Place find(const std::string& name) const;
   /// The rows of all experts as [E, rows of one, columns]; what it is given, in a model without.
   Tensor by_expert(const Tensor& rows) const;
+  std::vector<int> entries_of(const std::string& tensor) const;
   Uploader& uploader();
 
   ModelSpec spec_;
   std::shared_ptr<Backend> backend_;
+  bool with_o_columns_ = false;
   std::vector<LayerTensor> layer_tensors_;
   Arena arena_;
+  std::vector<Named> tensors_;
+  std::vector<Share> shares_;                                 // by arena index
   int embed_ = 0, norm_ = 0, lm_head_ = 0, first_layer_ = 0;  // arena indices
   std::vector<std::vector<bool>> loaded_;                     // per entry, per row
   std::unique_ptr<Uploader> uploader_;                        // while weights are loaded

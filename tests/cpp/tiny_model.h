@@ -32,16 +32,17 @@ inline ModelSpec tiny_spec(int num_layers = 3, DType dtype = DType::kF32) {
 
 /// Random normal weights: large enough that logits differ clearly between tokens.
 inline std::shared_ptr<Weights> random_weights(const ModelSpec& spec,
-                                               std::shared_ptr<Backend> backend) {
-  auto weights = std::make_shared<Weights>(spec, std::move(backend));
+                                               std::shared_ptr<Backend> backend,
+                                               bool with_o_columns = false) {
+  auto weights = std::make_shared<Weights>(spec, std::move(backend), with_o_columns);
   std::mt19937 random(7);
   std::normal_distribution<float> normal(0.0f, 0.2f);
-  for (const Arena::Entry& entry : weights->entries()) {
+  for (const Weights::Named& tensor : weights->tensors()) {
     size_t count = 1;
-    for (int64_t extent : entry.shape) count *= static_cast<size_t>(extent);
+    for (int64_t extent : tensor.shape) count *= static_cast<size_t>(extent);
     std::vector<float> values(count);
-    for (float& value : values) value = normal(random) + (entry.shape.size() == 1 ? 1.0f : 0.0f);
-    weights->load(entry.name, 0, values.data(), count * sizeof(float), DType::kF32);
+    for (float& value : values) value = normal(random) + (tensor.shape.size() == 1 ? 1.0f : 0.0f);
+    weights->load(tensor.name, 0, values.data(), count * sizeof(float), DType::kF32);
   }
   return weights;
 }

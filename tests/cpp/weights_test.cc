@@ -52,8 +52,8 @@ TEST_CASE("weights reach host memory and, through pinned buffers, a device") {
     std::vector<BFloat16> first;
     for (int64_t i = 0; i < split * columns; ++i) first.emplace_back(rows[i]);
     weights.load("embed", 0, first.data(), first.size() * sizeof(BFloat16), DType::kBF16);
-    for (const Arena::Entry& entry : weights.entries()) {
-      if (entry.name != "embed") weights.fill_normal(entry.name, 3, 0.0f, 1.0f);
+    for (const Weights::Named& tensor : weights.tensors()) {
+      if (tensor.name != "embed") weights.fill_normal(tensor.name, 3, 0.0f, 1.0f);
     }
     weights.finish();
     CHECK(values_of(weights.embed()) == rows);
@@ -130,8 +130,8 @@ TEST_CASE("runs of rows are filled in the order of the source") {
   std::memset(memory.data(), 0, memory.bytes());
   Uploader uploader(*backend);
   const std::vector<float> rows = {1, 2, 3, 4, 5, 6, 7, 8};
-  uploader.write(target, {{.row = 4, .count = 1}, {.row = 0, .count = 3}}, rows.data(),
-                 DType::kF32);
+  uploader.write(target, {{.from = 0, .row = 4, .count = 1}, {.from = 1, .row = 0, .count = 3}},
+                 {.data = rows.data(), .dtype = DType::kF32, .stride = 2});
   uploader.finish();
   const auto* values = target.data<float>();
   CHECK(std::vector<float>(values, values + 12) ==
@@ -146,7 +146,7 @@ TEST_CASE("what does not fit a weight is refused") {
   CHECK_THROWS_WITH_AS(weights.load("embed", 61, row.data(), bytes_of(row), DType::kF32),
                        "weight embed has 61 rows, not rows [61, 62)", Error);
   CHECK_THROWS_WITH_AS(weights.load("embed", 0, row.data(), 12, DType::kF32),
-                       "weight embed is float32[61, 32]; 12 bytes are not whole rows of 128",
+                       "weight embed has 32 columns of float32; 12 bytes are not whole rows of 128",
                        Error);
   CHECK_THROWS_AS(weights.load("embed", 0, row.data(), bytes_of(row), DType::kI32), Error);
   CHECK_THROWS_AS(weights.fill_normal("head", 0, 0.0f, 1.0f), Error);
