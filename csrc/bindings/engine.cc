@@ -8,6 +8,8 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <variant>
+#include <vector>
 
 #include "bindings/register.h"
 
@@ -94,16 +96,24 @@ void register_engine(py::module_& m) {
   register_config(m);
   register_graph_stats(m);
   register_copies(m);
-  py::class_<Engine>(m, "Engine", "The model on one device: steps in, sampled tokens out.")
-      .def(py::init([](const EngineConfig& config, std::shared_ptr<Weights> weights,
+  py::class_<Engine>(m, "Engine",
+                     "The model on the devices of its ranks: steps in, sampled tokens out.")
+      .def(py::init([](const EngineConfig& config,
+                       std::variant<std::shared_ptr<Weights>, std::vector<std::shared_ptr<Weights>>>
+                           weights,
                        const Schedule& schedule,
                        const std::optional<std::function<int()>>& choose_pages) {
-             return std::make_unique<Engine>(config, std::move(weights), schedule,
-                                             choose_pages.value_or(nullptr));
+             return std::visit(
+                 [&](auto& own) {
+                   return std::make_unique<Engine>(config, std::move(own), schedule,
+                                                   choose_pages.value_or(nullptr));
+                 },
+                 weights);
            }),
            py::arg("config"), py::arg("weights"), py::arg("schedule"),
            py::arg("choose_pages") = py::none(), py::call_guard<py::gil_scoped_release>(),
-           "With num_pages=0, `choose_pages` is called once all but the KV cache has its memory.")
+           "Of the weights of one rank, or of all in order. With num_pages=0, `choose_pages` is "
+           "called once all of rank 0 but its KV cache has its memory.")
       .def("submit", &Engine::submit, py::arg("batch"), py::call_guard<py::gil_scoped_release>(),
            "Queues a step and returns at once. Raises EngineError on a bad batch and while two "
            "steps "

@@ -20,10 +20,14 @@ void register_schedule(py::module_& m) {
       .def_readonly("width", &LaneSpec::width)
       .def(py::self == py::self);
   py::class_<StageSpec>(m, "StageSpec", "Where a stage is cut and which lane runs it.")
-      .def(py::init<std::vector<double>, std::string>(), py::arg("split") = std::vector<double>(),
-           py::arg("lane") = "")
+      .def(py::init<std::vector<double>, std::string, std::string, std::vector<int>>(),
+           py::arg("split") = std::vector<double>(), py::arg("lane") = "", py::arg("reduce") = "",
+           py::arg("gather") = std::vector<int>())
       .def_readonly("split", &StageSpec::split)
       .def_readonly("lane", &StageSpec::lane)
+      .def_readonly("reduce", &StageSpec::reduce, "The lane of the stage's collectives.")
+      .def_readonly("gather", &StageSpec::gather,
+                    "Parts of stage o that gather attention outputs instead of summing products.")
       .def(py::self == py::self);
   py::class_<Schedule>(m, "Schedule", "Which nano-batches run on which lane in what order.")
       .def(py::init<std::string, std::vector<LaneSpec>, std::map<std::string, StageSpec>,
@@ -35,6 +39,7 @@ void register_schedule(py::module_& m) {
       .def_readonly("stages", &Schedule::stages)
       .def_readonly("order", &Schedule::order)
       .def("cuts", &Schedule::cuts, "Row fractions at which requests may not straddle.")
+      .def_property_readonly("gathers", &Schedule::gathers, "Whether some part of o gathers.")
       .def("check", &Schedule::check, "Raises EngineError when the schedule is inconsistent.")
       .def(py::self == py::self);
   py::class_<NanoOp>(m, "NanoOp", "An op of a plan.")

@@ -35,14 +35,14 @@ Decoder::Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers)
   }
 }
 
-std::vector<Op> Decoder::emit(Stage stage, int layer, const RowRange& range) const {
+std::vector<Op> Decoder::emit(Stage stage, int layer, const RowRange& range, bool gathers) const {
   switch (stage) {
     case Stage::kQkv:
       return emit_qkv(layer, range);
     case Stage::kAttention:
       return emit_attention(layer, range);
     case Stage::kO:
-      return emit_o(layer, range);
+      return gathers && spec().ranks > 1 ? emit_gathered_o(layer, range) : emit_o(layer, range);
     case Stage::kMlp:
       return emit_mlp(layer, range);
     case Stage::kHead:
@@ -120,6 +120,22 @@ std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {
   return ops;
 }
 
+std::vector<Op> Decoder::emit_gathered_o(int layer, const RowRange& range) const {
+  const Weights::Layer w = weights_->layer(layer);
+  NF_CHECK(w.o_columns, "a schedule that gathers attention outputs needs weights made for it");
+  const Tensor gathered = rows(buffers_.gathered, range), normed = rows(buffers_.normed, range);
+  const Tensor residual = rows(buffers_.residual, range), out = w.o_norm ? normed : residual;
+  const int64_t share = w.o_columns.size(0);
+  const Tensor own = out.slice_columns(spec().rank * share, (spec().rank + 1) * share);
+  std::vector<Op> ops{
+      AllGather{
+          .x = rows(buffers_.attention_out, range), .out = gathered, .work = buffers_.gather_work},
+      Gemm{.x = gathered, .weight = w.o_columns, .out = own, .accumulate = !w.o_norm},
+      AllGather{.x = own, .out = out, .work = buffers_.gather_work}};
+  if (w.o_norm) ops.push_back(norm_and_add(normed, w.o_norm, residual));
+  return ops;
+}
+
 std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
   if (spec().has_experts()) return emit_experts(layer, range);
   const DecoderBuffers& b = buffers_;
@@ -141,17 +157,30 @@ RmsNorm Decoder::norm(const Tensor& x, const Tensor& weight, const Tensor& out) 
           .unit_offset = spec().norm_unit_offset};
 }
 
+RmsNorm Decoder::norm_and_add(const Tensor& x, const Tensor& weight, const Tensor& out) const {
+  RmsNorm add = norm(x, weight, out);
+  add.accumulate = true;
+  return add;
+}
+
 void Decoder::add_to_residual(std::vector<Op>& ops, const Tensor& x, const Tensor& weight,
                               const Tensor& post_norm, const RowRange& range) const {
   const Tensor residual = rows(buffers_.residual, range), normed = rows(buffers_.normed, range);
-  if (!post_norm) {
-    ops.push_back(Gemm{.x = x, .weight = weight, .out = residual, .accumulate = true});
-    return;
-  }
-  ops.push_back(Gemm{.x = x, .weight = weight, .out = normed});
-  RmsNorm add = norm(normed, post_norm, residual);
-  add.accumulate = true;
-  ops.push_back(add);
+  const Tensor out = post_norm ? normed : residual;
+  const bool accumulates = !post_norm && spec().rank == 0;
+  ops.push_back(Gemm{.x = x, .weight = weight, .out = out, .accumulate = accumulates});
+  if (spec().ranks > 1) ops.push_back(AllReduce{.x = out});
+  if (post_norm) ops.push_back(norm_and_add(normed, post_norm, residual));
+}
+
+std::vector<Op> Decoder::emit_logits(int samples) const {
+  const Tensor x = buffers_.head_normed.slice_rows(0, samples);
+  const Tensor logits = buffers_.logits.slice_rows(0, samples);
+  const Tensor weight = weights_->lm_head();
+  if (spec().ranks == 1) return {Gemm{.x = x, .weight = weight, .out = logits}};
+  const Tensor own = buffers_.own_logits.slice_rows(0, samples);
+  return {Gemm{.x = x, .weight = weight, .out = own.slice_columns(0, weight.size(0))},
+          AllGather{.x = own, .out = logits, .work = buffers_.gather_work}};
 }
 
 std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
@@ -193,9 +222,8 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
   ops.push_back(
       GatherRows{.x = b.residual, .index = first(b.sample_rows), .out = first(b.head_residual)});
   ops.push_back(norm(first(b.head_residual), weights_->norm(), first(b.head_normed)));
-  const Gemm lm_head{
-      .x = first(b.head_normed), .weight = weights_->lm_head(), .out = first(b.logits)};
-  ops.push_back(lm_head);
+  const std::vector<Op> logits = emit_logits(samples);
+  ops.insert(ops.end(), logits.begin(), logits.end());
   if (options.bias) {
     ops.push_back(AddBias{.logits = first(b.logits),
                           .indptr = b.bias.indptr.slice_rows(0, samples + 1),
@@ -235,7 +263,9 @@ std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) cons
                                 .length = first(b.penalties.length),
                                 .history = b.history});
   }
-  if (options.logprobs && options.logits_again) ops.push_back(lm_head);
+  if (options.logprobs && options.logits_again) {
+    ops.insert(ops.end(), logits.begin(), logits.end());
+  }
   if (options.logprobs) {
     ops.push_back(Logprobs{.logits = first(b.logits),
                            .sampled = first(b.sampled),

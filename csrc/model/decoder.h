@@ -59,8 +59,11 @@ struct DecoderBuffers {
   Tensor attention_out;                  // [T, Hq * D]
   Tensor activated;                      // [T, I], with experts [T * A, I]
   ExpertBuffers experts;                 // in a model with experts
+  Tensor gathered;                       // [T, all Hq * D] attention_out of all ranks; or none
   Tensor head_residual, head_normed;     // [S, H]
   Tensor logits;                         // [S, V] float32
+  Tensor own_logits;                     // [S, V share] float32: where there are several ranks
+  Tensor gather_work;                    // of AllGather; or none
   Tensor token_pool;                     // [slots] int32
   Tensor sampled;                        // [S] int32
   Tensor history;                        // [slots, positions] int32
@@ -94,6 +97,12 @@ struct HeadOptions {
 };
 
 /// Emits the ops of one stage for one row range: the Llama family, by the traits of its spec.
+///
+/// With several ranks, all hold the same residual, and each adds to it what its heads and channels
+/// give. The usual way is a product with the rank's columns of a weight, summed by an all-reduce;
+/// rank 0's product alone includes what the residual held before. After a gather of the attention
+/// outputs, o is instead a product with the rank's rows of the weight, for its columns of the
+/// residual, and another gather (the two shapes of NanoFlow, OSDI'25, section 4.2).
 class Decoder {
  public:
   Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers);
@@ -101,19 +110,23 @@ class Decoder {
   const ModelSpec& spec() const { return weights_->spec(); }
   const DecoderBuffers& buffers() const { return buffers_; }
   /// Ops in order of execution. The head samples the first `samples` rows of its tables.
-  std::vector<Op> emit(Stage stage, int layer, const RowRange& range) const;
+  /// `gathers`: stage o, of several ranks, takes the way of gathers.
+  std::vector<Op> emit(Stage stage, int layer, const RowRange& range, bool gathers = false) const;
   std::vector<Op> emit_head(int samples, const HeadOptions& options = {}) const;
 
  private:
   std::vector<Op> emit_qkv(int layer, const RowRange& range) const;
   std::vector<Op> emit_attention(int layer, const RowRange& range) const;
   std::vector<Op> emit_o(int layer, const RowRange& range) const;
+  std::vector<Op> emit_gathered_o(int layer, const RowRange& range) const;
   std::vector<Op> emit_mlp(int layer, const RowRange& range) const;
   std::vector<Op> emit_experts(int layer, const RowRange& range) const;
   RmsNorm norm(const Tensor& x, const Tensor& weight, const Tensor& out) const;
-  /// Adds x · weightᵀ to the residual, by way of a norm if the spec has them there.
+  RmsNorm norm_and_add(const Tensor& x, const Tensor& weight, const Tensor& out) const;
+  /// Adds x · weightᵀ of all ranks to the residual, by way of a norm if the spec has them there.
   void add_to_residual(std::vector<Op>& ops, const Tensor& x, const Tensor& weight,
                        const Tensor& post_norm, const RowRange& range) const;
+  std::vector<Op> emit_logits(int samples) const;
 
   std::shared_ptr<const Weights> weights_;
   DecoderBuffers buffers_;

@@ -7,30 +7,32 @@
 
 namespace nanoflow {
 
-/// Tells any thread when something asynchronous has ended, and how.
+/// Tells any thread when something asynchronous has ended, and how: all of its parts.
 class Completion {
  public:
+  explicit Completion(int parts = 1) : unfinished_(parts) {}
+
+  /// Called once a part; the first error stays.
   void finish(std::exception_ptr error) {
     const std::lock_guard lock(mutex_);
-    error_ = std::move(error);
-    done_ = true;
-    changed_.notify_all();
+    if (error_ == nullptr) error_ = std::move(error);
+    if (--unfinished_ == 0) changed_.notify_all();
   }
   bool is_done() const {
     const std::lock_guard lock(mutex_);
-    return done_;
+    return unfinished_ == 0;
   }
   /// Rethrows the error.
   void wait() const {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return done_; });
+    changed_.wait(lock, [this] { return unfinished_ == 0; });
     if (error_ != nullptr) std::rethrow_exception(error_);
   }
 
  private:
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
-  bool done_ = false;
+  int unfinished_;
   std::exception_ptr error_;
 };
 

@@ -1,5 +1,6 @@
 #include "pipeline/engine.h"
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <utility>
@@ -48,50 +49,76 @@ double CopyHandle::wait() const {
 
 class Engine::Impl {
  public:
-  Impl(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
-       const std::function<int()>& choose_pages)
-      : worker(config, std::move(weights), schedule, choose_pages) {}
+  Impl(EngineConfig config, const std::vector<std::shared_ptr<Weights>>& weights,
+       const Schedule& schedule, const std::function<int()>& choose_pages) {
+    for (const std::shared_ptr<Weights>& own : weights) {
+      workers.push_back(std::make_unique<Worker>(config, own, schedule, choose_pages));
+      config.num_pages = workers.front()->config().num_pages;
+    }
+  }
+  /// A rank may still read the memory of another: all end before any goes.
+  ~Impl() {
+    for (const std::unique_ptr<Worker>& worker : workers) worker->finish();
+  }
 
   static constexpr size_t kSchedulesKept = 16;
 
-  Worker worker;
+  Worker& first() { return *workers.front(); }
+  /// The first error of any rank, or null.
+  std::exception_ptr error() const {
+    for (const std::unique_ptr<Worker>& worker : workers) {
+      if (const std::exception_ptr error = worker->error()) return error;
+    }
+    return nullptr;
+  }
+
+  std::vector<std::unique_ptr<Worker>> workers;  // by rank
   std::shared_ptr<const Schedule> schedule;
   std::deque<std::shared_ptr<const Schedule>> checked;  // schedules set before, latest last
   uint64_t submitted = 0;
   std::array<std::deque<std::shared_ptr<CopyState>>, 2> copies;  // unfinished, by direction
 };
 
-Engine::Engine(const EngineConfig& config, std::shared_ptr<Weights> weights,
+Engine::Engine(const EngineConfig& config, std::vector<std::shared_ptr<Weights>> weights,
                const Schedule& schedule, const std::function<int()>& choose_pages) {
-  NF_CHECK(weights != nullptr, "the engine needs weights");
-  weights->finish();
-  check(config, weights->spec(), choose_pages != nullptr);
+  NF_CHECK(!weights.empty(), "the engine needs weights");
+  for (size_t rank = 0; rank < weights.size(); ++rank) {
+    NF_CHECK(weights[rank] != nullptr, "the engine needs weights");
+    weights[rank]->finish();
+    const ModelSpec& spec = weights[rank]->spec();
+    NF_CHECK(spec.rank == static_cast<int>(rank) && spec.ranks == static_cast<int>(weights.size()),
+             "the engine was given ", weights.size(), " weights, the one at ", rank, " of rank ",
+             spec.rank, " of ", spec.ranks);
+  }
+  check(config, weights.front()->spec(), choose_pages != nullptr);
+  NF_CHECK(config.host_slots == 0 || weights.size() == 1, "engine config: host_slots is ",
+           config.host_slots, ", but the host pool is for one rank, not ", weights.size());
   schedule.check();
-  impl_ = std::make_unique<Impl>(config, std::move(weights), schedule, choose_pages);
+  impl_ = std::make_unique<Impl>(config, weights, schedule, choose_pages);
   set_schedule(schedule);
 }
 
 Engine::~Engine() = default;
 
 StepHandle Engine::submit(Batch batch) {
-  const uint64_t in_flight = impl_->submitted - impl_->worker.completed_steps();
+  const uint64_t in_flight = impl_->submitted - completed_steps();
   NF_CHECK(in_flight < kMaxStepsInFlight, in_flight,
            " steps are in flight; wait for the first before another submit()");
-  if (const std::exception_ptr error = impl_->worker.error()) std::rethrow_exception(error);
+  if (const std::exception_ptr error = impl_->error()) std::rethrow_exception(error);
   const auto segments = static_cast<int>(impl_->schedule->cuts().size()) + 1;
-  nanoflow::validate(batch, impl_->worker.workspace().limits(segments));
-  auto state = std::make_shared<StepState>();
+  nanoflow::validate(batch, impl_->first().workspace().limits(segments));
+  auto state = std::make_shared<StepState>(static_cast<int>(impl_->workers.size()));
   state->step = ++impl_->submitted;
   state->batch = std::move(batch);
   state->schedule = impl_->schedule;
-  impl_->worker.enqueue(state);
+  for (const std::unique_ptr<Worker>& worker : impl_->workers) worker->enqueue(state);
   return StepHandle(state);
 }
 
 CopyHandle Engine::copy_pages(CopyDirection direction, PageCopies copies) {
-  const HostPool& pool = impl_->worker.host_pool();
+  const HostPool& pool = impl_->first().host_pool();
   NF_CHECK(pool.num_slots() > 0, "the engine has no host pool; make it with host_slots");
-  if (const std::exception_ptr error = impl_->worker.error()) std::rethrow_exception(error);
+  if (const std::exception_ptr error = impl_->first().error()) std::rethrow_exception(error);
   pool.validate(copies);
   auto& in_flight = impl_->copies[static_cast<size_t>(direction)];
   while (!in_flight.empty() && in_flight.front()->is_done()) in_flight.pop_front();
@@ -101,15 +128,19 @@ CopyHandle Engine::copy_pages(CopyDirection direction, PageCopies copies) {
   state->copies = std::move(copies);
   state->direction = direction;
   in_flight.push_back(state);
-  impl_->worker.enqueue(state);
+  impl_->first().enqueue(state);
   return CopyHandle(state);
 }
 
 void Engine::restart() {
-  const uint64_t in_flight = impl_->submitted - impl_->worker.completed_steps();
+  const uint64_t in_flight = impl_->submitted - completed_steps();
   NF_CHECK(in_flight == 0, in_flight, " steps are in flight; wait for them before restart()");
+  if (impl_->workers.size() > 1) {
+    if (const std::exception_ptr error = impl_->error()) std::rethrow_exception(error);
+    return;
+  }
   try {
-    impl_->worker.restart();
+    impl_->first().restart();
   } catch (const std::exception& error) {
     fail(
         "the device reports an error even after a restart, so that this process cannot use it any "
@@ -118,11 +149,17 @@ void Engine::restart() {
   }
 }
 
-std::byte* Engine::host_pool() const { return impl_->worker.host_pool().data(); }
+std::byte* Engine::host_pool() const { return impl_->first().host_pool().data(); }
 
-size_t Engine::host_slot_bytes() const { return impl_->worker.host_pool().slot_bytes(); }
+size_t Engine::host_slot_bytes() const { return impl_->first().host_pool().slot_bytes(); }
 
-uint64_t Engine::completed_steps() const { return impl_->worker.completed_steps(); }
+uint64_t Engine::completed_steps() const {
+  uint64_t completed = UINT64_MAX;
+  for (const std::unique_ptr<Worker>& worker : impl_->workers) {
+    completed = std::min(completed, worker->completed_steps());
+  }
+  return completed;
+}
 
 void Engine::set_schedule(const Schedule& schedule) {
   for (const std::shared_ptr<const Schedule>& known : impl_->checked) {
@@ -144,15 +181,15 @@ const Schedule& Engine::schedule() const { return *impl_->schedule; }
 std::vector<std::shared_ptr<const Plan>> Engine::plans(const Schedule& schedule,
                                                        const std::vector<int>& segment_rows,
                                                        int samples) const {
-  const Worker& worker = impl_->worker;
+  const Worker& worker = impl_->first();
   const PlanKey key = worker.workspace().padded(segment_rows, samples, schedule.cuts());
   return {worker.build(schedule, key.layers()), worker.build(schedule, key.head())};
 }
 
-GraphStats Engine::graph_stats() const { return impl_->worker.graph_stats(); }
+GraphStats Engine::graph_stats() const { return impl_->first().graph_stats(); }
 
-size_t Engine::workspace_bytes() const { return impl_->worker.workspace().bytes(); }
+size_t Engine::workspace_bytes() const { return impl_->first().workspace().bytes(); }
 
-const EngineConfig& Engine::config() const { return impl_->worker.config(); }
+const EngineConfig& Engine::config() const { return impl_->first().config(); }
 
 }  // namespace nanoflow

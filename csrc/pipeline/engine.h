@@ -99,18 +99,23 @@ class StepHandle {
   std::shared_ptr<StepState> state_;
 };
 
-/// The model on one device: steps in, sampled tokens out. submit() and copy_pages() are called from
-/// one thread.
+/// The model on one device, or on the devices of several ranks: steps in, sampled tokens out.
+/// submit() and copy_pages() are called from one thread.
 class Engine {
  public:
   static constexpr int kMaxStepsInFlight = 2;
   static constexpr int kMaxCopiesInFlight = 8;  // calls of copy_pages, in each direction
 
-  /// Takes complete weights (Error otherwise), allocates workspaces, lanes and then the KV cache on
-  /// their backend. Where the config leaves num_pages open, `choose_pages` says it as soon as all
-  /// else has its memory: the cache may then hold fewer tokens than max_model_len.
+  /// Takes complete weights (Error otherwise), one a rank and in order, allocates workspaces, lanes
+  /// and then the KV cache on their backends. Where the config leaves num_pages open,
+  /// `choose_pages` says it as soon as all else of rank 0 has its memory: the cache may then hold
+  /// fewer tokens than max_model_len.
+  Engine(const EngineConfig& config, std::vector<std::shared_ptr<Weights>> weights,
+         const Schedule& schedule, const std::function<int()>& choose_pages = {});
+  /// Of one rank.
   Engine(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
-         const std::function<int()>& choose_pages = {});
+         const std::function<int()>& choose_pages = {})
+      : Engine(config, std::vector{std::move(weights)}, schedule, choose_pages) {}
   ~Engine();
 
   /// Checks the batch, queues it and returns at once. Throws Error on a bad batch (nothing is
@@ -124,13 +129,15 @@ class Engine {
   /// After a step has failed: returns when the device has nothing left to do, and lets steps be
   /// submitted again. What the KV cache, the token pool and slots' histories hold is undefined.
   /// Throws Error when the device reports an error even then: it cannot be used by this process any
-  /// more. Handles of all steps and copies must have been waited for.
+  /// more. Handles of all steps and copies must have been waited for. An engine of several ranks has
+  /// ended with the first that failed: its error is thrown again.
   void restart();
   /// Slots of the host pool, one after another: [host_slots, host_slot_bytes()].
   std::byte* host_pool() const;
   /// Bytes from slot to slot, a multiple of 4096; so are their addresses.
   size_t host_slot_bytes() const;
-  /// Steps that have completed, successfully or not: everything they read or wrote may be reused.
+  /// Steps that have completed on all ranks, successfully or not: everything they read or wrote may
+  /// be reused.
   uint64_t completed_steps() const;
   /// From the next step on. To return to one of the schedules set last costs nothing. Throws Error
   /// when the schedule does not fit the backend's width.
@@ -141,10 +148,10 @@ class Engine {
   std::vector<std::shared_ptr<const Plan>> plans(const Schedule& schedule,
                                                  const std::vector<int>& segment_rows,
                                                  int samples) const;
-  /// Any thread may ask, at any time.
+  /// Of rank 0; the others' are alike. Any thread may ask, at any time.
   GraphStats graph_stats() const;
   const EngineConfig& config() const;
-  /// Bytes of the buffers that steps work in; lanes have memory of their own beside them.
+  /// Bytes of a rank's buffers that steps work in; lanes have memory of their own beside them.
   size_t workspace_bytes() const;
 
  private:

@@ -211,8 +211,13 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
   NF_CHECK(!has_layers || key.segment_rows.size() == cuts.size() + 1, "schedule '", schedule.id,
            "' has ", cuts.size() + 1, " segments, not ", key.segment_rows.size());
   std::vector<EmittedOp> program;
+  const int collectives = schedule.collective_lane();
   const auto append = [&](std::vector<Op> ops, OpLabel label, int lane) {
-    for (Op& op : ops) program.push_back({std::move(op), label, lane});
+    for (Op& op : ops) {
+      const bool is_apart = is_collective(op) && label.stage != Stage::kHead;
+      const int own = is_apart ? collectives : lane;
+      program.push_back({std::move(op), label, own});
+    }
   };
   for (int layer = 0; has_layers && layer < decoder.spec().num_layers; ++layer) {
     for (Stage stage : {Stage::kQkv, Stage::kAttention, Stage::kO, Stage::kMlp}) {
@@ -220,7 +225,8 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
       const std::vector<RowRange> parts = parts_of(spec, cuts, key.segment_rows);
       for (int part = 0; part < static_cast<int>(parts.size()); ++part) {
         if (parts[part].row_begin == parts[part].row_end) continue;
-        append(decoder.emit(stage, layer, parts[part]),
+        const bool gathers = std::ranges::find(spec.gather, part) != spec.gather.end();
+        append(decoder.emit(stage, layer, parts[part], gathers),
                {.stage = stage, .layer = layer, .part = part}, schedule.lane_index(spec.lane));
       }
     }

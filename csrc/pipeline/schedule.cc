@@ -61,11 +61,20 @@ int Schedule::lane_index(const std::string& name) const {
 std::vector<LaneSpec> Schedule::lanes_of(const std::vector<std::string>& stage_names) const {
   std::vector<LaneSpec> used;
   for (const LaneSpec& lane : lanes) {
-    const bool runs = std::any_of(stage_names.begin(), stage_names.end(),
-                                  [&](const auto& name) { return stage(name).lane == lane.name; });
+    const bool runs = std::any_of(stage_names.begin(), stage_names.end(), [&](const auto& name) {
+      const StageSpec spec = stage(name);
+      return spec.lane == lane.name || spec.reduce == lane.name;
+    });
     if (runs) used.push_back(lane);
   }
   return used;
+}
+
+int Schedule::collective_lane() const {
+  for (const auto& [name, stage] : stages) {
+    if (!stage.reduce.empty()) return lane_index(stage.reduce);
+  }
+  return lane_index(stage("o").lane);
 }
 
 void Schedule::check() const {
@@ -90,7 +99,29 @@ void Schedule::check() const {
       last = fraction;
     }
   }
+  check_collectives();
   check_order();
+}
+
+void Schedule::check_collectives() const {
+  std::string lane;
+  for (const auto& [name, stage] : stages) {
+    NF_CHECK(stage.gather.empty() || name == "o", "schedule '", id, "': stage ", name,
+             " has parts that gather; only those of stage o do");
+    const int parts = static_cast<int>(stage.split.size()) + 1;
+    for (int part : stage.gather) {
+      NF_CHECK(part >= 0 && part < parts, "schedule '", id, "': part ", part, " of stage ", name,
+               " gathers, but there are ", parts, " parts");
+    }
+    if (stage.reduce.empty()) continue;
+    NF_CHECK(name == "o" || name == "mlp", "schedule '", id, "': stage ", name,
+             " has no collectives to run on lane '", stage.reduce, "'");
+    NF_CHECK(lane.empty() || lane == stage.reduce, "schedule '", id,
+             "': collectives run on the lanes '", lane, "' and '", stage.reduce,
+             "', but all ranks have to run them in one order, on one lane");
+    lane = stage.reduce;
+  }
+  if (!lane.empty()) lane_index(lane);  // throws
 }
 
 void Schedule::check_order() const {

@@ -18,6 +18,8 @@ struct LaneSpec {
 struct StageSpec {
   std::vector<double> split;  // ascending, inside (0, 1); empty is one nano-batch
   std::string lane;
+  std::string reduce = {};       // of o and mlp: the lane of their collectives
+  std::vector<int> gather = {};  // of o: parts that gather instead of reducing, see Decoder
 
   bool operator==(const StageSpec&) const = default;
 };
@@ -41,6 +43,10 @@ OrderItem parse_order_item(const std::string& text);
 /// empty order issues the stages in turn, part by part. Parts and lanes left out of `stages` run
 /// unsplit on the first lane. The head runs after the layers, in a plan of its own: its lane may be
 /// one of theirs, or another one as wide as the device.
+///
+/// Collectives of several ranks all run on one lane, so that ranks meet in one order: that which o
+/// or mlp name as `reduce`, else the lane of stage o; those of the head on its own. A rank alone
+/// has none.
 struct Schedule {
   static constexpr const char* kStages[] = {"qkv", "attn", "o", "mlp", "head"};
 
@@ -56,14 +62,19 @@ struct Schedule {
   /// The stage's entry, or its default.
   StageSpec stage(const std::string& name) const;
   int lane_index(const std::string& name) const;
-  /// The lanes that these stages run on, in the order of `lanes`.
+  /// The lanes that these stages and their collectives run on, in the order of `lanes`.
   std::vector<LaneSpec> lanes_of(const std::vector<std::string>& stage_names) const;
+  /// Of the collectives of layers.
+  int collective_lane() const;
+  /// Whether some part of stage o gathers: weights and buffers have to be made for it.
+  bool gathers() const { return !stage("o").gather.empty(); }
   /// Throws Error on an unknown stage or lane, fractions out of order, or an order that lacks or
   /// repeats a part.
   void check() const;
 
  private:
   void check_order() const;
+  void check_collectives() const;
 };
 
 }  // namespace nanoflow

@@ -48,8 +48,9 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
     : config_(config),
       weights_(std::move(weights)),
       backend_(*weights_->backend()),
-      workspace_(config, weights_->spec(), backend_),
+      workspace_(config, weights_->spec(), backend_, weights_->has_o_columns()),
       executor_(backend_, config.jitter_us),
+      reports_(weights_->spec().rank == 0),
       origin_(backend_.make_lane(backend_.width())),
       cache_(weights_->spec(), backend_, fix_pages(schedule, choose_pages), config.page_size),
       host_pool_(backend_, cache_, config.host_slots, config.jitter_us),
@@ -75,11 +76,17 @@ int Worker::fix_pages(const Schedule& schedule, const std::function<int()>& choo
     for (const LaneSpec& lane : schedule.lanes_of(stages)) widths.push_back(lane.width);
     executor_.make_lanes(widths, *origin_);
   }
+  for (int lane : {schedule.collective_lane(), schedule.lane_index(schedule.stage("head").lane)}) {
+    backend_.communicator().prepare(schedule.lanes[lane].width);
+  }
   if (config_.num_pages == 0) config_.num_pages = choose_pages();
   return config_.num_pages;
 }
 
-Worker::~Worker() {
+Worker::~Worker() { finish(); }
+
+void Worker::finish() {
+  if (!thread_.joinable()) return;
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -165,34 +172,37 @@ void Worker::start(const std::shared_ptr<CopyState>& state) {
 }
 
 void Worker::issue(const std::shared_ptr<StepState>& state) {
+  // No rank's device waits for another rank's host any more while this one may be blocked.
+  backend_.communicator().meet();
   const int ring = static_cast<int>(state->step % Engine::kMaxStepsInFlight);
   const PlanKey key = workspace_.key_of(state->batch, state->schedule->cuts());
   workspace_.stage(state->batch, key, ring);
   workspace_.upload(state->batch, ring, *origin_);
   if (plans_.release(completed_steps())) count_graphs(0);
+  if (reports_) prepare(*state, ring);
   run_plans(*state, key);
-
-  copy_back(*state, ring);
+  if (reports_) copy_back(*state, ring);
   origin_->notify([this, state, ring](std::exception_ptr error) { complete(*state, ring, error); });
 }
 
 void Worker::run_plans(StepState& state, const PlanKey& key) {
   std::vector<CachedPlan*> plans{&plans_.get(state.schedule, key.layers(), state.step)};
   if (key.samples > 0) plans.push_back(&plans_.get(state.schedule, key.head(), state.step));
-  if (state.batch.want_timings) {
+  if (reports_ && state.batch.want_timings) {
     for (const CachedPlan* cached : plans) state.plans.push_back(cached->plan);
     // Memory that the device writes.
     state.stamps = backend_.allocate_host(num_stamps(state.plans) * sizeof(int64_t));
   }
-  auto* stamps = reinterpret_cast<int64_t*>(state.stamps.data());
+  int64_t* stamps = reports_ ? reinterpret_cast<int64_t*>(state.stamps.data()) : nullptr;
   for (CachedPlan* cached : plans) {
-    run(*cached, stamps);
+    run(*cached, state.batch.want_timings, stamps);
     if (stamps != nullptr) stamps += 2 * cached->plan->ops.size();
   }
 }
 
-void Worker::run(CachedPlan& cached, int64_t* stamps) {
-  if (config_.enforce_eager || stamps != nullptr || !cached.has_run) {
+void Worker::run(CachedPlan& cached, bool is_timed, int64_t* stamps) {
+  if (config_.enforce_eager || is_timed || !cached.has_run) {
+    backend_.communicator().meet();
     executor_.run(*cached.plan, *origin_, stamps);
     cached.has_run = true;
     return;
@@ -202,9 +212,11 @@ void Worker::run(CachedPlan& cached, int64_t* stamps) {
 }
 
 void Worker::capture(CachedPlan& cached) {
+  backend_.communicator().meet();
   const auto begin = std::chrono::steady_clock::now();
   cached.graph =
       backend_.capture(*origin_, [this, plan = cached.plan] { executor_.run(*plan, *origin_); });
+  backend_.communicator().meet();
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
   count_graphs(time.count());
 }
@@ -213,6 +225,13 @@ void Worker::count_graphs(double seconds) {
   const GraphStats alive = plans_.graph_stats();
   const std::lock_guard lock(mutex_);
   graph_stats_ = {alive.count, alive.bytes, graph_stats_.seconds + seconds};
+}
+
+void Worker::prepare(StepState& state, int ring) {
+  if (!state.batch.want_logits) return;
+  const size_t bytes =
+      workspace_.buffers().logits.slice_rows(0, state.batch.samples()).span_bytes();
+  if (logits_host_[ring].bytes() < bytes) logits_host_[ring] = backend_.allocate_host(bytes);
 }
 
 void Worker::copy_back(StepState& state, int ring) {
@@ -228,38 +247,43 @@ void Worker::copy_back(StepState& state, int ring) {
     copy(host.logprobs, buffers.logprobs);
     copy(host.ranks, buffers.ranks);
   }
-  if (state.batch.want_logits) {
-    const size_t bytes = buffers.logits.slice_rows(0, samples).span_bytes();
-    if (logits_host_[ring].bytes() < bytes) logits_host_[ring] = backend_.allocate_host(bytes);
-    copy(logits_host_[ring], buffers.logits);
-  }
+  if (state.batch.want_logits) copy(logits_host_[ring], buffers.logits);
 }
 
 void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
+  // A rank that fails ends the collectives of the others: what they give is not to be believed.
+  Communicator& communicator = backend_.communicator();
+  if (communicator.size() > 1) {
+    error = error == nullptr ? communicator.cause() : communicator.abort(error);
+  }
   if (error == nullptr) {
-    const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
-    state.result.tokens.assign(sampled, sampled + state.batch.samples());
-    if (state.batch.want_logits) {
-      const auto samples = static_cast<int64_t>(state.result.tokens.size());
-      const int64_t count = samples * workspace_.buffers().logits.size(1);
-      state.result.logits = entries<float>(logits_host_[ring], static_cast<size_t>(count));
-    }
-    if (state.batch.wants_logprobs()) {
-      const LogprobsHost& host = logprobs_host_[ring];
-      const size_t samples = state.result.tokens.size(), top = Logprobs::kMaxTop;
-      state.result.logprobs = {.top = entries<int32_t>(host.top, samples * top),
-                               .logprobs = entries<float>(host.logprobs, samples * (1 + top)),
-                               .ranks = entries<int32_t>(host.ranks, samples)};
-    }
-    if (state.batch.want_timings) {
-      set_timings(state.plans, reinterpret_cast<const int64_t*>(state.stamps.data()), state.result);
-    }
+    if (reports_) take_results(state, ring);
   } else {
     const std::lock_guard lock(mutex_);
     if (error_ == nullptr) error_ = error;
   }
   completed_.fetch_add(1, std::memory_order_release);
   state.finish(std::move(error));
+}
+
+void Worker::take_results(StepState& state, int ring) const {
+  const auto* sampled = reinterpret_cast<const int32_t*>(sampled_host_[ring].data());
+  state.result.tokens.assign(sampled, sampled + state.batch.samples());
+  const size_t samples = state.result.tokens.size();
+  if (state.batch.want_logits) {
+    const auto vocabulary = static_cast<size_t>(workspace_.buffers().logits.size(1));
+    state.result.logits = entries<float>(logits_host_[ring], samples * vocabulary);
+  }
+  if (state.batch.wants_logprobs()) {
+    const LogprobsHost& host = logprobs_host_[ring];
+    const size_t top = Logprobs::kMaxTop;
+    state.result.logprobs = {.top = entries<int32_t>(host.top, samples * top),
+                             .logprobs = entries<float>(host.logprobs, samples * (1 + top)),
+                             .ranks = entries<int32_t>(host.ranks, samples)};
+  }
+  if (state.batch.want_timings) {
+    set_timings(state.plans, reinterpret_cast<const int64_t*>(state.stamps.data()), state.result);
+  }
 }
 
 std::shared_ptr<const Plan> Worker::build(const Schedule& schedule, const PlanKey& key) const {

@@ -24,9 +24,12 @@
 
 namespace nanoflow {
 
-/// What a StepHandle shares with the worker. `result` is written before it is done and read after.
+/// What a StepHandle shares with the workers of all ranks. `result`, and what it is made from, is
+/// rank 0's alone; it is written before it is done and read after.
 class StepState : public Completion {
  public:
+  explicit StepState(int ranks = 1) : Completion(ranks) {}
+
   uint64_t step = 0;
   Batch batch;
   std::shared_ptr<const Schedule> schedule;
@@ -41,8 +44,10 @@ class Worker {
   /// See Engine.
   Worker(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
          const std::function<int()>& choose_pages);
-  /// Finishes what is queued.
   ~Worker();
+
+  /// Ends the thread once all that is queued has left the device; nothing is queued any more.
+  void finish();
 
   /// Queues a validated step. At most kMaxStepsInFlight may be unfinished.
   void enqueue(std::shared_ptr<StepState> state);
@@ -77,17 +82,21 @@ class Worker {
   void issue(const std::shared_ptr<StepState>& state);
   void run_plans(StepState& state, const PlanKey& key);
   /// Runs a plan eagerly at first and when it is timed, else its graph.
-  void run(CachedPlan& cached, int64_t* stamps);
+  void run(CachedPlan& cached, bool is_timed, int64_t* stamps);
   void capture(CachedPlan& cached);
   void count_graphs(double seconds);
+  /// Makes room for what the step brings back; before any rank runs it, as it may block the device.
+  void prepare(StepState& state, int ring);
   void copy_back(StepState& state, int ring);
   void complete(StepState& state, int ring, std::exception_ptr error);
+  void take_results(StepState& state, int ring) const;
 
   EngineConfig config_;
   std::shared_ptr<Weights> weights_;
   Backend& backend_;
   Workspace workspace_;
   Executor executor_;
+  const bool reports_;            // rank 0: takes results back
   std::unique_ptr<Lane> origin_;  // orders steps: copies in, fork and join, copies out
   std::array<Buffer, Engine::kMaxStepsInFlight> sampled_host_;
   std::array<Buffer, Engine::kMaxStepsInFlight> logits_host_;  // as large as has been asked for

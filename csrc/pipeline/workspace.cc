@@ -29,13 +29,14 @@ HeadOptions head_options(const Batch& batch) {
 
 }  // namespace
 
-Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend)
+Workspace::Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
+                     bool gathers)
     : config_(config),
       spec_(spec),
       backend_(backend),
       granularity_(config.row_granularity > 0 ? config.row_granularity
                                               : backend.row_granularity()) {
-  allocate_activations();
+  allocate_activations(gathers);
   allocate_tables();
   upload_rope_tables();
 }
@@ -49,7 +50,18 @@ const DecoderBuffers& Workspace::bind(const KvCache& cache) {
   return buffers_;
 }
 
-void Workspace::allocate_activations() {
+size_t Workspace::gather_work_bytes(int64_t rows, int64_t samples, bool gathers) const {
+  if (spec_.ranks == 1) return 0;
+  const int64_t logits = samples * spec_.vocab_share() * spec_.ranks;
+  const int64_t columns =
+      std::max(int64_t{spec_.all_heads()} * spec_.head_dim, int64_t{spec_.hidden_size});
+  const size_t largest =
+      std::max(static_cast<size_t>(logits) * sizeof(float),
+               gathers ? static_cast<size_t>(rows * columns) * size_of(spec_.dtype) : size_t{0});
+  return backend_.gather_work_bytes(largest);
+}
+
+void Workspace::allocate_activations(bool gathers) {
   const int64_t rows = config_.max_num_batched_tokens + kMaxSegments * granularity_;
   const int64_t samples = round_up(max_samples(), granularity_);
   const int64_t biases = int64_t{config_.max_num_seqs} * kBiasesPerRequest;
@@ -57,6 +69,9 @@ void Workspace::allocate_activations() {
   const DType dtype = spec_.dtype;
   const size_t attention_bytes = backend_.attention_work_bytes(
       config_.max_num_seqs, static_cast<int>(rows), spec_.num_heads, spec_.num_kv_heads);
+  const size_t gather_bytes = gather_work_bytes(rows, samples, gathers);
+  const auto words = [](size_t bytes) { return static_cast<int64_t>(bytes / sizeof(int32_t)); };
+  const bool has_ranks = spec_.ranks > 1;
   Arena& a = activations_;
   a.add("residual", dtype, {rows, hidden});
   a.add("normed", dtype, {rows, hidden});
@@ -80,12 +95,19 @@ void Workspace::allocate_activations() {
   a.add("cos_sin", DType::kF32, {config_.max_model_len, spec_.head_dim});
   if (has_local_rope) a.add("cos_sin_local", DType::kF32, {config_.max_model_len, spec_.head_dim});
   if (attention_bytes > 0) {
-    const auto words = static_cast<int64_t>(attention_bytes / sizeof(int32_t));
     const auto plans = static_cast<int64_t>(spec_.distinct_windows().size());
-    a.add("attention_work", DType::kI32, {plans, kMaxSegments, words});
+    a.add("attention_work", DType::kI32, {plans, kMaxSegments, words(attention_bytes)});
   }
+  if (has_ranks) a.add("own_logits", DType::kF32, {samples, spec_.vocab_share()});
+  if (has_ranks && gathers) {
+    a.add("gathered", dtype, {rows, int64_t{spec_.all_heads()} * spec_.head_dim});
+  }
+  if (gather_bytes > 0) a.add("gather_work", DType::kI32, {words(gather_bytes)});
   a.bind(backend_.allocate(a.bytes()));
   if (attention_bytes > 0) buffers_.attention_work = a.tensor("attention_work");
+  if (has_ranks) buffers_.own_logits = a.tensor("own_logits");
+  if (has_ranks && gathers) buffers_.gathered = a.tensor("gathered");
+  if (gather_bytes > 0) buffers_.gather_work = a.tensor("gather_work");
   buffers_.residual = a.tensor("residual");
   buffers_.normed = a.tensor("normed");
   buffers_.qkv = a.tensor("qkv");

@@ -21,7 +21,9 @@ class Workspace {
   static constexpr int kBannedPerRequest = 64;
   static constexpr int kBiasesPerRequest = 512;
 
-  Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend);
+  /// `gathers`: attention outputs of all ranks are gathered.
+  Workspace(const EngineConfig& config, const ModelSpec& spec, Backend& backend,
+            bool gathers = false);
 
   /// Adds the cache, which is made last, of the memory that is left; returns buffers().
   const DecoderBuffers& bind(const KvCache& cache);
@@ -40,7 +42,8 @@ class Workspace {
   size_t bytes() const { return activations_.bytes() + tables_.bytes(); }
 
  private:
-  void allocate_activations();
+  void allocate_activations(bool gathers);
+  size_t gather_work_bytes(int64_t rows, int64_t samples, bool gathers) const;
   /// Of a model with experts, before and after the memory is there.
   void describe_experts(int64_t rows);
   void bind_experts();
