@@ -34,6 +34,7 @@ __all__: list[str] = [
     "Weights",
     "cpu_isas",
     "cuda_problem",
+    "make_backends",
     "run_op",
     "time_op",
     "write_model",
@@ -166,9 +167,12 @@ class ModelSpec:
 
 class Weights:
     """
-    The weights of one rank in the backend's memory, filled tensor by tensor.
+    The weights of one rank in the backend's memory, filled with the tensors of the whole model, of which it keeps its part.
     """
-    def __init__(self, spec: ModelSpec, backend: Backend) -> None: ...
+    def __init__(self, spec: ModelSpec, backend: Backend, with_o_columns: bool = False) -> None:
+        """
+        For the backend's rank, of a model of this spec. `with_o_columns`: for schedules that gather attention outputs.
+        """
     def fill_normal(
         self,
         name: str,
@@ -192,13 +196,19 @@ class Weights:
         """
         Copies rows into a tensor, converting float32, float16 or bfloat16 (a uint16 array).
         """
-    def shapes(self) -> dict: ...
+    def shapes(self) -> dict:
+        """
+        Of the tensors to fill, which are the whole model's.
+        """
     @property
     def backend(self) -> Backend: ...
     @property
     def bytes(self) -> int: ...
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> ModelSpec:
+        """
+        Of the rank's part.
+        """
 
 class LaneSpec:
     """
@@ -224,9 +234,21 @@ class StageSpec:
         self,
         split: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
         lane: str = "",
+        reduce: str = "",
+        gather: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
     ) -> None: ...
     @property
+    def gather(self) -> list[int]:
+        """
+        Parts of stage o that gather attention outputs instead of summing products.
+        """
+    @property
     def lane(self) -> str: ...
+    @property
+    def reduce(self) -> str:
+        """
+        The lane of the stage's collectives.
+        """
     @property
     def split(self) -> list[float]: ...
 
@@ -251,6 +273,11 @@ class Schedule:
     def cuts(self) -> list[float]:
         """
         Row fractions at which requests may not straddle.
+        """
+    @property
+    def gathers(self) -> bool:
+        """
+        Whether some part of o gathers.
         """
     @property
     def id(self) -> str: ...
@@ -478,18 +505,18 @@ class CopyHandle:
 
 class Engine:
     """
-    The model on one device: steps in, sampled tokens out.
+    The model on the devices of its ranks: steps in, sampled tokens out.
     """
     def __init__(
         self,
         config: EngineConfig,
-        weights: Weights,
+        weights: Weights | collections.abc.Sequence[Weights],
         schedule: Schedule,
         choose_pages: collections.abc.Callable[[], typing.SupportsInt | typing.SupportsIndex]
         | None = None,
     ) -> None:
         """
-        With num_pages=0, `choose_pages` is called once all but the KV cache has its memory.
+        Of the weights of one rank, or of all in order. With num_pages=0, `choose_pages` is called once all of rank 0 but its KV cache has its memory.
         """
     def graph_stats(self) -> GraphStats: ...
     def load_pages(
@@ -550,6 +577,16 @@ def cpu_isas() -> list[str]:
 def cuda_problem(index: typing.SupportsInt | typing.SupportsIndex = 0) -> str:
     """
     Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.
+    """
+
+def make_backends(
+    device: str,
+    ranks: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex = 0,
+    isa: str = "auto",
+) -> list[Backend]:
+    """
+    The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device and those after it. Raises EngineError where there are fewer GPUs than ranks.
     """
 
 def run_op(

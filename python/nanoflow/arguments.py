@@ -34,7 +34,8 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "device": "cpu, cuda, cuda:N, or auto for a GPU that can run the model, else the CPU",
         "cpu_threads": "threads of the CPU backend; 0 for all this process may use",
         "cpu_isa": "instruction set of the CPU backend; auto for the best there is",
-        "schedule": "sequential, nano, overlap, a JSON file, or auto for the fastest that is found",
+        "schedule": "sequential, nano, overlap, tp-overlap, a JSON file, or auto for the fastest that "
+        "is found",
         "enable_chunked_prefill": "split long prompts over several steps",
         "enable_prefix_caching": "share the KV cache of equal beginnings",
         "kv_offloading_size": "GiB of host memory that keep what the KV cache has no room for",

@@ -28,7 +28,7 @@ class EngineArgs:
     tokenizer: str | Path | None = None  # None: the model's own
     skip_tokenizer_init: bool = False  # prompts are token ids and there is no text
     trust_remote_code: bool = False
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks: GPUs from `device` on, or shares of a CPU's threads
     dtype: str = "auto"
     quantization: str | None = None
     load_format: str = "auto"
@@ -66,7 +66,7 @@ class EngineArgs:
             raise ValueError(f"batch_invariant=True with device={self.device!r}: {NOT_INVARIANT}")
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
             _check_positive(name, getattr(self, name))
-        for name in ("num_gpu_blocks_override", "block_size"):
+        for name in ("num_gpu_blocks_override", "block_size", "tensor_parallel_size"):
             _check_positive(name, getattr(self, name))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
@@ -87,7 +87,6 @@ class EngineArgs:
         supported: dict[str, tuple[Any, ...]] = {
             "trust_remote_code": (False,),
             "scheduling_policy": ("fcfs", "priority"),
-            "tensor_parallel_size": (1,),
             "quantization": (None,),
             "enable_chunked_prefill": (True,),
             "kv_offloading_backend": ("native",),
@@ -102,6 +101,11 @@ class EngineArgs:
 
     def _check_offloading(self) -> None:
         size = self.kv_offloading_size
+        if size is not None and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"kv_offloading_size={size} needs tensor_parallel_size=1, not "
+                f"{self.tensor_parallel_size}"
+            )
         if self.kv_offloading_ssd is not None:
             parse_ssd(self.kv_offloading_ssd)
             if size is None:

@@ -10,10 +10,11 @@ from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.bench.default_model import default_model
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.config import EngineArgs
-from nanoflow.loading import open_checkpoint
+from nanoflow.devices import make_backends
+from nanoflow.loading import RankStores, open_checkpoint
 from nanoflow.mixed_step import MixedStep, StepMix, deal_step, run_steps
 from nanoflow.plan_page import PlanPage, predicted_panel
-from nanoflow.runtime import make_backend, make_spec
+from nanoflow.runtime import make_spec
 from nanoflow.schedule import schedule_to_json
 from nanoflow.trace import TimedStep, trace_of, write_trace
 from nanoflow.tune.auto import choose_schedules, known_table
@@ -30,6 +31,7 @@ ENGINE_FLAGS = (
     "device",
     "cpu_threads",
     "cpu_isa",
+    "tensor_parallel_size",
     "schedule",
 )
 
@@ -62,12 +64,13 @@ def run_plan(options: argparse.Namespace) -> None:
     layer = model.num_layers // 2 if options.layer is None else options.layer
     if not 0 <= layer < model.num_layers:
         raise ValueError(f"--layer {layer}: the model has layers 0 to {model.num_layers - 1}")
-    backend = make_backend(args)
+    backends = make_backends(args)
+    backend = backends[0]
     spec = make_spec(args, checkpoint)
     schedule = choose_schedules(args, backend, spec).schedules[0]
     step = deal_step(mix, schedule.cuts())
-    weights = _core.Weights(spec, backend)
-    checkpoint.load_weights(weights)
+    weights = [_core.Weights(spec, one, schedule.gathers) for one in backends]
+    checkpoint.load_weights(RankStores(weights))
     engine = _core.Engine(step.engine_config(), weights, schedule)
     layers, head = engine.plans(step.segment_rows, len(step.rows))
     print(plan_view.plan_of_layer(layers, layer))

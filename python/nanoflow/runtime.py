@@ -14,15 +14,14 @@ from nanoflow import _core
 from nanoflow.config import (
     AUTO,
     DEFAULT_GPU_MEMORY_UTILIZATION,
-    NOT_INVARIANT,
     EngineArgs,
     EngineLimits,
-    cpu_threads,
     parse_length,
 )
+from nanoflow.devices import make_backends
 from nanoflow.errors import EngineError
 from nanoflow.limits import check_free, derive_limits
-from nanoflow.loading import Checkpoint, open_checkpoint
+from nanoflow.loading import Checkpoint, RankStores, open_checkpoint
 from nanoflow.memory import GRAPH_BYTES, MemoryUse
 from nanoflow.models.config import ModelConfig
 from nanoflow.offload.offload import Offload
@@ -66,14 +65,15 @@ def start_runtime(args: EngineArgs) -> Runtime:
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
     spec = make_spec(args, checkpoint)
-    backend = make_backend(args, spec)
+    backends = make_backends(args, spec)
+    backend = backends[0]
     choice = choose_schedules(args, backend, spec)
     schedule = choice.schedules[0]
     tokenizer = None if args.skip_tokenizer_init else _open_tokenizer(args, checkpoint)
     times.append(perf_counter())
-    sizer = _Sizer(args, backend, spec, checkpoint.model.max_position_embeddings)
-    weights = sizer.make_weights()
-    checkpoint.load_weights(weights)
+    sizer = _Sizer(args, backends, spec, checkpoint.model.max_position_embeddings)
+    weights = sizer.make_weights(schedule)
+    checkpoint.load_weights(RankStores(weights))
     times.append(perf_counter())
     engine, limits, memory = sizer.make_engine(weights, schedule)
     _warn(args, limits, checkpoint.model.max_position_embeddings, memory.kind)
@@ -117,45 +117,28 @@ def make_spec(args: EngineArgs, checkpoint: Checkpoint) -> _core.ModelSpec:
     )
 
 
-def make_backend(args: EngineArgs, spec: _core.ModelSpec | None = None) -> _core.Backend:
-    """The device an LLM with these arguments runs on, for a model of this spec.
-
-    Raises ValueError on an ISA that the CPU lacks and on a model that the GPU cannot run,
-    EngineError on a GPU that cannot be used.
-    """
-    if args.device != "cpu":
-        problem = _core.cuda_problem() if args.device == "auto" else ""
-        if args.batch_invariant:
-            problem = NOT_INVARIANT
-        if not problem:
-            backend = _core.Backend("cuda" if args.device == "auto" else args.device)
-            if spec is not None:
-                problem = backend.model_problem(spec.dtype, spec.head_dim)
-            if not problem:
-                return backend
-            if args.device != "auto":
-                raise ValueError(f"device={args.device!r} cannot run {args.model}: {problem}")
-        logger.info("device='auto' takes the CPU: %s", problem)
-    if args.cpu_isa not in ("auto", *_core.cpu_isas()):
-        raise ValueError(
-            f"cpu_isa={args.cpu_isa!r} does not run here; this CPU has "
-            + ", ".join(_core.cpu_isas())
-        )
-    return _core.Backend("cpu", threads=cpu_threads(args), isa=args.cpu_isa)
-
-
 class _Sizer:
     """Makes what takes memory, in the order in which it is measured: weights, then workspace and
-    lanes, then the KV cache of what is left."""
+    lanes, then the KV cache of what is left.
+
+    Ranks on GPUs are alike, so that the first is measured, with the least memory that is free on
+    any of them. Ranks on a CPU share its memory: there, sizes are those of all ranks together."""
 
     def __init__(
-        self, args: EngineArgs, backend: _core.Backend, spec: _core.ModelSpec, model_max_len: int
+        self,
+        args: EngineArgs,
+        backends: list[_core.Backend],
+        spec: _core.ModelSpec,
+        model_max_len: int,
     ) -> None:
-        self._args, self._backend, self._spec = args, backend, spec
+        self._args, self._backends, self._spec = args, backends, spec
+        self._backend = backend = backends[0]
         self._model_max_len = model_max_len
-        self._free = backend.free_memory
+        self._free = min(one.free_memory for one in backends)
+        self._first_free = backend.free_memory
         total = backend.total_memory
         is_cuda = backend.device != "cpu"
+        self._sharers = 1 if is_cuda else len(backends)  # ranks of one memory
         self._memory = MemoryUse(
             device=backend.device,
             total=total,
@@ -165,21 +148,25 @@ class _Sizer:
             graphs=GRAPH_BYTES if is_cuda else 0,
         )
 
-    def make_weights(self) -> _core.Weights:
-        """Weights still to be filled. Raises ValueError on arguments that cannot work with them."""
+    def make_weights(self, schedule: _core.Schedule) -> list[_core.Weights]:
+        """Weights of each rank, still to be filled.
+
+        Raises ValueError on arguments that cannot work with them.
+        """
         try:
-            weights = _core.Weights(self._spec, self._backend)
+            weights = [_core.Weights(self._spec, one, schedule.gathers) for one in self._backends]
         except _core.OutOfMemoryError as error:
             raise EngineError(
                 f"{error}; the weights of {self._args.model} need a device with more memory free"
                 f"\n{self._memory.table()}"
             ) from error
-        self._memory = replace(self._memory, weights=weights.bytes)
+        self._spec = weights[0].spec  # of a rank's part
+        self._memory = replace(self._memory, weights=weights[0].bytes * self._sharers)
         self._limits = self._derive()
         return weights
 
     def make_engine(
-        self, weights: _core.Weights, schedule: _core.Schedule
+        self, weights: list[_core.Weights], schedule: _core.Schedule
     ) -> tuple[_core.Engine, EngineLimits, MemoryUse]:
         """The engine of these weights, its limits, and what took memory.
 
@@ -205,9 +192,10 @@ class _Sizer:
                 f"kv_cache_memory_bytes\n{self._memory.table()}"
             ) from error
         if not is_cuda:
-            self._memory = replace(self._memory, workspace=engine.workspace_bytes)
+            workspace = engine.workspace_bytes * self._sharers
+            self._memory = replace(self._memory, workspace=workspace)
         num_pages = engine.config.num_pages
-        page_bytes = self._spec.kv_bytes_per_token * limits.page_size
+        page_bytes = self._kv_bytes_per_token * limits.page_size
         memory = replace(
             self._memory,
             kv_cache=num_pages * page_bytes,
@@ -218,14 +206,18 @@ class _Sizer:
 
     def _choose_pages(self) -> int:
         """Called by the engine once all but its KV cache has its memory."""
-        taken = self._free - self._backend.free_memory
+        taken = self._first_free - self._backend.free_memory
         workspace = max(0, taken - self._memory.weights)
         self._memory = replace(self._memory, workspace=workspace)
         self._limits = self._derive()
         return self._limits.num_pages
 
+    @property
+    def _kv_bytes_per_token(self) -> int:
+        return self._spec.kv_bytes_per_token * self._sharers
+
     def _derive(self) -> EngineLimits:
-        per_token = self._spec.kv_bytes_per_token
+        per_token = self._kv_bytes_per_token
         limits = derive_limits(
             self._args,
             self._memory,

@@ -9,9 +9,10 @@ from typing import Any
 
 from nanoflow._core import EngineError, LaneSpec, Schedule, StageSpec
 
-BUILT_IN = ("sequential", "nano", "overlap")
+BUILT_IN = ("sequential", "nano", "overlap", "tp-overlap")
 AUTO = "auto"  # chosen by nanoflow.tune.auto
 _MEMORY_SHARE = 32 / 132  # of the device: what was fastest for Llama 8B on an H200
+_NETWORK_SHARE = 16 / 132
 
 
 def built_in_schedule(name: str, width: int) -> Schedule:
@@ -21,6 +22,9 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     nano: the nano-batches of overlap, nothing beside anything: what they cost by themselves.
     overlap: attention of one half beside o, mlp and the next layer's qkv of the other half; the
         head on the whole device.
+    tp-overlap: for several ranks, collectives beside all of that: qkv and attention of quarters, o
+        and mlp of halves, the first of which gathers before o while the second reduces after it
+        (NanoFlow, OSDI'25, section 4.2).
     Raises ValueError on another name.
     """
     if name == "sequential":
@@ -36,6 +40,8 @@ def built_in_schedule(name: str, width: int) -> Schedule:
         stages |= {"attn": StageSpec([0.5], "memory"), "head": StageSpec([], "whole")}
         order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
         return Schedule(name, lanes, stages, order)
+    if name == "tp-overlap":
+        return _tensor_parallel_overlap(name, width)
     raise ValueError(
         f"schedule {name!r} is unknown; known: {', '.join((AUTO, *BUILT_IN))}, or a JSON file"
     )
@@ -43,8 +49,31 @@ def built_in_schedule(name: str, width: int) -> Schedule:
 
 def without_overlap(schedule: Schedule, width: int) -> Schedule:
     """The same nano-batches on one lane, as wide as the device; its id is "nano"."""
-    stages = {name: StageSpec(stage.split, "all") for name, stage in schedule.stages.items()}
+    stages = {
+        name: StageSpec(stage.split, "all", gather=stage.gather)
+        for name, stage in schedule.stages.items()
+    }
     return Schedule("nano", [LaneSpec("all", width)], stages)
+
+
+def _tensor_parallel_overlap(name: str, width: int) -> Schedule:
+    memory, network = (max(1, round(width * share)) for share in (_MEMORY_SHARE, _NETWORK_SHARE))
+    lanes = [
+        LaneSpec("compute", max(1, width - memory - network)),
+        LaneSpec("memory", memory),
+        LaneSpec("network", network),
+        LaneSpec("whole", width),
+    ]
+    quarters = [0.25, 0.5, 0.75]
+    stages = {
+        "qkv": StageSpec(quarters, "compute"),
+        "attn": StageSpec(quarters, "memory"),
+        "o": StageSpec([0.5], "compute", "network", [0]),
+        "mlp": StageSpec([0.5], "compute", "network"),
+        "head": StageSpec([], "whole"),
+    }
+    order = ["o.0", "o.1", "mlp.0", "mlp.1", *(f"qkv.{part}@+1" for part in range(4))]
+    return Schedule(name, lanes, stages, order)
 
 
 def find_schedule(schedule: str | Path | Schedule, width: int) -> Schedule:
@@ -111,23 +140,34 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     return {
         "id": schedule.id,
         "lanes": {lane.name: lane.width for lane in schedule.lanes},
-        "stages": {
-            name: {"split": stage.split, "lane": stage.lane}
-            for name, stage in schedule.stages.items()
-        },
+        "stages": {name: _stage_to_json(stage) for name, stage in schedule.stages.items()},
         "order": schedule.order,
     }
 
 
+def _stage_to_json(stage: StageSpec) -> dict[str, Any]:
+    content: dict[str, Any] = {"split": stage.split, "lane": stage.lane}
+    if stage.reduce:
+        content["reduce"] = stage.reduce
+    if stage.gather:
+        content["gather"] = stage.gather
+    return content
+
+
 def _stage_from_json(name: str, stage: Any) -> StageSpec:
     what = f"stage {name!r}"
-    _check_object(what, stage, optional=("split", "lane"))
+    _check_object(what, stage, optional=("split", "lane", "reduce", "gather"))
     split, lane = stage.get("split", []), stage.get("lane", "")
+    reduce, gather = stage.get("reduce", ""), stage.get("gather", [])
     if not isinstance(split, list) or not all(type(cut) in (int, float) for cut in split):
         raise ValueError(f"'split' of {what} is {split!r}, not a list of fractions")
     if not isinstance(lane, str):
         raise ValueError(f"'lane' of {what} is {lane!r}, not the name of a lane")
-    return StageSpec(split, lane)
+    if not isinstance(reduce, str):
+        raise ValueError(f"'reduce' of {what} is {reduce!r}, not the name of a lane")
+    if not isinstance(gather, list) or not all(type(part) is int for part in gather):
+        raise ValueError(f"'gather' of {what} is {gather!r}, not a list of part numbers")
+    return StageSpec(split, lane, reduce, gather)
 
 
 def _check_object(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow import _core
-from nanoflow.loading import open_checkpoint
+from nanoflow.loading import RankStores, open_checkpoint
 from random_models import fill
 
 PAGE_SIZE = 4
@@ -51,17 +51,18 @@ def load_engine(
     enforce_eager: bool = False,
     host_slots: int = 0,
     random_weights: bool = False,
+    ranks: int = 1,
 ) -> _core.Engine:
     """Of a checkpoint, or of a config.json alone with weights of random_models.py."""
     checkpoint = open_checkpoint(model, "dummy" if random_weights else "auto")
-    backend = _core.Backend(device, threads=threads if device == "cpu" else 0, isa=isa)
-    weights = _core.Weights(
-        _core.ModelSpec(**checkpoint.model.spec_arguments(dtype, max_model_len)), backend
-    )
+    spec = _core.ModelSpec(**checkpoint.model.spec_arguments(dtype, max_model_len))
+    backends = _core.make_backends(device, ranks, threads if device == "cpu" else 0, isa)
+    weights = [_core.Weights(spec, backend, schedule.gathers) for backend in backends]
+    store = RankStores(weights)
     if random_weights:
-        fill(weights)
+        fill(store)
     else:
-        checkpoint.load_weights(weights)
+        checkpoint.load_weights(store)
     config = _core.EngineConfig(
         max_num_batched_tokens=max_rows,
         max_num_seqs=max_seqs,

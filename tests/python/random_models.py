@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow import _core
+from nanoflow.loading.loader import WeightStore
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-d64": {
@@ -84,7 +84,7 @@ def write_config(directory: Path, **changes: Any) -> Path:
     return directory
 
 
-def fill(weights: _core.Weights, seed: int = 0) -> None:
+def fill(weights: WeightStore, seed: int = 0) -> None:
     """Draws all weights so that activations and logits stay around 1 and every op matters."""
     rng = np.random.default_rng(seed)
     for name, shape in weights.shapes().items():

@@ -322,7 +322,7 @@ def test_defaults_come_from_the_generation_config(model: Path, tmp_path: Path) -
     ("arguments", "message"),
     [
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported yet; supported: 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be at least 1"),
         ({"quantization": "fp8"}, "quantization='fp8'"),
         ({"device": "tpu"}, "device='tpu' is unknown; known: auto, cpu, cuda, cuda:N"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False"),

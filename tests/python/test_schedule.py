@@ -42,7 +42,8 @@ def test_built_in_schedules_are_sound_and_fit(name: str, width: int, tmp_path: P
     assert schedule.id == name
     beside = [lane.width for lane in schedule.lanes if lane.name != "whole"]
     assert sum(beside) == max(width, len(beside))
-    assert schedule.cuts() == ([] if name == "sequential" else [0.5])
+    quarters = [0.25, 0.5, 0.75]
+    assert schedule.cuts() == {"sequential": [], "tp-overlap": quarters}.get(name, [0.5])
     assert load_schedule(write(tmp_path, schedule_to_json(schedule))) == schedule
 
 
@@ -91,6 +92,16 @@ def test_an_unknown_name_or_file() -> None:
         ({"stages": {"qkv": {"lane": 1}}}, "'lane' of stage 'qkv' is 1"),
         ({"stages": {"qkv": {"lane": "gpu"}}}, "gpu"),
         ({"stages": {"norm": {}}}, "norm"),
+        ({"stages": {"o": {"reduce": 2}}}, "'reduce' of stage 'o' is 2, not the name of a lane"),
+        ({"stages": {"o": {"reduce": "net"}}}, "no lane named 'net'"),
+        ({"stages": {"qkv": {"reduce": "memory"}}}, "stage qkv has no collectives to run"),
+        (
+            {"stages": {"o": {"reduce": "memory"}, "mlp": {"reduce": "compute"}}},
+            "collectives run on the lanes 'compute' and 'memory', but",
+        ),
+        ({"stages": {"o": {"gather": 0}}}, "'gather' of stage 'o' is 0, not a list of part"),
+        ({"stages": {"o": {"gather": [1]}}}, "part 1 of stage o gathers, but there are 1 parts"),
+        ({"stages": {"mlp": {"gather": [0]}}}, "stage mlp has parts that gather; only those"),
         ({"order": "qkv.0"}, "'order' is 'qkv.0', not a list of strings"),
         ({"order": ["qkv.7"]}, "qkv.7"),
         ({"order": ["qkv.0"]}, "order"),

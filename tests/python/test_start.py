@@ -10,7 +10,7 @@ import pytest
 from conftest import has_cuda
 from nanoflow import LLM, SamplingParams, _core
 from nanoflow.config import make_args
-from nanoflow.runtime import make_backend
+from nanoflow.devices import make_backends
 from random_models import SHAPES, write_config
 from tiny_models import write_tiny_llama
 
@@ -92,7 +92,7 @@ def test_auto_takes_a_gpu_for_models_that_it_runs(tmp_path: Path) -> None:
 @needs_gpu
 def test_a_device_that_does_not_exist_is_told() -> None:
     with pytest.raises(_core.EngineError, match=r"'cuda:31' does not exist: CUDA shows \d+ device"):
-        make_backend(make_args({"model": "x", "device": "cuda:31"}))
+        make_backends(make_args({"model": "x", "device": "cuda:31"}))
 
 
 @needs_gpu

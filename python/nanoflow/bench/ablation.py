@@ -13,7 +13,7 @@ from typing import Any
 from nanoflow._core import Schedule
 from nanoflow.bench import environment
 from nanoflow.config import EngineArgs
-from nanoflow.runtime import make_backend
+from nanoflow.devices import make_backends
 from nanoflow.schedule import built_in_schedule, find_schedule, without_overlap
 
 Result = dict[str, Any]
@@ -25,7 +25,7 @@ def ablation_schedules(arguments: Mapping[str, Any]) -> list[Schedule]:
     Raises ValueError where that one overlaps nothing.
     """
     args = EngineArgs(**{"schedule": "overlap", **arguments})
-    width = make_backend(args).width
+    width = make_backends(args)[0].width
     schedule = find_schedule(args.schedule, width)
     if len(schedule.lanes) < 2:
         raise ValueError(

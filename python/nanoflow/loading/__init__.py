@@ -2,5 +2,6 @@
 
 from nanoflow.loading.checkpoint import Checkpoint, open_checkpoint
 from nanoflow.loading.loader import load_weights
+from nanoflow.loading.ranks import RankStores
 
-__all__ = ["Checkpoint", "load_weights", "open_checkpoint"]
+__all__ = ["Checkpoint", "RankStores", "load_weights", "open_checkpoint"]

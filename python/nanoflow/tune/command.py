@@ -17,9 +17,9 @@ from nanoflow.bench import environment
 from nanoflow.bench.default_model import default_model
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.config import EngineArgs
+from nanoflow.devices import make_backends
 from nanoflow.loading import open_checkpoint
 from nanoflow.mixed_step import PAGE_SIZE, StepMix, capacities, deal_step
-from nanoflow.runtime import make_backend
 from nanoflow.schedule import built_in_schedule, schedule_to_json
 from nanoflow.tune.costs import CostModel, shape_of
 from nanoflow.tune.measure import Run, Runner
@@ -83,7 +83,7 @@ def run_tune(options: argparse.Namespace) -> None:
         args.model, args.load_format, revision=args.revision, seed=args.seed
     )
     spec = _core.ModelSpec(**checkpoint.model.spec_arguments(checkpoint.resolve_dtype(args.dtype)))
-    backend = make_backend(args, spec)
+    backend = make_backends(args, spec)[0]
     weights = _core.Weights(spec, backend)
     checkpoint.load_weights(weights)
     weights.finish()

@@ -1,0 +1,252 @@
+"""Several ranks give the tokens of one, whatever the family, the schedule and the delays."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engine_driver import Chunk, EngineDriver, load_engine
+from nanoflow import LLM, EngineError, SamplingParams, _core
+from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
+from random_models import write_config
+from reference import decode, encode
+from tiny_models import write_tiny_llama
+
+LENGTHS = (5, 17, 1, 9, 30, 2, 12, 3)
+DECODE_STEPS = 3
+
+Logits = list[NDArray[np.float32]]
+
+
+def sequential(**stages: _core.StageSpec) -> _core.Schedule:
+    return _core.Schedule("sequential", [_core.LaneSpec("all", 1)], stages)
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 100, length).tolist() for length in LENGTHS]
+
+
+def run(engine: _core.Engine) -> tuple[list[list[int]], Logits]:
+    """Prefills all prompts in one step, then decodes; requests are dealt to segments in turn."""
+    driver = EngineDriver(engine)
+    sequences = [driver.add(tokens) for tokens in prompts()]
+    segments = len(engine.schedule.cuts()) + 1
+    logits: Logits = []
+    for _ in range(1 + DECODE_STEPS):
+        step: list[list[Chunk]] = [[] for _ in range(segments)]
+        for i, s in enumerate(sequences):
+            step[i * segments // len(sequences)].append(Chunk(s, len(s.tokens) - s.computed))
+        result = driver.step(step)
+        assert result.logits is not None
+        logits.append(result.logits)
+    return [s.tokens for s in sequences], logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_ranks_give_what_one_gives(family: str, tied: bool, tmp_path: Path) -> None:
+    """Two KV heads: of four ranks, two hold the same one. The vocabulary does not divide by 32."""
+    write_tiny_llama(
+        tmp_path, family=family, num_layers=3, vocab_size=150, tie_word_embeddings=tied
+    )
+    tokens, logits = run(load_engine(tmp_path, sequential()))
+    gathering = sequential(o=_core.StageSpec([0.5], gather=[0]))
+    for ranks in (2, 4):
+        for schedule in (sequential(), gathering):
+            engine = load_engine(tmp_path, schedule, ranks=ranks)
+            own_tokens, own_logits = run(engine)
+            assert own_tokens == tokens
+            for got, expected in zip(own_logits, logits, strict=True):
+                np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def paper_shapes(width: int) -> _core.Schedule:
+    return built_in_schedule("tp-overlap", width)
+
+
+def reduced(width: int) -> _core.Schedule:
+    """Collectives beside products, and nothing gathered before o."""
+    lanes = [_core.LaneSpec("compute", max(1, width - 1)), _core.LaneSpec("network", 1)]
+    halves = _core.StageSpec([0.5], "compute", "network")
+    return _core.Schedule(
+        "reduced", lanes, {"o": halves, "mlp": halves}, ["qkv.0", "o.0", "o.1", "mlp.0", "mlp.1"]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("overlapped", [paper_shapes, reduced])
+def test_overlap_and_delays_change_no_bit(
+    overlapped: Any, ranks: int, dtype: str, tmp_path: Path
+) -> None:
+    """Against ranks that do one thing after the other, with the same parts gathered."""
+    write_tiny_llama(tmp_path, num_layers=3)
+    schedule = overlapped(4)
+    plain = sequential(
+        qkv=_core.StageSpec(schedule.cuts()),
+        o=_core.StageSpec([0.5], gather=schedule.stages["o"].gather),
+    )
+    tokens, logits = run(load_engine(tmp_path, plain, ranks=ranks, dtype=dtype))
+    for jitter_us in (0, 60):
+        engine = load_engine(
+            tmp_path, schedule, ranks=ranks, dtype=dtype, jitter_us=jitter_us, threads=4 * ranks
+        )
+        own_tokens, own_logits = run(engine)
+        assert own_tokens == tokens
+        for got, expected in zip(own_logits, logits, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_the_papers_two_shapes_are_planned_on_the_network_lane(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    schedule = schedule_from_json(schedule_to_json(paper_shapes(8)))
+    assert schedule == paper_shapes(8)
+    engine = load_engine(tmp_path, schedule, ranks=2, threads=16)
+    layers, head = engine.plans([8, 8, 8, 8], 4)
+    assert layers.validate(8) == head.validate(8) == []
+    lines = [line.split() for line in repr(layers).splitlines()[2:]]
+    lane_of = {" ".join(line[2:4]): line[1] for line in lines}
+    gathered = [line[2] for line in lines if line[3] == "all_gather"]
+    reduced = [line[2] for line in lines if line[3] == "all_reduce"]
+    assert gathered == [f"layers.{layer}.o.0" for layer in (0, 0, 1, 1)]
+    assert sorted(reduced) == sorted(
+        f"layers.{layer}.{part}" for layer in (0, 1) for part in ("o.1", "mlp.0", "mlp.1")
+    )
+    for name, lane in lane_of.items():
+        assert (lane == "network") == (name.split()[1] in ("all_gather", "all_reduce"))
+    assert " network " in next(line for line in repr(head).splitlines() if "all_gather" in line)
+
+
+def test_one_rank_has_no_collectives(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    engine = load_engine(tmp_path, paper_shapes(4))
+    plans = "".join(repr(plan) for plan in engine.plans([8, 8, 8, 8], 4))
+    assert "all_" not in plans
+    tokens, _ = run(engine)
+    assert tokens == run(load_engine(tmp_path, sequential()))[0]
+
+
+def generate(model: Path, **arguments: Any) -> list[tuple[list[int], list[float]]]:
+    """Of every way to sample: tokens and the log-probabilities of what was sampled."""
+    params = [
+        SamplingParams(
+            temperature=(0.0, 0.8)[n % 2],
+            seed=n,
+            max_tokens=12,
+            logprobs=2,
+            repetition_penalty=(1.0, 1.3)[n // 2 % 2],
+            detokenize=False,
+        )
+        for n in range(len(LENGTHS))
+    ]
+    with LLM(
+        model, device="cpu", cpu_threads=4, skip_tokenizer_init=True, block_size=16, **arguments
+    ) as llm:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+    found = []
+    for output in outputs:
+        completion = output.outputs[0]
+        assert completion.logprobs is not None
+        ids = list(completion.token_ids)
+        steps = zip(ids, completion.logprobs, strict=True)
+        found.append((ids, [step[token].logprob for token, step in steps]))
+    return found
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("schedule", ["sequential", "overlap", "tp-overlap"])
+def test_an_llm_of_ranks_samples_what_one_samples(
+    schedule: str, load_format: str, tmp_path: Path
+) -> None:
+    write_tiny_llama(tmp_path)
+    arguments = {"dtype": "float32", "schedule": schedule, "load_format": load_format}
+    expected = generate(tmp_path, **arguments)
+    assert len({tuple(ids) for ids, _ in expected}) > len(LENGTHS) // 2
+    for ranks in (2, 4):
+        found = generate(tmp_path, tensor_parallel_size=ranks, **arguments)
+        assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+        for (_, own), (_, others) in zip(found, expected, strict=True):
+            np.testing.assert_allclose(own, others, rtol=1e-3, atol=1e-3)
+
+
+def test_memory_is_that_of_all_ranks(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    sizes = {"device": "cpu", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 20}
+    with LLM(tmp_path, **sizes) as one, LLM(tmp_path, tensor_parallel_size=2, **sizes) as two:
+        assert two.limits.num_pages == one.limits.num_pages
+        assert two.memory.kv_cache == one.memory.kv_cache
+        whole = one.memory.weights
+        assert whole < two.memory.weights < 2 * whole  # embeddings are on both
+
+
+def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    write_config(
+        tmp_path,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with pytest.raises(EngineError, match="tensor_parallel_size 3 does not divide num_heads 4"):
+        LLM(
+            tmp_path,
+            device="cpu",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            tensor_parallel_size=3,
+        )
+
+
+def collect(op: str, backends: list[_core.Backend], operands: list[dict[str, Any]]) -> None:
+    """Runs a collective on all ranks at once."""
+    with ThreadPoolExecutor(len(backends)) as pool:
+        runs = [
+            pool.submit(_core.run_op, op, backend, **own)
+            for backend, own in zip(backends, operands, strict=True)
+        ]
+        for one in runs:
+            one.result()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_all_reduce_sums_in_order_and_rounds_once(ranks: int, dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    values = [encode(rng.standard_normal((7, 33), np.float32), dtype) for _ in range(ranks)]
+    expected = np.zeros((7, 33), np.float32)
+    for value in values:
+        expected += decode(value).astype(np.float32)
+    collect("all_reduce", _core.make_backends("cpu", ranks, 4), [{"x": x} for x in values])
+    for value in values:
+        np.testing.assert_array_equal(value, encode(expected, dtype))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("spare", [0, 5])
+def test_an_all_gather_puts_columns_side_by_side(ranks: int, spare: int) -> None:
+    """In place, too, and without the columns for which there is no room."""
+    rng = np.random.default_rng(6)
+    columns = 8
+    parts = [rng.standard_normal((9, columns), np.float32) for _ in range(ranks)]
+    expected = np.concatenate(parts, axis=1)[:, : ranks * columns - spare]
+    backends = _core.make_backends("cpu", ranks, 4)
+    outs = [np.zeros_like(expected) for _ in range(ranks)]
+    operands = [{"x": x, "out": out} for x, out in zip(parts, outs, strict=True)]
+    collect("all_gather", backends, operands)
+    for out in outs:
+        np.testing.assert_array_equal(out, expected)
+    if spare:
+        return
+    outs = [np.zeros_like(expected) for _ in range(ranks)]
+    own = [out[:, r * columns : (r + 1) * columns] for r, out in enumerate(outs)]
+    for view, part in zip(own, parts, strict=True):
+        view[:] = part
+    operands = [{"x": x, "out": out} for x, out in zip(own, outs, strict=True)]
+    collect("all_gather", backends, operands)
+    for out in outs:
+        np.testing.assert_array_equal(out, expected)
