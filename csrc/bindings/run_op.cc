@@ -322,8 +322,8 @@ Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
     }
   }
   if (auto* gather = std::get_if<AllGather>(&op)) {
-    const size_t bytes = backend.gather_work_bytes(static_cast<size_t>(gather->out.numel()) *
-                                                   size_of(gather->out.dtype()));
+    const size_t bytes = backend.communicator().gather_work_bytes(
+        static_cast<size_t>(gather->x.numel()) * size_of(gather->x.dtype()));
     if (bytes > 0) {
       work = backend.allocate(bytes);
       gather->work = Tensor(work.data(), DType::kI32, backend.device(),

@@ -62,8 +62,6 @@ std::string Backend::model_problem(DType, int) const { return ""; }
 
 size_t Backend::attention_work_bytes(int, int, int, int) const { return 0; }
 
-size_t Backend::gather_work_bytes(size_t) const { return 0; }
-
 std::vector<std::unique_ptr<Lane>> Backend::make_lanes(const std::vector<int>& widths) {
   std::vector<std::unique_ptr<Lane>> lanes;
   for (int width : widths) lanes.push_back(make_lane(width));
@@ -75,7 +73,10 @@ std::unique_ptr<Graph> Backend::capture(Lane&, std::function<void()> enqueue) {
 }
 
 std::vector<std::shared_ptr<Backend>> make_backends(const BackendOptions& options, int ranks) {
-  NF_CHECK(ranks >= 1, "there cannot be ", ranks, " ranks");
+  NF_CHECK(ranks >= 1 && options.simulated_ranks >= 0, "there cannot be ", ranks, " ranks, or ",
+           options.simulated_ranks, " simulated ones");
+  NF_CHECK(options.simulated_ranks == 0 || ranks == 1, "one of ", options.simulated_ranks,
+           " ranks is simulated without the others, not ", ranks, " of them");
   if (options.device.kind == Device::Kind::kCpu) return make_cpu_backends(options, ranks);
   std::vector<std::shared_ptr<Backend>> backends;
   open_cuda_library(options.device).make_backends(options, ranks, backends);

@@ -64,6 +64,11 @@ struct BackendOptions {
   Device device;
   int threads = 0;           // CPU: total lane width, 0 = the cores this process may use
   std::string isa = "auto";  // CPU: auto, generic, avx2, avx512, avx512_bf16, amx
+  std::string nccl_library;  // GPUs: path of libnccl.so.2; empty: where the system finds it
+  bool nccl_alone = false;   // GPUs: collectives through NCCL for a rank alone, too
+  // To measure a rank without the others: rank 0 of so many, whose collectives copy its own data
+  // instead, as many bytes. What it computes is no model's.
+  int simulated_ranks = 0;
 };
 
 /// Memory, lanes, events and kernels of one device for one rank.
@@ -104,8 +109,6 @@ class Backend {
   /// plan.
   virtual size_t attention_work_bytes(int requests, int rows, int num_heads,
                                       int num_kv_heads) const;
-  /// Bytes of AllGather::work for an out of so many bytes; 0 where it needs none.
-  virtual size_t gather_work_bytes(size_t out_bytes) const;
 };
 
 /// The ranks of one process that share every layer of a model (tensor parallelism), in order. On a

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <exception>
 
 #include "kernels/ops.h"
@@ -21,8 +22,10 @@ class Communicator {
   virtual void run(const AllReduce& op, Lane& lane) = 0;
   virtual void run(const AllGather& op, Lane& lane) = 0;
 
+  /// Bytes of AllGather::work for parts of so many bytes each; 0 where it needs none.
+  virtual size_t gather_work_bytes(size_t) const { return 0; }
   /// Takes the memory that collectives on lanes of this width need, for all ranks of the process.
-  virtual void prepare(int lane_width) { static_cast<void>(lane_width); }
+  virtual void prepare(int /*lane_width*/) {}
   /// Blocks the calling host thread until all ranks have called it, where the backend needs that
   /// before a rank may do what blocks its device: allocate, load kernels, capture a graph. Throws
   /// the cause of an abort.

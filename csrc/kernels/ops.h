@@ -378,7 +378,7 @@ struct AllReduce {
 struct AllGather {
   Tensor x;     // [T, C]: may be this rank's columns of out
   Tensor out;   // [T, N], N at most ranks * C
-  Tensor work;  // for backends that ask for it (Backend::gather_work_bytes), or none
+  Tensor work;  // for backends that ask for it (Communicator::gather_work_bytes), or none
 
   static constexpr std::string_view kName = "all_gather";
   Regions reads() const;

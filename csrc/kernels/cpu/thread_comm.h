@@ -11,4 +11,7 @@ namespace nanoflow::cpu {
 /// float, and rounded once; what a row gets does not depend on the rows beside it.
 std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size);
 
+/// Of rank 0 of a group whose others are not there: see BackendOptions::simulated_ranks.
+std::unique_ptr<Communicator> make_copy_communicator(int size);
+
 }  // namespace nanoflow::cpu

@@ -1,16 +1,18 @@
 #include "kernels/backend.h"
 
+#include <algorithm>
 #include <numeric>
 #include <sstream>
 
 #include "core/error.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/copy_comm.h"
 #include "kernels/cuda/graph.h"
 #include "kernels/cuda/green.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/lane.h"
-#include "kernels/cuda/local_comm.h"
+#include "kernels/cuda/nccl_comm.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -103,6 +105,17 @@ class CudaBackend : public Backend {
   CudaKernels kernels_;
 };
 
+/// Says that a device is missing for the ranks, where that is why it is wanted.
+DeviceInfo open_device_of_rank(int index, int rank, int ranks) {
+  try {
+    return open_device(index);
+  } catch (const Error& error) {
+    if (rank == 0) throw;
+    fail("tensor_parallel_size ", ranks, " needs ", ranks, " GPUs from cuda:", index - rank,
+         " on, one a rank: ", error.what());
+  }
+}
+
 }  // namespace
 }  // namespace nanoflow::cuda
 
@@ -114,9 +127,22 @@ extern "C" void nanoflow_make_cuda_backends(
   using namespace nanoflow;
   NF_CHECK(options.threads == 0 && options.isa == "auto",
            "threads and isa are options of the CPU backend, not of device '", options.device, "'");
-  NF_CHECK(ranks == 1, "tensor_parallel_size ", ranks, " needs device='cpu'; GPUs run one rank");
-  backends.push_back(std::make_shared<cuda::CudaBackend>(cuda::open_device(options.device.index),
-                                                         cuda::make_local_communicator()));
+  std::vector<cuda::DeviceInfo> devices;
+  std::vector<int> indices;
+  for (int rank = 0; rank < ranks; ++rank) {
+    indices.push_back(options.device.index + rank);
+    devices.push_back(cuda::open_device_of_rank(indices.back(), rank, ranks));
+  }
+  std::vector<std::unique_ptr<Communicator>> communicators;
+  if (ranks > 1 || options.nccl_alone) {
+    communicators = cuda::make_nccl_communicators(indices, options.nccl_library);
+  } else {
+    communicators.push_back(cuda::make_copy_communicator(std::max(1, options.simulated_ranks)));
+  }
+  for (int rank = 0; rank < ranks; ++rank) {
+    backends.push_back(
+        std::make_shared<cuda::CudaBackend>(devices[rank], std::move(communicators[rank])));
+  }
 }
 
 extern "C" void nanoflow_find_cuda_problem(int index, std::string& problem) {

@@ -12,9 +12,9 @@ constexpr int kBlocksPerSm = 4;
 
 /// Sizes in units of U, which all of them are multiples of.
 template <typename U>
-__global__ void place_columns_kernel(const U* __restrict__ parts, U* __restrict__ out, int64_t rows,
-                                     int64_t width, int64_t out_stride, int64_t columns,
-                                     int64_t row_stride, int64_t part_stride) {
+__global__ void place_columns_kernel(const U* parts, U* out, int64_t rows, int64_t width,
+                                     int64_t out_stride, int64_t columns, int64_t row_stride,
+                                     int64_t part_stride) {
   const int64_t count = rows * width, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += stride) {
