@@ -17,6 +17,8 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  /// How many ranks take part: one, where the others are only simulated.
+  virtual int members() const { return size(); }
 
   /// Enqueue the op, whose shapes have been checked.
   virtual void run(const AllReduce& op, Lane& lane) = 0;

@@ -86,7 +86,8 @@ Engine::Engine(const EngineConfig& config, std::vector<std::shared_ptr<Weights>>
     NF_CHECK(weights[rank] != nullptr, "the engine needs weights");
     weights[rank]->finish();
     const ModelSpec& spec = weights[rank]->spec();
-    NF_CHECK(spec.rank == static_cast<int>(rank) && spec.ranks == static_cast<int>(weights.size()),
+    const int members = weights[rank]->backend()->communicator().members();
+    NF_CHECK(spec.rank == static_cast<int>(rank) && members == static_cast<int>(weights.size()),
              "the engine was given ", weights.size(), " weights, the one at ", rank, " of rank ",
              spec.rank, " of ", spec.ranks);
   }

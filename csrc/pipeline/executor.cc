@@ -19,7 +19,10 @@ class Range {
 }  // namespace
 
 Executor::Executor(Backend& backend, int jitter_us)
-    : backend_(backend), jitter_us_(jitter_us), forked_(backend.make_event()) {}
+    : backend_(backend),
+      jitter_us_(jitter_us),
+      random_(static_cast<unsigned>(backend.communicator().rank()) + 1),  // delays of its own
+      forked_(backend.make_event()) {}
 
 std::vector<Lane*> Executor::lanes_of(const std::vector<int>& widths, Lane& origin) {
   if (widths == std::vector<int>{origin.width()}) return {&origin};

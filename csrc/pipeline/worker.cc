@@ -253,7 +253,7 @@ void Worker::copy_back(StepState& state, int ring) {
 void Worker::complete(StepState& state, int ring, std::exception_ptr error) {
   // A rank that fails ends the collectives of the others: what they give is not to be believed.
   Communicator& communicator = backend_.communicator();
-  if (communicator.size() > 1) {
+  if (communicator.members() > 1) {
     error = error == nullptr ? communicator.cause() : communicator.abort(error);
   }
   if (error == nullptr) {

@@ -53,8 +53,8 @@ const DecoderBuffers& Workspace::bind(const KvCache& cache) {
 size_t Workspace::gather_work_bytes(int64_t rows, int64_t samples, bool gathers) const {
   if (spec_.ranks == 1) return 0;
   const int64_t logits = samples * spec_.vocab_share();
-  const int64_t columns = std::max(int64_t{spec_.num_heads} * spec_.head_dim,
-                                   int64_t{spec_.hidden_size} / spec_.ranks);
+  const int64_t columns =
+      std::max(int64_t{spec_.num_heads} * spec_.head_dim, int64_t{spec_.hidden_size} / spec_.ranks);
   const size_t largest =
       std::max(static_cast<size_t>(logits) * sizeof(float),
                gathers ? static_cast<size_t>(rows * columns) * size_of(spec_.dtype) : size_t{0});

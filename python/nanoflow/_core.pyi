@@ -584,9 +584,12 @@ def make_backends(
     ranks: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex = 0,
     isa: str = "auto",
+    nccl_library: str = "",
+    nccl_alone: bool = False,
+    simulated_ranks: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> list[Backend]:
     """
-    The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device and those after it. Raises EngineError where there are fewer GPUs than ranks.
+    The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device and those after it. `nccl_library` is the path of libnccl.so.2, which several GPUs need; `nccl_alone` has it used by one, too. `simulated_ranks`: rank 0 of so many without the others, to measure it. Raises EngineError where there are fewer GPUs than ranks, or no NCCL.
     """
 
 def run_op(

@@ -1,10 +1,8 @@
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "kernels/cpu/lane.h"
 #include "kernels/cpu/thread_comm.h"
-#include "kernels/meeting.h"
 
 namespace nanoflow::cpu {
 namespace {
@@ -15,6 +13,7 @@ class CopyCommunicator : public Communicator {
 
   int rank() const override { return 0; }
   int size() const override { return size_; }
+  int members() const override { return 1; }
 
   /// The lane's threads copy its data once to scratch and back.
   void run(const AllReduce& op, Lane& lane) override {
@@ -42,14 +41,11 @@ class CopyCommunicator : public Communicator {
     });
   }
 
-  std::exception_ptr abort(std::exception_ptr cause) override {
-    return meeting_.abort(std::move(cause));
-  }
-  std::exception_ptr cause() const override { return meeting_.cause(); }
+  std::exception_ptr abort(std::exception_ptr cause) override { return cause; }
+  std::exception_ptr cause() const override { return nullptr; }
 
  private:
   int size_;
-  Meeting meeting_{1};
 };
 
 }  // namespace

@@ -1,9 +1,6 @@
 #include "kernels/cuda/copy_comm.h"
 
-#include <utility>
-
 #include "kernels/cuda/columns.h"
-#include "kernels/meeting.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -21,6 +18,7 @@ class CopyCommunicator : public Communicator {
 
   int rank() const override { return 0; }
   int size() const override { return size_; }
+  int members() const override { return 1; }
 
   void run(const AllReduce& op, Lane& lane) override {
     if (size_ == 1) return;
@@ -31,14 +29,11 @@ class CopyCommunicator : public Communicator {
     place_columns(columns_of(op.x), op.out, cuda_lane(lane));
   }
 
-  std::exception_ptr abort(std::exception_ptr cause) override {
-    return meeting_.abort(std::move(cause));
-  }
-  std::exception_ptr cause() const override { return meeting_.cause(); }
+  std::exception_ptr abort(std::exception_ptr cause) override { return cause; }
+  std::exception_ptr cause() const override { return nullptr; }
 
  private:
   int size_;
-  Meeting meeting_{1};
 };
 
 }  // namespace
