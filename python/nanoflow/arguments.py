@@ -34,8 +34,8 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "device": "cpu, cuda, cuda:N, or auto for a GPU that can run the model, else the CPU",
         "cpu_threads": "threads of the CPU backend; 0 for all this process may use",
         "cpu_isa": "instruction set of the CPU backend; auto for the best there is",
-        "schedule": "sequential, nano, overlap, tp-overlap, a JSON file, or auto for the fastest that "
-        "is found",
+        "schedule": "sequential, nano, overlap, tp-overlap, a JSON file, or auto for the "
+        "fastest that is found",
         "enable_chunked_prefill": "split long prompts over several steps",
         "enable_prefix_caching": "share the KV cache of equal beginnings",
         "kv_offloading_size": "GiB of host memory that keep what the KV cache has no room for",
@@ -49,6 +49,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "disable_log_stats": "log no line of status every few seconds",
     }
 )
+_MEASURED_ONLY = frozenset({"simulated_tensor_parallel_size"})  # a flag of `bench throughput`
 # Other names of a flag, SGLang's among them.
 _ALIASES: Mapping[str, Sequence[str]] = MappingProxyType(
     {
@@ -101,7 +102,8 @@ def add_engine_arguments(
     A flag that is not given sets nothing, so that the defaults stay those of EngineArgs.
     """
     group = parser.add_argument_group("engine")
-    chosen = tuple(field.name for field in fields(EngineArgs)) if names is None else tuple(names)
+    every = (field.name for field in fields(EngineArgs) if field.name not in _MEASURED_ONLY)
+    chosen = tuple(every if names is None else names)
     hints = get_type_hints(EngineArgs)
     defaults = {field.name: field.default for field in fields(EngineArgs)}
     for name in chosen:

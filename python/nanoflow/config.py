@@ -29,6 +29,9 @@ class EngineArgs:
     skip_tokenizer_init: bool = False  # prompts are token ids and there is no text
     trust_remote_code: bool = False
     tensor_parallel_size: int = 1  # ranks: GPUs from `device` on, or shares of a CPU's threads
+    # Of measurements: one rank of so many, the collectives of which copy its own data instead; 0 is
+    # none. What it generates makes no sense.
+    simulated_tensor_parallel_size: int = 0
     dtype: str = "auto"
     quantization: str | None = None
     load_format: str = "auto"
@@ -68,6 +71,7 @@ class EngineArgs:
             _check_positive(name, getattr(self, name))
         for name in ("num_gpu_blocks_override", "block_size", "tensor_parallel_size"):
             _check_positive(name, getattr(self, name))
+        self._check_simulated()
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
@@ -120,6 +124,23 @@ class EngineArgs:
             raise ValueError(
                 "kv_offloading_size needs enable_prefix_caching: pages are found by what they hold"
             )
+
+    def _check_simulated(self) -> None:
+        size = self.simulated_tensor_parallel_size
+        if type(size) is not int or size < 0:
+            raise ValueError(
+                f"simulated_tensor_parallel_size={size!r} must be an integer, 0 or more"
+            )
+        if size and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"simulated_tensor_parallel_size={size} is for one rank of them, not for "
+                f"tensor_parallel_size={self.tensor_parallel_size}"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """That share a step, simulated ones among them."""
+        return self.simulated_tensor_parallel_size or self.tensor_parallel_size
 
     def check_priority(self, priority: int) -> None:
         """Raises ValueError, or TypeError, on a priority that a request cannot have."""

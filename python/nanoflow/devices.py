@@ -18,14 +18,16 @@ def make_backends(args: EngineArgs, spec: _core.ModelSpec | None = None) -> list
     Raises ValueError on an ISA that the CPU lacks and on a model that the GPU cannot run,
     EngineError on a GPU that cannot be used and where there are fewer than ranks.
     """
-    ranks = args.tensor_parallel_size
+    ranks, simulated = args.tensor_parallel_size, args.simulated_tensor_parallel_size
     if args.device != "cpu":
         problem = _core.cuda_problem() if args.device == "auto" else ""
         if args.batch_invariant:
             problem = NOT_INVARIANT
         if not problem:
             device = "cuda" if args.device == "auto" else args.device
-            backends = _core.make_backends(device, ranks, nccl_library=find_nccl())
+            backends = _core.make_backends(
+                device, ranks, nccl_library=find_nccl(), simulated_ranks=simulated
+            )
             if spec is not None:
                 problem = backends[0].model_problem(spec.dtype, spec.head_dim)
             if not problem:
@@ -38,7 +40,9 @@ def make_backends(args: EngineArgs, spec: _core.ModelSpec | None = None) -> list
             f"cpu_isa={args.cpu_isa!r} does not run here; this CPU has "
             + ", ".join(_core.cpu_isas())
         )
-    return _core.make_backends("cpu", ranks, threads=cpu_threads(args), isa=args.cpu_isa)
+    return _core.make_backends(
+        "cpu", ranks, threads=cpu_threads(args), isa=args.cpu_isa, simulated_ranks=simulated
+    )
 
 
 def find_nccl() -> str:

@@ -120,7 +120,7 @@ def test_the_papers_two_shapes_are_planned_on_the_network_lane(tmp_path: Path) -
     )
     for name, lane in lane_of.items():
         assert (lane == "network") == (name.split()[1] in ("all_gather", "all_reduce"))
-    assert " network " in next(line for line in repr(head).splitlines() if "all_gather" in line)
+    assert " compute " in next(line for line in repr(head).splitlines() if "all_gather" in line)
 
 
 def test_one_rank_has_no_collectives(tmp_path: Path) -> None:
@@ -185,6 +185,13 @@ def test_memory_is_that_of_all_ranks(tmp_path: Path) -> None:
         assert whole < two.memory.weights < 2 * whole  # embeddings are on both
 
 
+def test_pages_are_offloaded_by_one_rank_only(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="kv_offloading_size=1 needs tensor_parallel_size=1, not 2"
+    ):
+        LLM(tmp_path, tensor_parallel_size=2, kv_offloading_size=1)
+
+
 def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     write_config(
         tmp_path,
@@ -201,6 +208,25 @@ def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
             skip_tokenizer_init=True,
             tensor_parallel_size=3,
         )
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "tp-overlap"])
+def test_one_rank_is_measured_without_the_others(schedule: str, tmp_path: Path) -> None:
+    """As many tokens as with all of them, and a fourth of what they all hold."""
+    write_tiny_llama(tmp_path)
+    sizes = {"schedule": schedule, "kv_cache_memory_bytes": 1 << 20, "max_model_len": 64}
+    params = SamplingParams(max_tokens=9, ignore_eos=True, detokenize=False)
+    prompt = {"prompt_token_ids": [3, 1, 4]}
+    memory = []
+    for ranks in ({"tensor_parallel_size": 4}, {"simulated_tensor_parallel_size": 4}):
+        with LLM(tmp_path, device="cpu", skip_tokenizer_init=True, **ranks, **sizes) as llm:
+            outputs = llm.generate([prompt] * 5, params, use_tqdm=False)
+            memory.append(llm.memory)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [9] * 5
+    assert memory[0].weights == 4 * memory[1].weights
+    assert memory[1].num_pages == 4 * memory[0].num_pages
+    with pytest.raises(ValueError, match="is for one rank of them, not for tensor_parallel_size=2"):
+        LLM(tmp_path, simulated_tensor_parallel_size=4, tensor_parallel_size=2)
 
 
 def collect(op: str, backends: list[_core.Backend], operands: list[dict[str, Any]]) -> None:

@@ -20,11 +20,13 @@ Result = dict[str, Any]
 
 
 def ablation_schedules(arguments: Mapping[str, Any]) -> list[Schedule]:
-    """sequential, nano, and the LLM's schedule; "overlap" where its arguments name none.
+    """sequential, nano, and the LLM's schedule; where its arguments name none, "overlap", or
+    "tp-overlap" of several ranks.
 
     Raises ValueError where that one overlaps nothing.
     """
-    args = EngineArgs(**{"schedule": "overlap", **arguments})
+    usual = "overlap" if EngineArgs(**arguments).ranks == 1 else "tp-overlap"
+    args = EngineArgs(**{"schedule": usual, **arguments})
     width = make_backends(args)[0].width
     schedule = find_schedule(args.schedule, width)
     if len(schedule.lanes) < 2:

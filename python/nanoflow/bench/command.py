@@ -78,6 +78,15 @@ def _add_throughput(commands: Any) -> None:
         "(default: overlap), and compare",
     )
     add("--plot", type=Path, metavar="PNG", help="draw what --ablate finds")
+    add(
+        "--simulate-tensor-parallel",
+        dest="simulated_tensor_parallel_size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="run one rank of N without the others: its collectives copy its own data instead, at "
+        "the speed of its memory, and what is generated makes no sense",
+    )
     add("--output-json", type=Path, metavar="FILE", help="write the result")
     add("--result-dir", type=Path, metavar="DIR", help="write it to DIR/GPU/WORKLOAD-SCHEDULE.json")
     add("--commit", help="what the result says was measured (default: as git says)")

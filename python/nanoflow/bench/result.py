@@ -43,6 +43,9 @@ def schedule_name(args: EngineArgs) -> str:
 def result_path(folder: Path, result: dict[str, Any]) -> Path:
     """folder/<gpu>/<workload>-<schedule>.json; "-whole" for a whole run."""
     model = "" if result["model"] == USUAL_MODEL else f"{result['model']}-"
+    ranks = result.get("tensor_parallel_size", 1)
+    model += f"tp{ranks}-" if ranks > 1 else ""
+    model += "simulated-" if str(result.get("network")).startswith("none") else ""
     kind = "-whole" if result["measured"] == "whole run" else ""
     name = f"{model}{result['workload']}-{result['schedule']}{kind}.json"
     return folder / gpu_folder(result["gpu"]) / name
@@ -82,7 +85,7 @@ def kernels(profile: Profile | None, reason: str | None) -> dict[str, Any]:
 
 
 def matrix_tflops(model: ModelConfig, state: SteadyState) -> float:
-    """TFLOP/s of the matrix products with weights that the window's tokens took.
+    """TFLOP/s of the matrix products with weights that the window's tokens took, on all ranks.
 
     Every token but a request's last passes through all layers; what is sampled, through the head.
     """
@@ -100,6 +103,13 @@ def matrix_flop(model: ModelConfig, rows: float, sampled: float) -> float:
     return 2 * (rows * model.num_layers * layer + sampled * head)
 
 
+def _network(args: EngineArgs) -> str | None:
+    """How the ranks' data go to the others; None for a rank alone."""
+    if args.simulated_tensor_parallel_size > 1:
+        return "none: one rank alone, which copies its own data where collectives would be"
+    return "collectives" if args.tensor_parallel_size > 1 else None
+
+
 def circumstances(
     args: EngineArgs,
     limits: EngineLimits,
@@ -113,6 +123,8 @@ def circumstances(
         "model": Path(args.model).name.removesuffix(".gguf"),
         "model_id": environment.without_folders(str(args.model)),
         "schedule": schedule_name(args),
+        "tensor_parallel_size": args.ranks,
+        "network": _network(args),
         "seed": args.seed,
         "limits": asdict(limits) | {"kv_tokens": limits.num_pages * limits.page_size},
         "memory": asdict(memory),

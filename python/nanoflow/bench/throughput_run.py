@@ -66,7 +66,9 @@ def measure_workload(
             "warm_up": _warm_up(options),
             **done.rates,
             **telemetry.board,
-            **result.energy(power, telemetry.reason, done.tokens_per_second),
+            "total_tok_s_per_gpu": done.tokens_per_second / llm.args.ranks,
+            # One device is sampled: its share of the tokens is what its power is divided by.
+            **result.energy(power, telemetry.reason, done.tokens_per_second / llm.args.ranks),
             "gemm_ceiling_tflops": None,
             **done.kernels,
             "phase_seconds": phases | done.phases,
@@ -127,7 +129,10 @@ class _Runner:
         )
         return _Outcome(
             rates=_rates(run)
-            | {"matrix_tflops": result.matrix_tflops(self._llm.model_config, run.state)},
+            | {
+                "matrix_tflops": result.matrix_tflops(self._llm.model_config, run.state)
+                / self._llm.args.ranks
+            },
             kernels=result.kernels(run.profile, no_profile or run.profile_reason),
             text=[throughput.steady_line(run.state)],
             begin=run.begin,

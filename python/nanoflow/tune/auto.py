@@ -59,7 +59,7 @@ def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
     if args.schedule != AUTO:
         return _only(find_schedule(args.schedule, backend.width))
     sequential = built_in_schedule("sequential", backend.width)
-    if args.tensor_parallel_size > 1:
+    if args.ranks > 1:
         return _only(sequential)
     tuned = _tuned(backend, spec)
     if backend.device == "cpu":
