@@ -12,14 +12,16 @@ namespace nanoflow {
 namespace {
 
 /// Calls visit(name, field) for every field of a spec: what to_text() and SpecReader know of it. A
-/// field that is missing here does not compile.
+/// field that is missing here does not compile. Of parts of a model there is no text: the fields of
+/// ranks stay as they are.
 template <typename Spec, typename Visit>
 void visit_fields(Spec& spec, Visit&& visit) {
   auto& [vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim,
          rms_norm_eps, tie_word_embeddings, qkv_bias, qk_norm, num_experts, experts_per_token,
          norm_topk_prob, dtype, rope_inv_freq, rope_attention_factor, rope_local_inv_freq,
-         layer_windows, activation, embed_scale, attention_scale, norm_unit_offset, post_norms] =
-      spec;
+         layer_windows, activation, embed_scale, attention_scale, norm_unit_offset, post_norms,
+         rank, ranks, kv_replicas] = spec;
+  static_cast<void>(rank), static_cast<void>(ranks), static_cast<void>(kv_replicas);
   visit("vocab_size", vocab_size);
   visit("hidden_size", hidden_size);
   visit("intermediate_size", intermediate_size);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 
 from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import LLM, EngineError, SamplingParams, _core
+from nanoflow.bench.result import result_path
+from nanoflow.cli import main
 from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
 from random_models import write_config
 from reference import decode, encode
@@ -276,3 +280,32 @@ def test_an_all_gather_puts_columns_side_by_side(ranks: int, spare: int) -> None
     collect("all_gather", backends, operands)
     for out in outs:
         np.testing.assert_array_equal(out, expected)
+
+
+def test_a_result_says_that_ranks_were_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    import tensor_parallel
+
+    options = argparse.Namespace(
+        ranks=None,
+        simulate=4,
+        shape="tiny",
+        schedule="tp-overlap",
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        steady_seconds=0.2,
+        device="cpu",
+        output_dir=tmp_path,
+        commit="abc",
+    )
+    arguments = tensor_parallel.command(options, "8x6")
+    assert arguments[1:4] == ["-m", "nanoflow.bench", "throughput"]
+    whole = [flag for flag in arguments[4:] if flag not in ("--ablate", "--steady-start")]
+    assert main(["bench", "throughput", *whole, "--num-prompts", "5", "--cpu-threads", "3"]) == 0
+    found = json.loads((tmp_path / "tiny-tp4-simulated-8x6-ablation.json").read_text())
+    assert found["tensor_parallel_size"] == 4
+    assert found["network"].startswith("none: one rank alone")
+    assert found["total_tok_s_per_gpu"] * 4 == pytest.approx(found["total_tok_s"])
+    assert result_path(Path("."), found) == Path("cpu/tiny-tp4-simulated-8x6-tp-overlap-whole.json")

@@ -92,6 +92,8 @@ class Group {
 
   void make(int ctas) {
     if (comms_.contains(ctas)) return;
+    int device = 0;  // the caller's
+    NF_CUDA_CHECK(cudaGetDevice(&device));
     NcclUniqueId id;
     api_.check(api_.get_unique_id(&id), "ncclGetUniqueId");
     NcclConfig config;
@@ -107,6 +109,7 @@ class Group {
                  "ncclCommInitRankConfig");
     }
     api_.check(api_.group_end(), "ncclGroupEnd");
+    NF_CUDA_CHECK(cudaSetDevice(device));
     comms_[ctas] = std::move(comms);
   }
 
