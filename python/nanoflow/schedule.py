@@ -9,7 +9,8 @@ from typing import Any
 
 from nanoflow._core import EngineError, LaneSpec, Schedule, StageSpec
 
-BUILT_IN = ("sequential", "nano", "overlap", "tp-overlap")
+BUILT_IN = ("sequential", "nano", "overlap")
+FOR_RANKS = ("tp-overlap",)  # built in, too
 AUTO = "auto"  # chosen by nanoflow.tune.auto
 _MEMORY_SHARE = 32 / 132  # of the device: what was fastest for Llama 8B on an H200
 _NETWORK_SHARE = 16 / 132
@@ -43,7 +44,7 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     if name == "tp-overlap":
         return _tensor_parallel_overlap(name, width)
     raise ValueError(
-        f"schedule {name!r} is unknown; known: {', '.join((AUTO, *BUILT_IN))}, or a JSON file"
+        f"schedule {name!r} is unknown; known: {', '.join((AUTO, *BUILT_IN, *FOR_RANKS))}, or a JSON file"
     )
 
 
@@ -87,7 +88,7 @@ def find_schedule(schedule: str | Path | Schedule, width: int) -> Schedule:
         raise TypeError(f"schedule={schedule!r} must be a name, the path of a file or a Schedule")
     if schedule == AUTO:
         raise ValueError("schedule 'auto' is chosen by an LLM as it serves; name a schedule here")
-    if schedule in BUILT_IN:
+    if schedule in (*BUILT_IN, *FOR_RANKS):
         return built_in_schedule(str(schedule), width)
     path = Path(schedule)
     if path.suffix != ".json" and not path.exists():

@@ -11,6 +11,7 @@ import pytest
 from nanoflow import _core
 from nanoflow.schedule import (
     BUILT_IN,
+    FOR_RANKS,
     built_in_schedule,
     find_schedule,
     load_schedule,
@@ -34,7 +35,7 @@ def write(folder: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*BUILT_IN, *FOR_RANKS])
 @pytest.mark.parametrize("width", [1, 2, 8, 132])
 def test_built_in_schedules_are_sound_and_fit(name: str, width: int, tmp_path: Path) -> None:
     schedule = built_in_schedule(name, width)

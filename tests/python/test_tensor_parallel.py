@@ -124,7 +124,7 @@ def test_the_papers_two_shapes_are_planned_on_the_network_lane(tmp_path: Path) -
     )
     for name, lane in lane_of.items():
         assert (lane == "network") == (name.split()[1] in ("all_gather", "all_reduce"))
-    assert " compute " in next(line for line in repr(head).splitlines() if "all_gather" in line)
+    assert " whole " in next(line for line in repr(head).splitlines() if "all_gather" in line)
 
 
 def test_one_rank_has_no_collectives(tmp_path: Path) -> None:
