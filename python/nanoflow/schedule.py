@@ -43,9 +43,8 @@ def built_in_schedule(name: str, width: int) -> Schedule:
         return Schedule(name, lanes, stages, order)
     if name == "tp-overlap":
         return _tensor_parallel_overlap(name, width)
-    raise ValueError(
-        f"schedule {name!r} is unknown; known: {', '.join((AUTO, *BUILT_IN, *FOR_RANKS))}, or a JSON file"
-    )
+    known = ", ".join((AUTO, *BUILT_IN, *FOR_RANKS))
+    raise ValueError(f"schedule {name!r} is unknown; known: {known}, or a JSON file")
 
 
 def without_overlap(schedule: Schedule, width: int) -> Schedule:
