@@ -10,8 +10,8 @@ import pytest
 
 from nanoflow import LLM, SamplingParams
 from nanoflow.config import make_args
+from nanoflow.devices import make_backends
 from nanoflow.outputs import RequestOutput
-from nanoflow.runtime import make_backend
 from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 96, "block_size": 8, "cpu_threads": 2}
@@ -60,4 +60,4 @@ def test_only_a_cpu_keeps_it() -> None:
     with pytest.raises(ValueError, match="batch_invariant=True with device='cuda:1': on a GPU"):
         make_args({"model": "tiny", "batch_invariant": True, "device": "cuda:1"})
     args = make_args({"model": "tiny", "batch_invariant": True})
-    assert make_backend(args).device == "cpu"
+    assert make_backends(args)[0].device == "cpu"
