@@ -129,8 +129,8 @@ class Engine {
   /// After a step has failed: returns when the device has nothing left to do, and lets steps be
   /// submitted again. What the KV cache, the token pool and slots' histories hold is undefined.
   /// Throws Error when the device reports an error even then: it cannot be used by this process any
-  /// more. Handles of all steps and copies must have been waited for. An engine of several ranks has
-  /// ended with the first that failed: its error is thrown again.
+  /// more. Handles of all steps and copies must have been waited for. An engine of several ranks
+  /// has ended with the first that failed: its error is thrown again.
   void restart();
   /// Slots of the host pool, one after another: [host_slots, host_slot_bytes()].
   std::byte* host_pool() const;
