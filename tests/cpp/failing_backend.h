@@ -36,6 +36,7 @@ class FailingBackend : public Backend {
     cpu_->copy(to, from, bytes, lane);
   }
   Kernels& kernels() override { return cpu_->kernels(); }
+  Communicator& communicator() override { return cpu_->communicator(); }
 
  private:
   std::shared_ptr<Backend> cpu_ = make_backend({.device = {}, .threads = 2, .isa = "auto"});
