@@ -21,7 +21,7 @@ std::shared_ptr<Backend> gpu_with_nccl() {
   try {
     return make_backend({.device = parse_device("cuda"), .nccl_library = "", .nccl_alone = true});
   } catch (const Error& error) {
-    MESSAGE(std::string("not tested: ") + error.what());
+    MESSAGE("not tested: ", std::string(error.what()));
     return nullptr;
   }
 }
