@@ -19,7 +19,8 @@ from nanoflow.bench.default_model import default_model
 from nanoflow.schedule import built_in_schedule
 
 NEW_TOKENS = 64
-# Between logits of the two candidates at the first difference. bfloat16 moves a logit by 0.1.
+# Below the best logit, of a candidate at the first difference; now and then three of them are as
+# close. bfloat16 moves a logit by 0.1.
 MAX_GAP = {"float32": 1e-2, "bfloat16": 0.3}
 PROMPTS = (
     "The capital of France is",
@@ -90,13 +91,12 @@ def equal_answers(
 ) -> int:
     """How many answers are greedy by the other side's logits [NEW_TOKENS, V] of the same tokens.
 
-    Asserts of all others that each side has both candidates on top, close together, where they
-    first differ.
+    Asserts of all others that each side has both candidates close to the top where they first
+    differ.
     """
 
     def is_close(logits: NDArray[np.float32], token: int) -> bool:
-        best, second = np.argsort(logits)[-1:-3:-1]
-        return token in (best, second) and float(logits[best] - logits[token]) < MAX_GAP[dtype]
+        return float(logits.max() - logits[token]) < MAX_GAP[dtype]
 
     equal = 0
     for prompt, tokens, mine, expected in zip(prompts, *ours, theirs, strict=True):
