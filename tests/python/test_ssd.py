@@ -302,14 +302,23 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CostModel, "compute_seconds", lambda *arguments: None)
 
 
-def two_rounds(tmp_path: Path, file_type: type[PageFile], restart: bool = False) -> dict[str, Any]:
+def two_rounds(
+    tmp_path: Path,
+    file_type: type[PageFile],
+    restart: bool = False,
+    writes_at_once: bool = False,
+) -> dict[str, Any]:
     """Conversations whose first round only the SSD still has; what was counted, and tokens found.
 
-    The host has room for what one of the device's caches holds.
+    The host has room for what one of the device's caches holds. Pages that it gives up before they
+    are written are lost, unless writes are done as soon as they are asked for.
     """
 
     def make_ssd(pool: NDArray[np.uint8]) -> SsdTier:
-        return SsdTier(tmp_path, 400 * 64, pool, "model", open_file=file_type)
+        tier = SsdTier(tmp_path, 400 * 64, pool, "model", open_file=file_type)
+        if writes_at_once:
+            tier._writer.submit = lambda work: work()
+        return tier
 
     service = serve((0.5,), host_slots=30, make_ssd=make_ssd)
     first = [service.request(n, 14, 22, ignore_eos=True) for n in range(4)]
@@ -334,7 +343,7 @@ def two_rounds(tmp_path: Path, file_type: type[PageFile], restart: bool = False)
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_second_round_comes_from_the_ssd(tmp_path: Path, patient: None, restart: bool) -> None:
-    counts = two_rounds(tmp_path, PageFile, restart)
+    counts = two_rounds(tmp_path, PageFile, restart, writes_at_once=True)
     assert counts == {"ssd": 80, "found": 80}  # 20 of 22 tokens of each
 
 

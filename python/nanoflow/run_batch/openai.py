@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
-from nanoflow.structured import StructuredOutputsParams, parse_structured
+from nanoflow.structured import parse_structured
 from nanoflow.tokenizer import Tokenizer
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
@@ -61,8 +61,6 @@ def parse_body(
             setattr(params, name, body[name])
     if params.logit_bias is not None:  # JSON has no other keys than texts
         params.logit_bias = {int(token): bias for token, bias in params.logit_bias.items()}
-    if params.structured_outputs is not None or body.get("response_format"):
-        params.structured_outputs = _structured(body)
     if is_chat:
         if body.get("max_completion_tokens") is not None:
             params.max_tokens = body["max_completion_tokens"]
@@ -73,29 +71,6 @@ def parse_body(
     params.structured_outputs = parse_structured(body)
     params.check()
     return Work(url, _chat(body, tokenizer) if is_chat else _prompts(body), params)
-
-
-def _structured(body: Mapping[str, Any]) -> StructuredOutputsParams | None:
-    """Of the fields structured_outputs, as in vLLM, and response_format, of which one may be."""
-    given, form = body.get("structured_outputs"), body.get("response_format")
-    if given is not None:
-        if form is not None:
-            raise ValueError("response_format and structured_outputs exclude each other")
-        if not isinstance(given, dict):
-            raise TypeError(f"structured_outputs={given!r} must be an object")
-        return StructuredOutputsParams(**given)
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return StructuredOutputsParams(json_object=True)
-    schema = form.get("json_schema") if kind == "json_schema" and isinstance(form, dict) else None
-    if not isinstance(schema, dict) or "schema" not in schema:
-        raise ValueError(
-            f"response_format={form!r} must have the type text, json_object, or json_schema with "
-            "json_schema.schema"
-        )
-    return StructuredOutputsParams(json=schema["schema"])
 
 
 def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[Any]:
