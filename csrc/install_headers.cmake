@@ -1,6 +1,7 @@
 # Runs at `cmake --install`: copies nanoflow.h and every header it includes to include/nanoflow, where
 # they include each other as "nanoflow/core/...": names like core/error.h must not be on a consumer's path.
 # Set before: SOURCE, the folder csrc, and TARGET, the folder include/nanoflow.
+cmake_minimum_required(VERSION 3.24) # for IN_LIST: a script gets no policies from the project
 set(pending nanoflow.h)
 set(done "")
 while(pending)
