@@ -111,8 +111,8 @@ struct AttentionTiles {
       tile_pages(pages, item, ahead + 1);
       const int key = step * kTileKeys;
       if (key < most && key + kTileKeys > first_key(least, a.window)) {
-        attend<T, D, kTileKeys, true>(state, tile_stage(step), tile_stage(step) + kTileBytes, key,
-                                      {least, most, a.window}, a.scale_log2);
+        attend<T, D, kTileKeys>(state, tile_stage(step), tile_stage(step) + kTileBytes, key,
+                                {least, most, a.window}, a.scale_log2);
       }
     }
     finish_rows(state, static_cast<T*>(a.out), rows_of(item, head, a.out_stride), base);

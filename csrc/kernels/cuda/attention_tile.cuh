@@ -89,18 +89,17 @@ __device__ inline float row_sum(float value) {
 /// What to subtract from scores whose largest is `max`: nothing where there is none.
 __device__ inline float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-/// The scores' exponentials, in place; the sums and outputs so far follow the new maxima. Without
-/// kUpper, rows 8 to 15 are left alone.
-template <class T, int D, int kColumns, bool kUpper>
+/// The scores' exponentials, in place; the sums and outputs so far follow the new maxima.
+template <class T, int D, int kColumns>
 __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float scale_log2) {
   float max0 = state.max0, max1 = state.max1;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     max0 = fmaxf(max0, fmaxf(s[n][0], s[n][1]));
-    if constexpr (kUpper) max1 = fmaxf(max1, fmaxf(s[n][2], s[n][3]));
+    max1 = fmaxf(max1, fmaxf(s[n][2], s[n][3]));
   }
   max0 = row_max(max0);
-  if constexpr (kUpper) max1 = row_max(max1);
+  max1 = row_max(max1);
   if (__any_sync(~0u, max0 > state.max0 || max1 > state.max1)) {
     const float keep0 = exp2_approx((state.max0 - shift_of(max0)) * scale_log2);
     const float keep1 = exp2_approx((state.max1 - shift_of(max1)) * scale_log2);
@@ -110,10 +109,8 @@ __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float sca
     for (int n = 0; n < D / 8; ++n) {
       state.out[n][0] *= keep0;
       state.out[n][1] *= keep0;
-      if constexpr (kUpper) {
-        state.out[n][2] *= keep1;
-        state.out[n][3] *= keep1;
-      }
+      state.out[n][2] *= keep1;
+      state.out[n][3] *= keep1;
     }
     state.max0 = max0;
     state.max1 = max1;
@@ -124,8 +121,8 @@ __device__ void soften(RowState<T, D>& state, float (&s)[kColumns][4], float sca
     s[n][0] = exp2_approx(s[n][0] * scale_log2 - shift0);
     s[n][1] = exp2_approx(s[n][1] * scale_log2 - shift0);
     state.sum0 += s[n][0] + s[n][1];
-    s[n][2] = kUpper ? exp2_approx(s[n][2] * scale_log2 - shift1) : 0.0f;
-    s[n][3] = kUpper ? exp2_approx(s[n][3] * scale_log2 - shift1) : 0.0f;
+    s[n][2] = exp2_approx(s[n][2] * scale_log2 - shift1);
+    s[n][3] = exp2_approx(s[n][3] * scale_log2 - shift1);
     state.sum1 += s[n][2] + s[n][3];
   }
 }
@@ -174,8 +171,7 @@ __device__ void add_non_finite(float (&out)[D / 8][4], const uint32_t (&p)[4],
 }
 
 /// Attends to kKeys keys from key `begin` of the request on, whose K and V lie in shared memory.
-/// kUpper when rows 8 to 15 matter.
-template <class T, int D, int kKeys, bool kUpper>
+template <class T, int D, int kKeys>
 __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shared, int begin,
                        const Limits& limits, float scale_log2) {
   const int lane = threadIdx.x % 32;
@@ -212,7 +208,7 @@ __device__ void attend(RowState<T, D>& state, uint32_t k_shared, uint32_t v_shar
       }
     }
   }
-  soften<T, D, kKeys / 8, kUpper>(state, s, scale_log2);
+  soften<T, D, kKeys / 8>(state, s, scale_log2);
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
     const uint32_t p[4] = {pack<T>(s[2 * n][0], s[2 * n][1]), pack<T>(s[2 * n][2], s[2 * n][3]),
