@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nanoflow._core import Schedule
 from nanoflow.config import check_timeout, make_args
 from nanoflow.energy import open_meter
 from nanoflow.errors import EngineError, RequestError, TextError
@@ -151,6 +152,14 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """Of this moment: Counter, Gauge and Histogram of `nanoflow.metrics`, with vLLM's names."""
         return make_metrics(self._runtime.state.stats(), str(self.args.model), self._meter)
+
+    def set_schedule(self, schedule: str | Path | Schedule) -> None:
+        """Steps run with this schedule from now on, those of open requests too.
+
+        `schedule`: as the LLM's argument, but not "auto". Raises ValueError on one that there is
+        not, EngineError on one that does not fit the device or the weights' layout.
+        """
+        self._runtime.use_schedule(schedule)
 
     def reset_prefix_cache(self) -> bool:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""

@@ -26,6 +26,8 @@ from nanoflow.memory import GRAPH_BYTES, MemoryUse
 from nanoflow.models.config import ModelConfig
 from nanoflow.offload.offload import Offload
 from nanoflow.offload.setup import make_offload, num_host_slots
+from nanoflow.schedule import find_schedule
+from nanoflow.scheduler.choose import Option
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
 from nanoflow.scheduler.pages import PageAllocator
@@ -49,6 +51,7 @@ class Runtime:
     memory: MemoryUse
     start_seconds: Mapping[str, float]  # of PHASES
     device: str  # what the backend says of itself
+    width: int  # of it: SMs, or threads of a CPU
     vocab_size: int
     model: ModelConfig
     config: Mapping[str, Any]  # as in config.json
@@ -56,6 +59,12 @@ class Runtime:
     tokenizer: Tokenizer | None
     loop: SchedulerLoop
     state: SchedulerState  # the loop's: for its thread, or when it is closed; stats() always
+
+    def use_schedule(self, schedule: str | Path | _core.Schedule) -> None:
+        """As LLM.set_schedule says."""
+        found = find_schedule(schedule, self.width)
+        dealer = Dealer(found.cuts(), self.limits.max_num_seqs)
+        self.loop.use_schedule(Option(found.id, found, dealer))
 
 
 def start_runtime(args: EngineArgs) -> Runtime:
@@ -98,6 +107,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
         memory=memory,
         start_seconds=phases,
         device=backend.description,
+        width=backend.width,
         vocab_size=checkpoint.model.vocab_size,
         model=checkpoint.model,
         config=checkpoint.config,

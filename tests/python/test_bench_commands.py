@@ -10,7 +10,8 @@ import pytest
 
 import plot_ablation
 from nanoflow.arguments import ArgumentParser
-from nanoflow.bench.ablation import ablate, ablation_schedules, table
+from nanoflow.bench import steady_run
+from nanoflow.bench.ablation import ablation_schedules, compare, table
 from nanoflow.bench.command import add_bench_arguments
 from nanoflow.bench.latency import summary
 from nanoflow.bench.startup import start_once
@@ -117,6 +118,21 @@ def test_ablation_runs_three_schedules_on_equal_requests(model, tmp_path, capsys
     assert "is no result of `nanoflow bench throughput --ablate`" in capsys.readouterr().err
 
 
+def test_schedules_take_turns_in_one_steady_state(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(steady_run, "SETTLE_SECONDS", 0.1)
+    path = tmp_path / "ablation.json"
+    load = ("--input-len", "12", "--output-len", "6", "--max-num-seqs", "8")
+    steady = ("--steady-start", "--steady-seconds", "0.2", "--num-prompts", "20000")
+    flags = (*load, *steady, "--ablate", "--output-json", path)
+    assert bench("throughput", "--model", model, *flags) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert list(runs) == ["sequential", "nano", "overlap"]
+    begins = [run["phase_seconds"]["fill"] for run in runs.values()]
+    assert len(set(begins)) == 1
+    assert min(run["steady_state"]["seconds"] for run in runs.values()) >= 0.2
+    assert {run["measured"] for run in runs.values()} == {"steady state"}
+
+
 def test_a_schedule_of_a_file_is_ablated_with_its_own_nano_batches(model, tmp_path):
     content = schedule_to_json(built_in_schedule("overlap", 2))
     for stage in ("qkv", "attn", "o", "mlp"):
@@ -139,12 +155,10 @@ def test_the_built_in_nano_has_the_nano_batches_of_overlap():
 
 
 def test_steady_rates_are_compared_where_there_are_some():
-    schedules = [built_in_schedule(name, 4) for name in ("sequential", "overlap")]
     rates = {"sequential": (100.0, 80.0), "overlap": (90.0, 100.0)}
-
-    def measure(schedule):
-        whole, steady = rates[schedule.id]
-        return {
+    results = [
+        {
+            "schedule": name,
             "measured": "steady state",
             "total_tok_s": whole,
             "steady_total_tok_s": steady,
@@ -154,8 +168,9 @@ def test_steady_rates_are_compared_where_there_are_some():
             "model": "m",
             "device": "d",
         }
-
-    found = ablate(schedules, measure)
+        for name, (whole, steady) in rates.items()
+    ]
+    found = compare(results)
     assert found["relative"] == {"sequential": 1.0, "overlap": 1.25}
     assert table(found).splitlines()[2].split() == ["overlap", "100", "1.250", "1", "2.00"]
 

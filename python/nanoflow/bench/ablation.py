@@ -6,7 +6,7 @@ other; the nano-batches of the schedule in question, but nothing beside anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ def ablation_schedules(arguments: Mapping[str, Any]) -> list[Schedule]:
     return [built_in_schedule("sequential", width), without_overlap(schedule, width), schedule]
 
 
-def ablate(schedules: Sequence[Schedule], measure: Callable[[Schedule], Result]) -> Result:
-    """Measures each and compares them with the first."""
-    runs = {schedule.id: measure(schedule) for schedule in schedules}
-    first = next(iter(runs.values()))
+def compare(results: Sequence[Result]) -> Result:
+    """Results of several schedules, with the first."""
+    first = results[0]
+    runs = {found["schedule"]: found for found in results}
     return {
         "benchmark": "ablation",
         "workload": first["workload"],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanoflow._core import Schedule
 from nanoflow.arguments import add_engine_arguments, engine_arguments
-from nanoflow.bench.ablation import ablate, ablation_schedules, draw_ablations
+from nanoflow.bench.ablation import ablation_schedules, compare, draw_ablations
 from nanoflow.bench.ablation import table as ablation_table
 from nanoflow.bench.ceiling import gemm_ceiling_tflops
 from nanoflow.bench.default_model import default_model
@@ -108,40 +109,50 @@ def run_throughput(options: argparse.Namespace) -> None:
     arguments = {"model": default_model()} if not hasattr(options, "model") else {}
     arguments |= engine_arguments(options)
 
-    def run(schedule: Schedule | None = None) -> dict[str, Any]:
-        chosen = {} if schedule is None else {"schedule": schedule}
-        found = _run_once(options, workload, arguments | chosen)
-        if options.result_dir is not None:
-            write(result_path(options.result_dir, found), found)
-        return found
-
+    schedules = ablation_schedules(arguments) if options.ablate else []
+    results = _run(options, workload, arguments, schedules)
+    if options.result_dir is not None:
+        for one in results:
+            write(result_path(options.result_dir, one), one)
+    found = results[0]
     if options.ablate:
-        found = ablate(ablation_schedules(arguments), run)
+        found = compare(results)
         print(ablation_table(found))
         if options.plot is not None:
             draw_ablations([found], options.plot)
-    else:
-        found = run()
     if options.output_json is not None:
         write(options.output_json, found)
 
 
-def _run_once(
-    options: argparse.Namespace, workload: Workload, arguments: dict[str, Any]
-) -> dict[str, Any]:
+def _run(
+    options: argparse.Namespace,
+    workload: Workload,
+    arguments: dict[str, Any],
+    schedules: Sequence[Schedule],
+) -> list[dict[str, Any]]:
     """Measures and prints."""
-    found, text = measure_workload(options, workload, arguments)
-    if options.profile and found["gpu"] is not None:
-        try:
-            found["gemm_ceiling_tflops"] = gemm_ceiling_tflops(found["memory"]["device"])
-        except EngineError as error:  # not enough memory, say: what was measured still counts
-            found["gemm_ceiling_reason"] = str(error)
-    print("\n".join(text))
-    print(f"Warm-up: {found['warm_up']}")
-    phases = found["phase_seconds"].items()
-    print("Phases: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases))
-    _print_gpu(found)
-    return found
+    results = []
+    ceiling: dict[str, Any] | None = None
+    for found, text in measure_workload(options, workload, arguments, schedules):
+        if options.profile and found["gpu"] is not None:
+            ceiling = ceiling or _ceiling(found["memory"]["device"])
+            found |= ceiling
+        if schedules:
+            print(f"Schedule: {found['schedule']}")
+        print("\n".join(text))
+        print(f"Warm-up: {found['warm_up']}")
+        phases = found["phase_seconds"].items()
+        print("Phases: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases))
+        _print_gpu(found)
+        results.append(found)
+    return results
+
+
+def _ceiling(device: str) -> dict[str, Any]:
+    try:
+        return {"gemm_ceiling_tflops": gemm_ceiling_tflops(device)}
+    except EngineError as error:  # not enough memory, say: what was measured still counts
+        return {"gemm_ceiling_reason": str(error)}
 
 
 def _print_gpu(found: dict[str, Any]) -> None:

@@ -21,11 +21,7 @@ PROFILE_STEPS = 40
 class SteadyMeasurement:
     state: SteadyState
     begin: float  # of the window, in seconds of time.perf_counter
-    fill_seconds: float
-    fill_requests: int
     mean_running: float
-    profile: Profile | None
-    profile_reason: str | None  # why there is no profile
 
 
 class StepLog:
@@ -74,87 +70,103 @@ class StepLog:
         return bool(self.steps) and self.steps[-1].waiting == 0
 
 
-def measure_steady(
-    llm: Generator,
-    fill: Sequence[Request],
-    stream: Sequence[Request],
-    *,
-    seconds: float,
-    settle_seconds: float = SETTLE_SECONDS,
-    temperature: float,
-    detokenize: bool,
-    seed: int,
-    profiler: Profiler | None = None,
-) -> SteadyMeasurement:
-    """Gives `fill` and behind it `stream` to the LLM and measures `seconds` once the fill has been
-    prefilled; then ends all requests. Nothing waits for the stream's end, so it may be long.
+class SteadyBatch:
+    """A full batch of a workload, which goes on for as long as this is entered."""
 
-    Raises ValueError when the stream or the window was too short.
-    """
-    requests = [*fill, *stream]
-    prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-    params = sampling_params(requests, temperature=temperature, detokenize=detokenize, seed=seed)
-    mean_input = sum(len(request.prompt_token_ids) for request in stream) / len(stream)
-    mean_output = sum(request.output_len for request in stream) / len(stream)
-    log = StepLog()
-    failures: list[BaseException] = []
+    def __init__(
+        self,
+        llm: Generator,
+        fill: Sequence[Request],
+        stream: Sequence[Request],
+        *,
+        temperature: float,
+        detokenize: bool,
+        seed: int,
+    ) -> None:
+        """`fill`: requests in the midst of their lives; `stream`: the workload, which follows.
+        Nothing waits for its end, so it may be long."""
+        self.fill_seconds = 0.0
+        self.fill_requests = len(fill)
+        self._llm = llm
+        self._fill_tokens = sum(len(request.prompt_token_ids) for request in fill)
+        requests = [*fill, *stream]
+        self._prompts = [{"prompt_token_ids": one.prompt_token_ids} for one in requests]
+        self._params = sampling_params(
+            requests, temperature=temperature, detokenize=detokenize, seed=seed
+        )
+        self._mean_input = sum(len(one.prompt_token_ids) for one in stream) / len(stream)
+        self._mean_output = sum(one.output_len for one in stream) / len(stream)
+        self._log = StepLog()
+        self._failures: list[BaseException] = []
+        self._thread = threading.Thread(target=self._generate, name="steady-state")
 
-    def generate() -> None:
+    def __enter__(self) -> SteadyBatch:
+        """Returns when the fill has been prefilled. Raises ValueError when it ends before."""
+        self._llm.step_listener = self._log
+        started = perf_counter()
+        self._thread.start()
         try:
-            llm.generate(prompts, params, use_tqdm=False)
+            self._log.wait_for_prefill(self._fill_tokens)
+        except BaseException:
+            self._end()
+            raise
+        self.fill_seconds = perf_counter() - started
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+
+    def settle(self) -> None:
+        """Until power and clock are those of what runs now."""
+        self._log.wait_for_time(perf_counter() + SETTLE_SECONDS)
+
+    def measure(self, seconds: float) -> SteadyMeasurement:
+        """Raises ValueError when the stream or the time was too short."""
+        self.settle()
+        steps = self._log.steps
+        begin = len(steps) - 1
+        self._log.wait_for_time(steps[begin].time_done + seconds)
+        end = len(steps) - 1
+        state = window(steps, begin, end, self._mean_input, self._mean_output)
+        if state is None:
+            raise ValueError(f"no token was generated in {seconds} s: raise --steady-seconds")
+        return SteadyMeasurement(
+            state=state,
+            begin=steps[begin].time_done,
+            mean_running=sum(step.running for step in steps[begin + 1 : end + 1]) / state.steps,
+        )
+
+    def profile(self, profiler: Profiler) -> tuple[Profile | None, str | None]:
+        """Twice, as the first time prepares the GPU's tracing; the profile, or why there is none.
+        What is measured afterwards may be slower."""
+        log = self._log
+
+        def wait() -> float:
+            log.wait_for_steps(1)
+            first = log.steps[-1]
+            log.wait_for_steps(PROFILE_STEPS)
+            last = log.steps[-1]
+            return (last.time_done - first.time_done) / (last.step - first.step) * 1e3
+
+        self.settle()
+        try:
+            profiler.record(wait)
+            return profiler.record(wait), None
+        except ProfileError as error:
+            return None, str(error)
+
+    def _generate(self) -> None:
+        try:
+            self._llm.generate(self._prompts, self._params, use_tqdm=False)
         except BaseException as error:
-            failures.append(error)
+            self._failures.append(error)
         finally:
-            log.end()
+            self._log.end()
 
-    profile: Profile | None = None
-    reason: str | None = "not asked for"
-    llm.step_listener = log
-    thread = threading.Thread(target=generate, name="steady-state")
-    started = perf_counter()
-    thread.start()
-    try:
-        log.wait_for_prefill(sum(len(request.prompt_token_ids) for request in fill))
-        filled = perf_counter()
-        log.wait_for_time(filled + settle_seconds)
-        begin = len(log.steps) - 1
-        log.wait_for_time(log.steps[begin].time_done + seconds)
-        end = len(log.steps) - 1
-        if profiler is not None:
-            profile, reason = _profile(profiler, log)
-    finally:
-        llm.abort()
-        thread.join()
-        llm.step_listener = None
-        if failures:
-            raise failures[0]
-    steps = log.steps
-    state = window(steps, begin, end, mean_input, mean_output)
-    if state is None:
-        raise ValueError(f"no token was generated in {seconds} s: raise --steady-seconds")
-    return SteadyMeasurement(
-        state=state,
-        begin=steps[begin].time_done,
-        fill_seconds=filled - started,
-        fill_requests=len(fill),
-        mean_running=sum(step.running for step in steps[begin + 1 : end + 1]) / state.steps,
-        profile=profile,
-        profile_reason=reason,
-    )
-
-
-def _profile(profiler: Profiler, log: StepLog) -> tuple[Profile | None, str | None]:
-    """Twice, as the first time prepares the GPU's tracing; the profile, or why there is none."""
-
-    def wait() -> float:
-        log.wait_for_steps(1)
-        first = log.steps[-1]
-        log.wait_for_steps(PROFILE_STEPS)
-        last = log.steps[-1]
-        return (last.time_done - first.time_done) / (last.step - first.step) * 1e3
-
-    try:
-        profiler.record(wait)
-        return profiler.record(wait), None
-    except ProfileError as error:
-        return None, str(error)
+    def _end(self) -> None:
+        """Raises what has made the run fail."""
+        self._llm.abort()
+        self._thread.join()
+        self._llm.step_listener = None
+        if self._failures:
+            raise self._failures[0]

@@ -1,19 +1,23 @@
-"""One run of the throughput command, from the LLM's start to its result."""
+"""One run of the throughput command, from the LLM's start to its results."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from nanoflow._core import Schedule
 from nanoflow.bench import result, throughput
 from nanoflow.bench.datasets import Lengths, Request, random_requests
 from nanoflow.bench.fill import fill_lengths, running_requests
-from nanoflow.bench.gpu_profile import ProfileError, Profiler
-from nanoflow.bench.steady_run import SETTLE_SECONDS, SteadyMeasurement, measure_steady
+from nanoflow.bench.gpu_profile import Profile, ProfileError, Profiler
+from nanoflow.bench.steady_run import SETTLE_SECONDS, SteadyBatch, SteadyMeasurement
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.bench.workload import Target, Workload
 from nanoflow.llm import LLM
@@ -32,48 +36,68 @@ class _Outcome:
 
 
 def measure_workload(
-    options: argparse.Namespace, workload: Workload, arguments: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """The result, and lines to print of it. `arguments` are the LLM's.
+    options: argparse.Namespace,
+    workload: Workload,
+    arguments: dict[str, Any],
+    schedules: Sequence[Schedule] = (),
+) -> list[tuple[dict[str, Any], list[str]]]:
+    """A result, and lines to print of it. `arguments` are the LLM's.
+
+    With `schedules`, one for each of them: they take turns on one engine, in the steady state of
+    one batch or for the same requests over again.
 
     Raises ValueError when the workload does not fit the LLM, or does not last.
     """
     device = str(arguments.get("device", "auto"))
     profiler, no_profile = _profiler(options, device)
+    if schedules:  # weights are laid out for the one that the LLM starts with
+        arguments = arguments | {"schedule": max(schedules, key=lambda one: one.gathers)}
     begin = perf_counter()
     with Telemetry(device) as telemetry, LLM(**arguments) as llm:
         phases = {"load": perf_counter() - begin}
-        runner = _Runner(llm, options)
+        say(f"loaded in {phases['load']:.1f} s")
+        turns: Sequence[Schedule | None] = schedules or [None]
+        runner = _Runner(llm, options, turns)
         requests = runner.draw(workload, workload.num_prompts)
         if options.num_warmups > 0:
             few = runner.draw(workload, options.num_warmups)
             phases["warm_up"] = runner.whole(few).seconds
         if options.steady_start:
-            done = runner.steady(requests, profiler, no_profile)
+            outcomes = runner.steady(requests, profiler, no_profile)
         else:
-            done = runner.whole(requests)
-        power = telemetry.power(done.begin, done.begin + done.seconds)
-        found = {
-            **result.circumstances(
-                llm.args, llm.limits, llm.memory, llm.device_description, options.commit
-            ),
-            "steps_by_schedule": _steps_by_schedule(llm),
-            "workload": workload.name,
-            "dataset": options.dataset_name,
-            "temperature": options.temperature,
-            "n": options.n,
-            "detokenize": not options.disable_detokenize,
-            "warm_up": _warm_up(options),
-            **done.rates,
-            **telemetry.board,
-            "total_tok_s_per_gpu": done.tokens_per_second / llm.args.ranks,
-            # One device is sampled: its share of the tokens is what its power is divided by.
-            **result.energy(power, telemetry.reason, done.tokens_per_second / llm.args.ranks),
-            "gemm_ceiling_tflops": None,
-            **done.kernels,
-            "phase_seconds": phases | done.phases,
-        }
-    return found, [*done.text, llm.memory.table()]
+            outcomes = runner.wholes(requests)
+        circumstances = result.circumstances(
+            llm.args, llm.limits, llm.memory, llm.device_description, options.commit
+        )
+        results = []
+        for schedule, done in zip(turns, outcomes, strict=True):
+            power = telemetry.power(done.begin, done.begin + done.seconds)
+            found = {
+                **circumstances,
+                **({} if schedule is None else {"schedule": schedule.id}),
+                "steps_by_schedule": _steps_by_schedule(llm),
+                "workload": workload.name,
+                "dataset": options.dataset_name,
+                "temperature": options.temperature,
+                "n": options.n,
+                "detokenize": not options.disable_detokenize,
+                "warm_up": _warm_up(options),
+                **done.rates,
+                **telemetry.board,
+                "total_tok_s_per_gpu": done.tokens_per_second / llm.args.ranks,
+                # One device is sampled: its share of the tokens is what its power is divided by.
+                **result.energy(power, telemetry.reason, done.tokens_per_second / llm.args.ranks),
+                "gemm_ceiling_tflops": None,
+                **done.kernels,
+                "phase_seconds": phases | done.phases,
+            }
+            results.append((found, [*done.text, llm.memory.table()]))
+    return results
+
+
+def say(text: str) -> None:
+    """A line of progress, with the time of day."""
+    print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 def target_of(llm: LLM) -> Target:
@@ -84,8 +108,12 @@ def target_of(llm: LLM) -> Target:
 class _Runner:
     """Draws requests and runs them."""
 
-    def __init__(self, llm: LLM, options: argparse.Namespace) -> None:
+    def __init__(
+        self, llm: LLM, options: argparse.Namespace, schedules: Sequence[Schedule | None]
+    ) -> None:
+        """`schedules`: to run with; None for the LLM's own."""
         self._llm = llm
+        self._schedules = schedules
         self._target = target_of(llm)
         self._rng = np.random.default_rng(llm.args.seed)
         self._n: int = options.n
@@ -99,6 +127,14 @@ class _Runner:
 
     def draw(self, workload: Workload, count: int) -> list[Request]:
         return workload.draw(count, self._target, self._rng)
+
+    def wholes(self, requests: list[Request]) -> list[_Outcome]:
+        outcomes = []
+        for schedule in self._schedules:
+            self._use(schedule)
+            self._llm.reset_prefix_cache()
+            outcomes.append(self.whole(requests))
+        return outcomes
 
     def whole(self, requests: list[Request]) -> _Outcome:
         run = throughput.measure(self._llm, requests, n=self._n, order=self._order, **self._how)
@@ -114,32 +150,48 @@ class _Runner:
 
     def steady(
         self, requests: list[Request], profiler: Profiler | None, no_profile: str | None
-    ) -> _Outcome:
+    ) -> list[_Outcome]:
+        """All are measured before any is profiled, for that may slow down what follows."""
         limits = self._llm.limits
         lengths = [Lengths(len(one.prompt_token_ids), one.output_len) for one in requests]
         count = running_requests(lengths, limits)
         fill = fill_lengths(lengths, count, limits.max_num_batched_tokens, self._rng)
-        run = measure_steady(
-            self._llm,
-            random_requests(fill, self._target.vocab_size, self._target.special_ids, self._rng),
-            requests,
-            seconds=self._steady_seconds,
-            profiler=profiler,
-            **self._how,
+        filling = random_requests(
+            fill, self._target.vocab_size, self._target.special_ids, self._rng
         )
+        runs: list[SteadyMeasurement] = []
+        profiles: list[tuple[Profile | None, str | None]] = []
+        with SteadyBatch(self._llm, filling, requests, **self._how) as batch:
+            say(f"{len(fill)} requests prefilled in {batch.fill_seconds:.1f} s")
+            for schedule in self._schedules:
+                self._use(schedule)
+                runs.append(batch.measure(self._steady_seconds))
+                say(throughput.steady_line(runs[-1].state))
+            for schedule in self._schedules:
+                self._use(schedule)
+                profiles.append((None, no_profile) if profiler is None else batch.profile(profiler))
+        return [
+            self._outcome(run, batch, *profile) for run, profile in zip(runs, profiles, strict=True)
+        ]
+
+    def _outcome(
+        self, run: SteadyMeasurement, batch: SteadyBatch, profile: Profile | None, why: str | None
+    ) -> _Outcome:
+        tflops = result.matrix_tflops(self._llm.model_config, run.state) / self._llm.args.ranks
         return _Outcome(
-            rates=_rates(run)
-            | {
-                "matrix_tflops": result.matrix_tflops(self._llm.model_config, run.state)
-                / self._llm.args.ranks
-            },
-            kernels=result.kernels(run.profile, no_profile or run.profile_reason),
+            rates=_rates(run, batch.fill_requests) | {"matrix_tflops": tflops},
+            kernels=result.kernels(profile, why),
             text=[throughput.steady_line(run.state)],
             begin=run.begin,
             seconds=run.state.seconds,
             tokens_per_second=run.state.tokens_per_second,
-            phases={"fill": run.fill_seconds, "window": run.state.seconds},
+            phases={"fill": batch.fill_seconds, "window": run.state.seconds},
         )
+
+    def _use(self, schedule: Schedule | None) -> None:
+        if schedule is not None:
+            say(f"schedule {schedule.id}")
+            self._llm.set_schedule(schedule)
 
 
 def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None, str | None]:
@@ -174,7 +226,7 @@ def _warm_up(options: argparse.Namespace) -> str:
     return text
 
 
-def _rates(run: SteadyMeasurement) -> dict[str, Any]:
+def _rates(run: SteadyMeasurement, fill_requests: int) -> dict[str, Any]:
     state = run.state
     return {
         "measured": "steady state",
@@ -184,7 +236,7 @@ def _rates(run: SteadyMeasurement) -> dict[str, Any]:
         "step_ms": state.step_ms,
         "steady_state": {
             **state.to_json(),
-            "fill_requests": run.fill_requests,
+            "fill_requests": fill_requests,
             "mean_running": run.mean_running,
         },
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from time import perf_counter
 
 from nanoflow.request import Request
-from nanoflow.scheduler.choose import Chooser
+from nanoflow.scheduler.choose import Chooser, Option
 from nanoflow.scheduler.engine import BatchFactory, Engine
 from nanoflow.scheduler.inbox import Inbox
 from nanoflow.scheduler.state import SchedulerState
@@ -92,6 +93,19 @@ class SchedulerLoop:
         with self._inbox.changed:
             self._inbox.forgets_prefixes = True
             self._inbox.changed.notify()
+
+    def use_schedule(self, option: Option) -> None:
+        """Steps run with this schedule from now on. Returns when the next one will.
+
+        Raises EngineError when the schedule does not fit the engine, or the loop is closed.
+        """
+        done: Future[None] = Future()
+        with self._inbox.changed:
+            if self._inbox.is_closing:
+                raise self._inbox.closed_error()
+            self._inbox.schedules.append((option, done))
+            self._inbox.changed.notify()
+        done.result()
 
     def abort_all(self) -> None:
         """Finishes every request submitted so far with what it has generated."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nanoflow.scheduler.choose import Chooser, Mix
+from nanoflow.scheduler.choose import Chooser, Mix, Option
 from nanoflow.scheduler.engine import Engine
 from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.stats import Counters
@@ -19,8 +19,8 @@ class _Started:
 
 
 class ScheduleSwitch:
-    """Belongs to the scheduler's thread. Without a chooser all steps run with the one schedule
-    that engine and policy were made with."""
+    """Belongs to the scheduler's thread. Without a chooser steps run with the schedule that engine
+    and policy were made with, until told to use another."""
 
     def __init__(
         self, chooser: Chooser | None, engine: Engine, policy: Policy, counters: Counters
@@ -34,6 +34,12 @@ class ScheduleSwitch:
         self._started: deque[_Started] = deque()  # oldest first
         self._last_done = 0.0  # seconds of time.perf_counter
 
+    def use(self, option: Option) -> None:
+        """From the next step on, and nothing is chosen any more. Raises EngineError on a schedule
+        that does not fit the engine, which goes on as before then."""
+        self._follow(option)
+        self._chooser = None
+
     def prepare(self) -> None:
         """Before a step is planned, which will be much like the last one."""
         if self._chooser is None:
@@ -41,10 +47,12 @@ class ScheduleSwitch:
         number = self._chooser.choose(self._mix)
         if number == self._option:
             return
-        option = self._chooser.options[number]
+        self._follow(self._chooser.options[number])
+        self._option = number
+
+    def _follow(self, option: Option) -> None:
         self._engine.set_schedule(option.schedule)
         self._policy.deal_with(option.dealer)
-        self._option = number
 
     def start(self, mix: Mix, time: float) -> None:
         """A step has been submitted."""

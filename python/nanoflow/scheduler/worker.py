@@ -6,12 +6,14 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 from nanoflow.errors import QueueFullError
 from nanoflow.scheduler.batch import build_batch
+from nanoflow.scheduler.choose import Option
 from nanoflow.scheduler.copies import Copies
 from nanoflow.scheduler.deadlines import TIMEOUT, Deadlines
 from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
@@ -101,11 +103,14 @@ class Worker:
                 inbox.forgets_prefixes = False
             requests, inbox.requests = inbox.requests, []
             aborts, inbox.aborts = inbox.aborts, []
+            schedules, inbox.schedules = inbox.schedules, []
             is_closing = inbox.is_closing
             doomed, inbox.doomed = len(requests) if is_closing else inbox.doomed, None
         now = perf_counter()
         if not was_busy:
             self._idle.wake(now)
+        for option, done in schedules:
+            self._use(option, done)
         for request in requests:
             try:
                 self._state.add(request)
@@ -123,6 +128,14 @@ class Worker:
         for request in self._deadlines.expired(now):
             self._state.end(request.id, "abort", now, stop_reason=TIMEOUT)
         return self._is_busy() or not is_closing
+
+    def _use(self, option: Option, done: Future[None]) -> None:
+        try:
+            self._switch.use(option)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
     def _is_busy(self) -> bool:
         return self._state.has_requests or bool(self._in_flight)
@@ -224,6 +237,9 @@ class Worker:
             inbox.is_closing = True
             inbox.failure = cause
             requests, inbox.requests = inbox.requests, []
+            schedules, inbox.schedules = inbox.schedules, []
+        for _, done in schedules:
+            done.set_exception(inbox.closed_error())
         now = perf_counter()
         for request in self._state.open_requests() + requests:
             if request.finish_reason is None:
