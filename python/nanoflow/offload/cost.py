@@ -45,6 +45,13 @@ class CostModel:
         rate = self._prefill.value
         return None if rate is None else pages * self._page_size / rate
 
+    def tokens_meanwhile(self, pages: int, bandwidth: Rate) -> float:
+        """Tokens that are computed while so many pages arrive; 0 before both have been seen."""
+        rate, prefill = bandwidth.value, self._prefill.value
+        if rate is None or prefill is None:
+            return 0.0
+        return pages * self.page_bytes / rate * prefill
+
     def is_worth(self, pages: int, bandwidth: Rate, backlog: int = 0) -> bool:
         """Whether `pages` behind `backlog` others arrive before they would be computed.
 

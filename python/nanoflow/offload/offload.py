@@ -84,6 +84,11 @@ class Offload:
         slots = self._host.find(keys)
         return slots if slots and self._cost.is_worth(len(slots), self._load_rate) else []
 
+    def load_cost(self, keys: Sequence[bytes]) -> tuple[int, float]:
+        """Pages of the first keys that would be loaded, and tokens that are computed meanwhile."""
+        pages = len(self.find(keys))
+        return pages, self._cost.tokens_meanwhile(pages, self._load_rate)
+
     def is_awaited(self, key: bytes) -> bool:
         """Whether content is being read, or is to be read, that a request should wait for."""
         return perf_counter() < max(self._awaited.get(key, 0.0), self._refused.get(key, 0.0))

@@ -13,6 +13,7 @@ from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
+from nanoflow.scheduler.victims import Victims
 
 SCORED_ROWS = 64  # head rows that prompts can count on, beside one a request
 # Of all pages: kept from admission, as the forecast guesses how full the last pages will be.
@@ -23,7 +24,7 @@ RESERVE = 0.005
 class StepPlan:
     """Who takes part in a step, in the order of the batch. Nobody does when `slots` is empty."""
 
-    preempted: list[int]  # slots that give their pages up first, youngest first
+    preempted: list[int]  # slots that give their pages up first
     admitted: list[tuple[int, Request]]  # into which slots, oldest first
     prefixes: list[Prefix]  # of each admitted request, which it starts with
     slots: Ints  # [R] by segment; inside one, decodes before prefill chunks
@@ -59,8 +60,9 @@ class Policy:
     Requests are admitted in the order in which they are offered while there are a slot, pages for
     their whole prefill, and, by the forecast, pages for all that run with them until they end.
     A request that lacks a page for its next row sits the step out; unless pages on their way back
-    will do, the youngest of those younger than it are preempted. So the oldest request always gets
-    on, and as the cache holds at least one request of full length, every request finishes.
+    will do, some of those younger than it are preempted, the cheapest to resume (victims.py). So
+    the oldest request always gets on, and as the cache holds at least one request of full length,
+    every request finishes.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Policy:
         free_pages: int,
         retired_pages: int,
         forecast: Forecast,
+        victims: Victims,
     ) -> StepPlan:
         """Plans a step and changes nothing.
 
@@ -90,7 +93,7 @@ class Policy:
         `free_slots`, the last of them first.
         `retired_pages` will be free when the steps in flight have completed.
         """
-        running, preempted = self._preempt(slots, free_pages, retired_pages)
+        running, preempted = self._preempt(slots, free_pages, retired_pages, victims)
         takers = self._takers(slots, running)
         fits = _fits(slots, takers, free_pages)
         stalled = not fits.all()
@@ -136,8 +139,10 @@ class Policy:
         """Requests beyond those that fill a step: no chunk need overflow a segment to fill it."""
         return self._dealer.segments - 1 if prefill_rows > 0 else 0
 
-    def _preempt(self, slots: Slots, free_pages: int, retired_pages: int) -> tuple[Ints, list[int]]:
-        """Those still running, and those who must give way, youngest first."""
+    def _preempt(
+        self, slots: Slots, free_pages: int, retired_pages: int, victims: Victims
+    ) -> tuple[Ints, list[int]]:
+        """Those still running, and those who must give way."""
         running = slots.running
         preempted: list[int] = []
         while True:
@@ -146,10 +151,11 @@ class Policy:
             # Each lacks one page; retired pages serve the oldest.
             if len(stalled) <= retired_pages or running[-1] == stalled[retired_pages]:
                 return running, preempted
-            victim = int(running[-1])
-            running = running[:-1]
+            younger = slots.age[running] > slots.age[stalled[retired_pages]]
+            victim, freed = victims.choose(running[younger])
+            running = running[running != victim]
             preempted.append(victim)
-            retired_pages += int(slots.num_pages[victim])
+            retired_pages += freed
 
     def _admissible(
         self,

@@ -37,6 +37,7 @@ class Slots:
         self.running: Ints = np.empty(0, np.int64)  # slots that run, by age
         self.state = np.full(num_slots, SlotState.FREE, np.int8)
         self.age: Ints = np.zeros(num_slots, np.int64)  # of the request: lower ones go first
+        self.priority: Ints = np.zeros(num_slots, np.int64)  # likewise; ages are by it first
 
         self.prompt_len: Ints = np.zeros(num_slots, np.int64)
         self.prefill_len: Ints = np.zeros(num_slots, np.int64)
@@ -90,6 +91,7 @@ class Slots:
         at = int(np.searchsorted(self.age[self.running], age))
         self.running = np.concatenate([self.running[:at], [slot], self.running[at:]])
         self.age[slot] = age
+        self.priority[slot] = request.priority
         self.prompt_len[slot] = prompt_len
         self.prefill_len[slot] = self.known[slot] = length
         self.last_step[slot] = 0

@@ -19,6 +19,7 @@ from nanoflow.scheduler.scoring import find_scored, take_scores
 from nanoflow.scheduler.slots import Ints, Slots, SlotState
 from nanoflow.scheduler.stats import Counters, SchedulerStats
 from nanoflow.scheduler.step import Step
+from nanoflow.scheduler.victims import Victims
 from nanoflow.scheduler.waiting import WaitingQueue
 
 
@@ -41,6 +42,7 @@ class SchedulerState:
         self.pages = pages
         self.offload = offload
         self._prefixes = PrefixCache(slots, pages, is_on=shares_prefixes, offload=offload)
+        self._victims = Victims(slots, pages, offload)
         self.policy = policy
         self.admission = Admission(pages.num_pages, len(slots.requests), slots.page_size)
         self.counters = Counters()
@@ -155,6 +157,7 @@ class SchedulerState:
             self.pages.num_free,
             self.pages.num_retired,
             self.admission.forecast,
+            self._victims,
         )
         self.counters.preemptions += len(plan.preempted)
         for slot in plan.preempted:
