@@ -34,9 +34,7 @@ class Victims:
         best = np.lexsort((-np.arange(len(candidates)), costs, frees == 0))[0]
         return int(candidates[best]), int(frees[best])
 
-    def _weigh(
-        self, candidates: Ints
-    ) -> tuple[Ints, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    def _weigh(self, candidates: Ints) -> tuple[Ints, np.ndarray[tuple[int], np.dtype[np.float64]]]:
         """[R] Pages that each alone holds; [R] what it costs to resume each, in the time of
         computing a token."""
         slots = self._slots
