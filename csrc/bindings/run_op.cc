@@ -296,6 +296,13 @@ std::vector<Tensor> tensors_of(const py::kwargs& values) {
   return tensors;
 }
 
+/// Where a kernel works: so many bytes in whole words, in memory that `owner` gets.
+Tensor make_work(size_t bytes, Backend& backend, Buffer& owner) {
+  const int64_t words = elements_for(DType::kI32, bytes);
+  owner = backend.allocate(static_cast<size_t>(words) * size_of(DType::kI32));
+  return Tensor(owner.data(), DType::kI32, backend.device(), {words});
+}
+
 /// Enqueues the op and, before an attention on a backend that wants one, its plan; returns the
 /// memory they work in.
 Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
@@ -314,21 +321,14 @@ Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
                                                       static_cast<int>(attention->q.size(0)),
                                                       plan.num_heads, plan.num_kv_heads);
     if (bytes > 0) {
-      work = backend.allocate(bytes);
-      plan.work = Tensor(work.data(), DType::kI32, backend.device(),
-                         {static_cast<int64_t>(bytes / sizeof(int32_t))});
-      attention->work = plan.work;
+      plan.work = attention->work = make_work(bytes, backend, work);
       backend.kernels().run(plan, lane);
     }
   }
   if (auto* gather = std::get_if<AllGather>(&op)) {
     const size_t bytes = backend.communicator().gather_work_bytes(
         static_cast<size_t>(gather->x.numel()) * size_of(gather->x.dtype()));
-    if (bytes > 0) {
-      work = backend.allocate(bytes);
-      gather->work = Tensor(work.data(), DType::kI32, backend.device(),
-                            {static_cast<int64_t>(bytes / sizeof(int32_t))});
-    }
+    if (bytes > 0) gather->work = make_work(bytes, backend, work);
   }
   std::visit([&](const auto& o) { backend.kernels().run(o, lane); }, op);
   return work;

@@ -40,6 +40,10 @@ struct BFloat16 {
 using Float16 = _Float16;
 
 size_t size_of(DType dtype);
+/// Elements that hold so many bytes, the last perhaps in part.
+inline int64_t elements_for(DType dtype, size_t bytes) {
+  return static_cast<int64_t>((bytes + size_of(dtype) - 1) / size_of(dtype));
+}
 std::string_view to_string(DType dtype);
 /// Accepts torch's names ("float32", "bfloat16", "float16", "int32", "uint64"); throws on others.
 DType parse_dtype(std::string_view name);

@@ -70,7 +70,7 @@ void Workspace::allocate_activations(bool gathers) {
   const size_t attention_bytes = backend_.attention_work_bytes(
       config_.max_num_seqs, static_cast<int>(rows), spec_.num_heads, spec_.num_kv_heads);
   const size_t gather_bytes = gather_work_bytes(rows, samples, gathers);
-  const auto words = [](size_t bytes) { return static_cast<int64_t>(bytes / sizeof(int32_t)); };
+  const auto words = [](size_t bytes) { return elements_for(DType::kI32, bytes); };
   const bool has_ranks = spec_.ranks > 1;
   Arena& a = activations_;
   a.add("residual", dtype, {rows, hidden});

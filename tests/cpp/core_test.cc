@@ -37,6 +37,8 @@ TEST_CASE("dtypes have names and sizes") {
   }
   CHECK(size_of(DType::kBF16) == 2);
   CHECK(size_of(DType::kU64) == 8);
+  CHECK(elements_for(DType::kI32, 460) == 115);
+  CHECK(elements_for(DType::kI32, 462) == 116);
   CHECK_THROWS_WITH_AS(parse_dtype("int4"),
                        "unknown dtype 'int4'; use float32, bfloat16, float16, int32 or uint64",
                        Error);
