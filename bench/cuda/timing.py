@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from nanoflow.bench.telemetry import Telemetry
 
 
 def environment(commit: str) -> dict[str, Any]:
@@ -42,45 +43,26 @@ def sustained(enqueue: Callable[[int], object], seconds: float = 2.0) -> dict[st
     """µs a run, W and MHz over the second half of `seconds` of uninterrupted work."""
     estimate = max(burst_us(enqueue, 5), 5.0)
     batch = max(int(20e3 / estimate), 1)  # about 20 ms
-    monitor = subprocess.Popen(
-        [
-            "nvidia-smi",
-            "--query-gpu=power.draw.instant,clocks.sm",
-            "--format=csv,noheader,nounits",
-            "-lms",
-            "50",
-            "-i",
-            "0",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
     marks: list[tuple[torch.cuda.Event, float]] = []
     begin = time.perf_counter()
     runs = 0
-    while time.perf_counter() - begin < seconds:
-        for _ in range(batch):
-            enqueue(runs)
-            runs += 1
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
-        marks.append((mark, runs))
-        if len(marks) > 2:
-            marks[-3][0].synchronize()  # at most two batches are queued
-    torch.cuda.synchronize()
-    monitor.terminate()
-    assert monitor.stdout is not None
-    samples = [
-        tuple(float(part) for part in line.split(","))
-        for line in monitor.stdout.read().splitlines()
-        if line.count(",") == 1 and "N/A" not in line
-    ]
-    late = samples[len(samples) // 2 :] or [(float("nan"), float("nan"))]
+    with Telemetry(f"cuda:{torch.cuda.current_device()}") as telemetry:
+        while time.perf_counter() - begin < seconds:
+            for _ in range(batch):
+                enqueue(runs)
+                runs += 1
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+            marks.append((mark, runs))
+            if len(marks) > 2:
+                marks[-3][0].synchronize()  # at most two batches are queued
+        torch.cuda.synchronize()
+        power = telemetry.power(begin + seconds / 2, time.perf_counter())
     middle = marks[len(marks) // 2]
     last = marks[-1]
     elapsed_us = middle[0].elapsed_time(last[0]) * 1e3
     return {
         "us": elapsed_us / (last[1] - middle[1]),
-        "watts": sum(s[0] for s in late) / len(late),
-        "sm_mhz": sum(s[1] for s in late) / len(late),
+        "watts": power.watts if power else float("nan"),
+        "sm_mhz": power.sm_mhz if power else float("nan"),
     }

@@ -12,11 +12,12 @@ namespace {
 
 constexpr const char* kCudaLibrary = "libnanoflow_cuda.so";
 
-/// The two functions of the CUDA backend's library.
+/// The functions of the CUDA backend's library.
 struct CudaLibrary {
   void (*make_backends)(const BackendOptions&, int ranks,
                         std::vector<std::shared_ptr<Backend>>& backends);
   void (*find_problem)(int index, std::string& problem);
+  void (*find_bus_id)(int index, std::string& id);
 };
 
 /// Opens the library, which lies beside this one and stays open for good: backends outlive this
@@ -42,6 +43,8 @@ CudaLibrary open_cuda_library(Device device) {
       reinterpret_cast<decltype(cuda.make_backends)>(function("nanoflow_make_cuda_backends"));
   cuda.find_problem =
       reinterpret_cast<decltype(cuda.find_problem)>(function("nanoflow_find_cuda_problem"));
+  cuda.find_bus_id =
+      reinterpret_cast<decltype(cuda.find_bus_id)>(function("nanoflow_find_cuda_bus_id"));
   return cuda;
 }
 
@@ -95,6 +98,12 @@ std::string cuda_problem(int index) {
   } catch (const std::exception& error) {
     return error.what();
   }
+}
+
+std::string cuda_bus_id(int index) {
+  std::string id;
+  open_cuda_library({Device::Kind::kCuda, index}).find_bus_id(index, id);
+  return id;
 }
 
 }  // namespace nanoflow

@@ -120,6 +120,8 @@ std::shared_ptr<Backend> make_backend(const BackendOptions& options);
 /// What that error would say for a CUDA device, empty where it can be used. Never throws, and takes
 /// no memory where there is no usable device.
 std::string cuda_problem(int index);
+/// The PCI bus id of a CUDA device, as in "0000:3B:00.0". Throws Error where there is none.
+std::string cuda_bus_id(int index);
 
 /// Defined by kernels/cpu.
 std::vector<std::shared_ptr<Backend>> make_cpu_backends(const BackendOptions& options, int ranks);

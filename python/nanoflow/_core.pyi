@@ -33,6 +33,7 @@ __all__: list[str] = [
     "StepResult",
     "Weights",
     "cpu_isas",
+    "cuda_bus_id",
     "cuda_problem",
     "make_backends",
     "run_op",
@@ -572,6 +573,11 @@ class Engine:
 def cpu_isas() -> list[str]:
     """
     Instruction sets this machine can run, slowest first; the last is what 'auto' takes.
+    """
+
+def cuda_bus_id(index: typing.SupportsInt | typing.SupportsIndex = 0) -> str:
+    """
+    The PCI bus id of a CUDA device, by which other libraries know it whatever devices CUDA shows. Raises EngineError where there is no such device.
     """
 
 def cuda_problem(index: typing.SupportsInt | typing.SupportsIndex = 0) -> str:

@@ -38,7 +38,7 @@ class AsyncLLM:
         self.memory = self._runtime.memory
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
-        self._meter = open_meter(self._runtime.memory.device)
+        self._meter = open_meter(self._runtime.memory.device, self.args.tensor_parallel_size)
         self._status = StatusLine(
             self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
         )

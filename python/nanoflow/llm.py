@@ -51,7 +51,7 @@ class LLM:
         self.start_seconds = self._runtime.start_seconds
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
-        self._meter = open_meter(self._runtime.memory.device)
+        self._meter = open_meter(self._runtime.memory.device, self.args.tensor_parallel_size)
         self._status = StatusLine(
             self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
         )

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from conftest import has_cuda
+from nanoflow import _core
 from nanoflow.bench import gpu_profile, result, telemetry
 from nanoflow.bench.ceiling import gemm_ceiling_tflops
 from nanoflow.bench.gpu_profile import Kernel, ProfileError, Profiler, kernels_of, summarize
 from nanoflow.bench.steady import SteadyState
 from nanoflow.bench.telemetry import Power, Sample, Telemetry, power
 from nanoflow.config import EngineArgs
-from nanoflow.energy import gpu_handle
+from nanoflow.energy import EnergyMeter, open_boards, open_meter
+from nanoflow.errors import EngineError
 from nanoflow.models.llama import parse_config
 
 
@@ -25,7 +28,23 @@ def test_power_is_energy_by_time():
     assert power(samples, 0.5, 1.5) is None
 
 
+BUS_IDS = ("0000:3B:00.0", "0000:19:00.0")  # of CUDA's devices, in the order CUDA has chosen
+
+
+def fake_bus_id(index: int) -> str:
+    if index >= len(BUS_IDS):
+        raise EngineError("there is no such device")
+    return BUS_IDS[index]
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "cuda_bus_id", fake_bus_id)
+
+
 class FakeNvml:
+    """Handles are bus ids. A board's energy grows at every call, by 1 J, on the second one 10."""
+
     NVML_CLOCK_SM = 1
 
     class NVMLError(Exception):
@@ -37,11 +56,8 @@ class FakeNvml:
 
     def nvmlInit(self) -> None: ...
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return f"index {index}"
-
-    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
-        return name
+    def nvmlDeviceGetHandleByPciBusId(self, bus_id: str) -> str:
+        return bus_id
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
@@ -53,45 +69,65 @@ class FakeNvml:
         self.calls += 1
         if self.calls > self.calls_before_failure:
             raise self.NVMLError("lost")
-        return 1000 * self.calls
+        return 1000 * self.calls * (10 if handle == BUS_IDS[1] else 1)
 
     def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
-        return 1500
+        return 1700 if handle == BUS_IDS[1] else 1500
 
 
-def test_samples_while_it_is_entered(monkeypatch):
+def test_samples_while_it_is_entered(monkeypatch, two_gpus):
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.setattr(telemetry, "SAMPLES_PER_SECOND", 1000)
     with Telemetry("cuda") as readings:
         while len(readings.samples) < 5:
             pass
     assert readings.reason is None
-    assert readings.board == {"driver": "580.1", "power_limit_watts": 700}
+    assert readings.board == {"driver": "580.1", "boards": 1, "power_limit_watts": 700}
     assert [sample.joules for sample in readings.samples[:3]] == [1, 2, 3]
     found = readings.power(readings.samples[0].time, readings.samples[-1].time)
     assert found is not None and found.sm_mhz == 1500
 
 
-def test_says_why_there_are_no_samples(monkeypatch):
+def test_sums_the_boards_of_all_ranks(monkeypatch, two_gpus):
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    readings = Telemetry("cuda:0", ranks=2)
+    assert (readings.board["boards"], readings.board["power_limit_watts"]) == (2, 1400)
+    assert [(sample.joules, sample.sm_mhz) for sample in readings.samples] == [(1 + 20, 1600)]
+
+
+def test_says_why_there_are_no_samples(monkeypatch, two_gpus):
     assert Telemetry("cpu").reason == "only GPUs are sampled"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "pip install 'nanoflow[bench]'" in str(Telemetry("cuda").reason)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(calls_before_failure=0))
     assert Telemetry("cuda").reason == "NVML: lost"
+    assert Telemetry("cuda:2").reason == "there is no such device"
 
 
 @pytest.mark.parametrize(
-    ("visible", "device", "handle"),
-    [
-        ("", "cuda", "index 0"),
-        ("", "cuda:2", "index 2"),
-        ("3,5", "cuda:1", "index 5"),
-        ("GPU-ab12", "cuda:0", "GPU-ab12"),
-    ],
+    ("device", "ranks", "boards"),
+    [("cuda", 1, BUS_IDS[:1]), ("cuda:1", 1, BUS_IDS[1:]), ("cuda:0", 2, BUS_IDS)],
 )
-def test_samples_the_gpu_that_cuda_numbers(monkeypatch, visible, device, handle):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_handle(FakeNvml(), device) == handle
+def test_boards_are_those_that_cuda_runs_on(monkeypatch, two_gpus, device, ranks, boards):
+    nvml = FakeNvml()
+    assert open_boards(nvml, device, ranks) == list(boards)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = open_meter(device, ranks)
+    assert isinstance(meter, EnergyMeter)
+    assert open_meter("cuda:1", 2) is None, "there is no third board"
+
+
+@pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
+def test_cuda_tells_the_bus_id_that_nvml_knows():
+    nvml = pytest.importorskip("pynvml")
+    [board] = open_boards(nvml, "cuda", 1)
+    name = nvml.nvmlDeviceGetName(board)
+    assert name in _core.Backend("cuda").description
+
+
+def test_a_build_or_machine_without_the_device_says_so():
+    with pytest.raises(EngineError):
+        _core.cuda_bus_id(99)
 
 
 def event(name: str, begin: float, length: float, **more: Any) -> dict[str, Any]:

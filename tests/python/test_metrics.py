@@ -138,10 +138,10 @@ class FakeNvml:
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         if self.is_lost:
             raise self.NVMLError("lost")
-        return 412_000
+        return 206_000
 
 
-def test_the_energy_of_a_gpu_is_told(
+def test_the_energy_of_all_gpus_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = serve()
@@ -149,11 +149,11 @@ def test_the_energy_of_a_gpu_is_told(
     now, stats = 100.0, service.state.stats()
     monkeypatch.setattr(metrics, "perf_counter", lambda: now)
     nvml = FakeNvml()
-    meter = EnergyMeter(nvml, "gpu")
+    meter = EnergyMeter(nvml, ["gpu 0", "gpu 1"])
     line = StatusLine(lambda: stats, meter=meter)
     with caplog.at_level(logging.INFO):
         line.tick()
-        now, nvml.millijoules = now + 10, 5_000_000
+        now, nvml.millijoules = now + 10, 2_500_000
         times = EngineTimes(open=10.0, idle=0.05)
         stats = replace(stats, prompt_tokens=90_000, generation_tokens=10_000, engine_times=times)
         line.tick()

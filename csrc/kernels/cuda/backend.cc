@@ -148,3 +148,7 @@ extern "C" void nanoflow_make_cuda_backends(
 extern "C" void nanoflow_find_cuda_problem(int index, std::string& problem) {
   problem = nanoflow::cuda::problem_of(nanoflow::cuda::probe_device(index));
 }
+
+extern "C" void nanoflow_find_cuda_bus_id(int index, std::string& id) {
+  id = nanoflow::cuda::bus_id_of(index);
+}

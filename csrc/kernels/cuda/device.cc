@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
+
 #include "core/error.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/clock.h"
@@ -48,6 +50,12 @@ DeviceInfo open_device(int index) {
           .sm_count = facts.sm_count,
           .compute_capability = facts.major * 10 + facts.minor,
           .name = facts.name};
+}
+
+std::string bus_id_of(int index) {
+  std::array<char, 32> id{};
+  NF_CUDA_CHECK(cudaDeviceGetPCIBusId(id.data(), static_cast<int>(id.size()), index));
+  return id.data();
 }
 
 DeviceMemory memory_of(int index) {

@@ -22,6 +22,10 @@ DeviceFacts probe_device(int index);
 /// Makes the device current and reads its properties. Throws Error with the problem that it has.
 DeviceInfo open_device(int index);
 
+/// As in "0000:3B:00.0": it names the board to other libraries, whatever devices CUDA shows. Throws
+/// Error where there is no such device.
+std::string bus_id_of(int index);
+
 struct DeviceMemory {
   size_t free, total;  // bytes
 };

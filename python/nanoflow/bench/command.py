@@ -160,7 +160,7 @@ def _print_gpu(found: dict[str, Any]) -> None:
         return
     if found["watts"] is not None:
         print(
-            f"GPU: {found['watts']:.0f} W, {found['sm_mhz']:.0f} MHz, "
+            f"GPUs: {found['boards']}, {found['watts']:.0f} W, {found['sm_mhz']:.0f} MHz, "
             f"{found['j_per_token'] * 1e3:.2f} mJ/token"
         )
     if found["gemm_ceiling_tflops"] is not None:

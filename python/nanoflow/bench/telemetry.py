@@ -1,4 +1,4 @@
-"""Power and clock of the GPU while something is measured."""
+"""Power and clock of GPUs while something is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from nanoflow.energy import gpu_handle
+from nanoflow.energy import open_boards
+from nanoflow.errors import EngineError
 
 SAMPLES_PER_SECOND = 10
 
@@ -17,16 +18,16 @@ SAMPLES_PER_SECOND = 10
 @dataclass(frozen=True, slots=True)
 class Sample:
     time: float  # seconds of time.perf_counter
-    joules: float  # since the driver was loaded
-    sm_mhz: float
+    joules: float  # of all boards, since the driver was loaded
+    sm_mhz: float  # their mean
 
 
 @dataclass(frozen=True, slots=True)
 class Power:
     """Means over a span of time."""
 
-    watts: float
-    sm_mhz: float
+    watts: float  # of all boards
+    sm_mhz: float  # of a board
 
 
 def power(samples: Sequence[Sample], begin: float, end: float) -> Power | None:
@@ -40,13 +41,13 @@ def power(samples: Sequence[Sample], begin: float, end: float) -> Power | None:
 
 
 class Telemetry:
-    """Samples a GPU in a thread of its own, from entry to exit.
+    """Samples the GPUs of all ranks in a thread of its own, from entry to exit.
 
     `reason` says why there is nothing to sample: a CPU, or no NVML (pip install 'nanoflow[bench]').
     """
 
-    def __init__(self, device: str) -> None:
-        """`device`: as in EngineArgs."""
+    def __init__(self, device: str, ranks: int = 1) -> None:
+        """`device`: of the first rank, "cpu", "cuda" or "cuda:N"; the others' come after it."""
         self.samples: list[Sample] = []
         self.board: dict[str, Any] = {}  # what does not change
         self.reason: str | None = None
@@ -59,15 +60,18 @@ class Telemetry:
         try:
             import pynvml
 
-            pynvml.nvmlInit()
-            self._nvml, self._handle = pynvml, gpu_handle(pynvml, device)
+            self._nvml, self._boards = pynvml, open_boards(pynvml, device, ranks)
+            limits = map(pynvml.nvmlDeviceGetPowerManagementLimit, self._boards)
             self.board = {
                 "driver": pynvml.nvmlSystemGetDriverVersion(),
-                "power_limit_watts": pynvml.nvmlDeviceGetPowerManagementLimit(self._handle) * 1e-3,
+                "boards": len(self._boards),
+                "power_limit_watts": sum(limits) * 1e-3,
             }
             self._sample()
         except ImportError:
             self.reason = "nvidia-ml-py is not installed: pip install 'nanoflow[bench]'"
+        except EngineError as error:
+            self.reason = str(error)
         except pynvml.NVMLError as error:
             self.reason = f"NVML: {error}"
 
@@ -99,6 +103,6 @@ class Telemetry:
 
     def _sample(self) -> None:
         nvml = self._nvml
-        millijoules = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-        mhz = nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)
-        self.samples.append(Sample(perf_counter(), millijoules * 1e-3, mhz))
+        millijoules = sum(map(nvml.nvmlDeviceGetTotalEnergyConsumption, self._boards))
+        mhz = [nvml.nvmlDeviceGetClockInfo(one, nvml.NVML_CLOCK_SM) for one in self._boards]
+        self.samples.append(Sample(perf_counter(), millijoules * 1e-3, sum(mhz) / len(mhz)))

@@ -20,6 +20,7 @@ from nanoflow.bench.gpu_profile import Profile, ProfileError, Profiler
 from nanoflow.bench.steady_run import SETTLE_SECONDS, SteadyBatch, SteadyMeasurement
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.bench.workload import Target, Workload
+from nanoflow.config import EngineArgs
 from nanoflow.llm import LLM
 from nanoflow.metrics import Counter
 
@@ -53,7 +54,10 @@ def measure_workload(
     if schedules:  # weights are laid out for the one that the LLM starts with
         arguments = arguments | {"schedule": max(schedules, key=lambda one: one.gathers)}
     begin = perf_counter()
-    with Telemetry(device) as telemetry, LLM(**arguments) as llm:
+    with (
+        LLM(**arguments) as llm,
+        Telemetry(llm.memory.device, llm.args.tensor_parallel_size) as telemetry,
+    ):
         phases = {"load": perf_counter() - begin}
         say(f"loaded in {phases['load']:.1f} s")
         turns: Sequence[Schedule | None] = schedules or [None]
@@ -85,8 +89,7 @@ def measure_workload(
                 **done.rates,
                 **telemetry.board,
                 "total_tok_s_per_gpu": done.tokens_per_second / llm.args.ranks,
-                # One device is sampled: its share of the tokens is what its power is divided by.
-                **result.energy(power, telemetry.reason, done.tokens_per_second / llm.args.ranks),
+                **result.energy(power, telemetry.reason, _sampled_rate(llm.args, done)),
                 "gemm_ceiling_tflops": None,
                 **done.kernels,
                 "phase_seconds": phases | done.phases,
@@ -98,6 +101,12 @@ def measure_workload(
 def say(text: str) -> None:
     """A line of progress, with the time of day."""
     print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def _sampled_rate(args: EngineArgs, done: _Outcome) -> float:
+    """Tokens per second that the sampled boards account for: all of them, but a lone rank of
+    simulated ones its share."""
+    return done.tokens_per_second * args.tensor_parallel_size / args.ranks
 
 
 def target_of(llm: LLM) -> Target:
