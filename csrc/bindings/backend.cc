@@ -57,8 +57,7 @@ void register_backend(py::module_& m) {
   m.def("cuda_problem", &cuda_problem, py::arg("index") = 0,
         py::call_guard<py::gil_scoped_release>(),
         "Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.");
-  m.def("cuda_bus_id", &cuda_bus_id, py::arg("index") = 0,
-        py::call_guard<py::gil_scoped_release>(),
+  m.def("cuda_bus_id", &cuda_bus_id, py::arg("index") = 0, py::call_guard<py::gil_scoped_release>(),
         "The PCI bus id of a CUDA device, by which other libraries know it whatever devices CUDA "
         "shows. Raises EngineError where there is no such device.");
   m.def("cpu_isas", &cpu_isas,
