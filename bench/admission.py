@@ -2,6 +2,10 @@
 
 Usage: python bench/admission.py [--workloads 512/512 512/1024 chat] [--output-json FILE]
 
+Each workload runs with the forecast, and with vLLM's rule beside it: whoever's prompt fits into the
+pages that are free now begins, up to --max-num-seqs, which is 1,024 there on a large GPU. (A little
+less: vLLM asks for the pages of the prompt's first chunk only. Who gives way is chosen as here.)
+
 The scheduler is the real one; the engine is a clock that answers at once. A step takes as long as
 a roofline says for Llama-3.1-8B on one H100: products at 700 TFLOP/s, or the weights read once, and
 then the KV cache read at 3 TB/s.
@@ -11,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -21,18 +26,24 @@ import numpy as np
 from nanoflow.bench import environment
 from nanoflow.ordering import ORDERS, order_prompts
 from nanoflow.request import Request, Sampling
+from nanoflow.scheduler.admission import Admission
 from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.forecast import Forecast, Outlook
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
-from nanoflow.scheduler.slots import Slots
+from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.step import Step
+from nanoflow.scheduler.waiting import WaitingQueue
 
 PAGE_SIZE = 64
 EOS = 1
 PARAMETERS, KV_BYTES_PER_TOKEN = 8.0e9, 131_072
 FLOPS, BYTES_PER_SECOND = 700e12, 3.0e12
+MAX_TOKENS = 2048  # of requests whose length is not known
 SEED = 0
+FULL = 0.95  # of the pages; the steady state begins with it
+ADMISSIONS = ("forecast", "vllm")
 
 
 @dataclass(frozen=True)
@@ -54,15 +65,19 @@ class Result:
 
 @dataclass
 class Row:
-    """One run; steady state is what lies between the first end and the last admission."""
+    """One run. The steady state is what lies between the first step behind the first end that has
+    FULL of the pages (the first end, if none has), and the last admission."""
 
     workload: str
+    admission: str
     order: str
     requests: int
     steps: int
     simulated_seconds: float
     total_tokens_per_second: float  # prompts and outputs, over the whole run
     overlapped_tokens_per_second: float  # the same, if products and reads ran at the same time
+    recomputed_tokens: int  # after preemptions
+    steady_from: int  # step
     steady_steps: int
     steady_pages_granted: float  # share of all, mean
     steady_running: float  # mean
@@ -78,11 +93,16 @@ class Row:
 def make_workload(name: str, count: int) -> Workload:
     """`P/D`: as many of each, known to the scheduler. `P/D:eos`: the same lengths, not known.
     `blocks`: half of them 2048/64, then half 128/1024; `mixed`: the same, shuffled.
-    `chat`: log-normal lengths about those of ShareGPT (mean 246 and 322), not known."""
+    `chat`: log-normal lengths about those of ShareGPT (mean 246 and 322), not known.
+    `spread`: the same about means of 512 and 1024."""
     rng = np.random.default_rng(SEED)
     if name == "chat":
         prompts = rng.lognormal(np.log(130), 1.1, count).clip(1, 2048)
         outputs = rng.lognormal(np.log(230), 0.8, count).clip(1, 2048)
+        return Workload(prompts.astype(np.int64), outputs.astype(np.int64), False)
+    if name == "spread":
+        prompts = rng.lognormal(np.log(512) - 0.5, 1.0, count).clip(1, 2000)
+        outputs = rng.lognormal(np.log(1024) - 0.32, 0.8, count).clip(1, 2048)
         return Workload(prompts.astype(np.int64), outputs.astype(np.int64), False)
     if name in ("blocks", "mixed"):
         is_long = np.arange(count) < count // 2
@@ -101,13 +121,34 @@ def make_requests(workload: Workload) -> Iterable[Request]:
     ):
         certain = workload.is_certain
         sampling = Sampling(1.0, 1.0, 0, 0.0, number, 0, (), (EOS,), ignore_eos=certain)
-        max_len = prompt + (output if certain else 2048)
+        max_len = prompt + (output if certain else MAX_TOKENS)
         tokens = rng.integers(2, 1000, prompt, dtype=np.int32)
         yield Request(str(number), tokens, sampling, max_len, lambda request: None)
 
 
+class NoForecast(Forecast):
+    def outlook(self, slots: Slots, running: Ints) -> Outlook:
+        return NoOutlook(slots.page_size, running, running)
+
+
+class NoOutlook(Outlook):
+    def peak(self) -> int:
+        return 0
+
+
+class AdmitWhatFits(Admission):
+    def __init__(self, num_pages: int, num_slots: int, page_size: int) -> None:
+        super().__init__(num_pages, num_slots, page_size)
+        self.forecast = NoForecast()
+
+    def offer(self, waiting: WaitingQueue, running: int) -> Iterator[Request]:
+        return iter(waiting)
+
+
 class Simulation:
-    def __init__(self, workload: Workload, options: argparse.Namespace) -> None:
+    def __init__(
+        self, workload: Workload, options: argparse.Namespace, admission: str = ADMISSIONS[0]
+    ) -> None:
         self.workload = workload
         self.slots = Slots(options.max_num_seqs, 4096, PAGE_SIZE)
         self.num_pages = options.kv_tokens // PAGE_SIZE
@@ -117,7 +158,10 @@ class Simulation:
             PageAllocator(self.num_pages),
             shares_prefixes=False,
         )
+        if admission == "vllm":
+            self.state.admission = AdmitWhatFits(self.num_pages, options.max_num_seqs, PAGE_SIZE)
         self.order = options.order
+        self.rows = 0
         self.overlapped_seconds = 0.0
         self.seconds = self.scheduler_seconds = 0.0
         self.held: list[int] = []
@@ -166,28 +210,37 @@ class Simulation:
     def durations(self, step: Step) -> tuple[float, float]:
         """Seconds of matrix products, and of reading the KV cache."""
         rows = int(step.plan.rows.sum())
+        self.rows += rows
         products = max(2 * PARAMETERS * rows / FLOPS, 2 * PARAMETERS / BYTES_PER_SECOND)
         read = int(self.slots.computed[step.plan.slots].sum()) * KV_BYTES_PER_TOKEN
         return products, read / BYTES_PER_SECOND
 
 
-def measure(name: str, options: argparse.Namespace) -> Row:
+def measure(name: str, options: argparse.Namespace, admission: str = ADMISSIONS[0]) -> Row:
     workload = make_workload(name, options.num_prompts)
-    run = Simulation(workload, options)
+    run = Simulation(workload, options, admission)
     run.run()
     counters = run.state.counters
     steps = len(run.held)
     first_end = int(workload.outputs.min())
-    steady = slice(options.steady_from or first_end, int(np.argmin(np.array(run.waiting) > 0)))
+    last_admission = int(np.argmin(np.array(run.waiting) > 0))
+    is_full = np.array(run.held[first_end:last_admission]) >= FULL * run.num_pages
+    steady_from = first_end + int(np.argmax(is_full))
+    steady = slice(steady_from, last_admission)
     tokens = int(workload.prompts.sum() + workload.outputs.sum())
+    # The last token is computed by no step where it is known to be the last.
+    num_known_ends = int(np.sum(workload.is_certain | (workload.outputs == MAX_TOKENS)))
     return Row(
         workload=name,
+        admission=admission,
         order=options.order,
         requests=options.num_prompts,
         steps=steps,
         simulated_seconds=run.seconds,
         total_tokens_per_second=tokens / run.seconds,
         overlapped_tokens_per_second=tokens / run.overlapped_seconds,
+        recomputed_tokens=run.rows - tokens + num_known_ends,
+        steady_from=steady_from,
         steady_steps=len(run.held[steady]),
         steady_pages_granted=float(np.mean(run.held[steady])) / run.num_pages,
         steady_running=float(np.mean(run.running[steady])),
@@ -201,37 +254,47 @@ def measure(name: str, options: argparse.Namespace) -> Row:
     )
 
 
+def describe(row: Row) -> str:
+    return (
+        f"{row.workload:>12}, {row.admission:>8}: {row.steps} steps, "
+        f"{row.total_tokens_per_second:.0f} tokens/s "
+        f"({row.overlapped_tokens_per_second:.0f} overlapped), "
+        f"steady: {row.steady_pages_granted:.1%} of pages, {row.steady_running:.0f} running; "
+        f"preempted {row.preempted:.2%}, {row.recomputed_tokens:,} tokens recomputed; "
+        f"predicted peak {row.predicted_peak:.1%}, "
+        f"tokens {row.expected_tokens:.0f} for {row.actual_tokens:.0f} "
+        f"(+-{row.forecast_error_tokens:.0f}); {row.scheduler_ms:.2f} ms a step"
+    )
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--workloads",
         nargs="+",
-        default=["512/512", "512/1024", "1024/512", "512/1024:eos", "chat", "blocks", "mixed"],
-        help="P/D, P/D:eos, blocks, mixed or chat",
+        default=[
+            *("512/512", "512/1024", "1024/512", "512/512:eos", "512/1024:eos"),
+            *("chat", "spread", "blocks", "mixed"),
+        ],
+        help="P/D, P/D:eos, chat, spread, blocks or mixed",
     )
     parser.add_argument("--order", choices=ORDERS, default="fcfs", help="in which they begin")
     parser.add_argument("--num-prompts", type=int, default=4000)
     parser.add_argument("--kv-tokens", type=int, default=464_896)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    parser.add_argument("--steady-from", type=int, help="step; default: the shortest output")
+    parser.add_argument("--admissions", nargs="+", choices=ADMISSIONS, default=ADMISSIONS)
     parser.add_argument("--output-json", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    rows = [measure(name, options) for name in options.workloads]
-    for row in rows:
-        print(
-            f"{row.workload:>12}: {row.steps} steps, {row.total_tokens_per_second:.0f} tokens/s "
-            f"({row.overlapped_tokens_per_second:.0f} overlapped), "
-            f"steady: {row.steady_pages_granted:.1%} of pages, {row.steady_running:.0f} running; "
-            f"preempted {row.preempted:.2%}; predicted peak {row.predicted_peak:.1%}, "
-            f"tokens {row.expected_tokens:.0f} for {row.actual_tokens:.0f} "
-            f"(+-{row.forecast_error_tokens:.0f}); "
-            f"{row.scheduler_ms:.2f} ms a step"
-        )
+    rows = []
+    for name, admission in product(options.workloads, options.admissions):
+        row = measure(name, options, admission)
+        rows.append(row)
+        print(describe(row), flush=True)
     if options.output_json is not None:
         report = {
             "benchmark": "admission",

@@ -111,6 +111,7 @@ class Request:
     error: BaseException | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # that were found in the KV cache when it first started
+    number: int = 0  # of its first start, in the order of starts
     expected_tokens: int = 0  # to be generated, by the forecast when it first started
     is_prefetched: bool = False  # what only an SSD holds of it has been asked for
     page_keys: list[bytes] = field(default_factory=list)  # of its first pages (scheduler/prefix.py)

@@ -1,16 +1,23 @@
-"""How fast requests begin while many wait, so that they do not all end together."""
+"""Which requests begin: how fast while many wait, and only what the cache will come to hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from nanoflow.request import Request
 from nanoflow.scheduler.forecast import Forecast
+from nanoflow.scheduler.prefix import Prefix
+from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.waiting import WaitingQueue
 
 # A queue is long when it holds this many times what the cache holds of requests at their ends:
 # then the time that it takes to get to a steady flow is made up for.
 LONG_QUEUE = 2.5
+# Of all pages, kept back: the forecast guesses how full the last pages will be, and where lengths
+# are drawn, others may come.
+RESERVE, RESERVE_OF_DRAWN = 0.005, 0.01
 
 
 class Admission:
@@ -61,3 +68,28 @@ class Admission:
         steps = self.forecast.steps_left(request)
         mean_tokens = request.num_tokens + steps / 2 + self._half_page
         return steps * max(mean_tokens / self._num_tokens, 1 / self._num_slots)
+
+
+def fitting(
+    waiting: Iterable[tuple[Request, Prefix]],
+    forecast: Forecast,
+    slots: Slots,
+    running: Ints,
+    room: int,
+) -> Iterator[tuple[Request, Prefix]]:
+    """Those of `waiting`, from the first on, that are expected to end without lack of pages.
+
+    `room`: pages that nobody holds. One that would run alone fits always. A page that n requests
+    share counts n times on both sides. Nothing is computed before somebody asks for the first.
+    """
+    outlook = forecast.outlook(slots, running)
+    drawn = np.count_nonzero(~slots.is_length_certain[running]) / max(1, len(running))
+    reserve = RESERVE + RESERVE_OF_DRAWN * drawn
+    num_pages = room + int(slots.num_pages[running].sum())
+    for request, prefix in waiting:
+        is_alone = len(outlook) == 0
+        outlook.add(request.num_tokens, forecast.steps_left(request))
+        num_pages += prefix.num_held
+        if not is_alone and outlook.peak() > num_pages - int(reserve * num_pages):
+            return
+        yield request, prefix

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nanoflow.request import Request
+from nanoflow.scheduler.admission import fitting
 from nanoflow.scheduler.choose import Mix
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.forecast import Forecast
@@ -16,8 +17,6 @@ from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.victims import Victims
 
 SCORED_ROWS = 64  # head rows that prompts can count on, beside one a request
-# Of all pages: kept from admission, as the forecast guesses how full the last pages will be.
-RESERVE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +106,8 @@ class Policy:
         if not (preempted or stalled):
             spare = free_pages - _pages_of_prefills_to_come(slots, running)
             room = free_pages + lacked + retired_pages
-            fitting = _fitting(waiting, forecast, slots, running, room)
-            prefills += self._admissible(slots, prefills, fitting, free_slots, spare, budget)
+            fits_later = fitting(waiting, forecast, slots, running, room)
+            prefills += self._admissible(slots, prefills, fits_later, free_slots, spare, budget)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
         return self._deal(slots, decodes, prefills, budget, free_pages, preempted)
 
@@ -242,29 +241,6 @@ class Policy:
             decodes=len(decodes),
             prefill_rows=budget - rows_left,
         )
-
-
-def _fitting(
-    waiting: Iterable[tuple[Request, Prefix]],
-    forecast: Forecast,
-    slots: Slots,
-    running: Ints,
-    room: int,
-) -> Iterator[tuple[Request, Prefix]]:
-    """Those of `waiting`, from the first on, that are expected to end without lack of pages.
-
-    `room`: pages that nobody holds. One that would run alone fits always. A page that n requests
-    share counts n times on both sides. Nothing is computed before somebody asks for the first.
-    """
-    outlook = forecast.outlook(slots, running)
-    num_pages = room + int(slots.num_pages[running].sum())
-    for request, prefix in waiting:
-        is_alone = len(outlook) == 0
-        outlook.add(request.num_tokens, forecast.steps_left(request))
-        num_pages += prefix.num_held
-        if not is_alone and outlook.peak() > num_pages - int(RESERVE * num_pages):
-            return
-        yield request, prefix
 
 
 def _pages_lacking(slots: Slots, takers: Ints) -> Ints:

@@ -71,6 +71,7 @@ class Slots:
         self.first_unscored: Ints = np.zeros(num_slots, np.int64)  # token of the prompt, on start
         self.min_tokens: Ints = np.zeros(num_slots, np.int64)
         self.has_stop_strings = np.zeros(num_slots, np.bool_)
+        self.number: Ints = np.zeros(num_slots, np.int64)  # by which the forecast knows it
         self.is_length_certain = np.zeros(num_slots, np.bool_)
         self.is_streamed = np.zeros(num_slots, np.bool_)
         # A row: stop tokens, end-of-sequence tokens, then what is only banned by min_tokens.
@@ -123,6 +124,7 @@ class Slots:
         self.first_unscored[slot] = 1 + len(request.prompt_logprobs)
         self.min_tokens[slot] = sampling.min_tokens
         self.has_stop_strings[slot] = request.stop_watcher is not None
+        self.number[slot] = request.number
         self.is_length_certain[slot] = request.is_length_certain
         self.is_streamed[slot] = request.on_token is not None
         eos = sampling.eos_token_ids

@@ -12,6 +12,7 @@ from nanoflow.request import FinishReason, Request
 from nanoflow.scheduler.admission import Admission
 from nanoflow.scheduler.ends import find_ends
 from nanoflow.scheduler.engine import StepResult
+from nanoflow.scheduler.forecast import Fate
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.prefix import Prefix, PrefixCache
@@ -112,7 +113,9 @@ class SchedulerState:
         else:
             self._prefixes.withdraw(request)
         if reason in ("stop", "length"):
-            self.admission.forecast.observe(len(request.output_token_ids))
+            if not request.is_length_certain:
+                fate = Fate.ENDED if reason == "stop" else Fate.CUT
+                self.admission.forecast.end(request, fate)
             self.counters.forecast.add(request.expected_tokens, len(request.output_token_ids))
         self.counters.finished[reason] += 1
         request.finish(reason, time, stop_reason=stop_reason, error=error)
@@ -150,6 +153,7 @@ class SchedulerState:
 
     def start_step(self) -> Step:
         """Plans the next step and books its pages, slots and tokens. Its plan may be empty."""
+        self.admission.forecast.step(self.slots)
         plan = self.policy.next_step(
             self.slots,
             self._admissible(),
@@ -264,6 +268,8 @@ class SchedulerState:
     def _admit(self, slot: int, request: Request, prefix: Prefix) -> None:
         self._waiting.pop(request.id)
         self.admission.charge(request)
+        if request.num_preemptions == 0:
+            request.number = self.admission.forecast.begin()
         assert self._free_slots.pop() == slot
         self._slot_of[request.id] = slot
         pages = self._prefixes.load(request, prefix)
