@@ -151,10 +151,12 @@ def test_running_requests_end_at_all_lengths_that_others_had() -> None:
         ended(forecast, length)
     forecast.refresh(slots_with(forecast))
     slots = slots_with(forecast, *[500] * 400)
+    forecast.draw(slots, slots.running)
     outlook = forecast.outlook(slots, slots.running)
     left = np.sort(outlook._left)
     assert left[:-1] == pytest.approx(np.linspace(0, 500, 399), abs=15)
     assert left[-1] == 1500, "one is that which outlives all"
+    forecast.draw(slots, slots.running)
     again = forecast.outlook(slots, slots.running)
     assert np.array_equal(again._left, outlook._left)
 

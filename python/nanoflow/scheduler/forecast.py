@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from enum import IntEnum
 
 import numpy as np
@@ -79,22 +80,26 @@ class Forecast:
         self._lengths = np.append(ended, max(PRIOR_TOKENS, 2 * longest))
         tokens = -np.diff(self._share, append=0.0) * self._lengths
         self._means = np.ceil(np.cumsum(tokens[::-1])[::-1] / self._share).astype(np.int64)
+        self.draw(slots, slots.running)
+
+    def draw(self, slots: Slots, which: Ints) -> None:
+        """Gives slots the length that is expected of them, which slots keep from assign() on where
+        it is certain.
+
+        Others are drawn from the shares of those that are longer than a request is now, evenly, a
+        request keeping its draw: at means all would end too late, and the cache be too empty.
+        """
+        which = which[~slots.is_length_certain[which]]
+        prompt_len, generated = slots.prompt_len[which], _stored(slots, which)[1]
+        place = np.searchsorted(self._lengths[:-1], generated, side="right")
+        share = self._share[place] * (slots.number[which] * GOLDEN % 1.0)
+        length = self._lengths[np.searchsorted(-self._share, -share, side="right") - 1]
+        slots.expected_len[which] = np.minimum(prompt_len + length, slots.max_len[which])
 
     def outlook(self, slots: Slots, running: Ints) -> Outlook:
-        """What `running` slots will hold.
-
-        Lengths that are not certain are drawn from the shares of those that are longer than a
-        request is now, evenly, a request keeping its draw: at means all would end too late, and the
-        cache would be filled too little.
-        """
-        stored, generated = _stored(slots, running)
-        most = slots.max_len[running] - slots.prompt_len[running]
-        draw = slots.number[running] * GOLDEN % 1.0
-        share = self._share[self._place(generated)] * draw
-        length = self._lengths[np.searchsorted(-self._share, -share, side="right") - 1]
-        length = np.minimum(np.maximum(length, generated + 1), most)
-        length = np.where(slots.is_length_certain[running], most, length)
-        return Outlook(slots.page_size, stored, length - generated)
+        """What `running` slots will hold."""
+        stored, _ = _stored(slots, running)
+        return Outlook(slots.page_size, stored, np.maximum(slots.expected_len[running] - stored, 1))
 
     def steps_left(self, request: Request) -> int:
         """Tokens that a waiting request is expected to generate yet, on average."""
@@ -102,13 +107,9 @@ class Forecast:
         most = request.max_len - len(request.prompt_token_ids)
         if request.is_length_certain:
             return most - generated
-        mean = int(self._means[self._place(generated)])
+        place = bisect_right(self._lengths, generated, hi=len(self._lengths) - 1)
+        mean = int(self._means[place])
         return min(max(mean, generated + 1), most) - generated
-
-    def _place(self, generated: Ints | int) -> Ints:
-        """In _lengths, of the first that is greater; of the last if none is."""
-        place: Ints = np.searchsorted(self._lengths, generated, side="right")
-        return np.minimum(place, len(self._lengths) - 1)
 
 
 def _stored(slots: Slots, running: Ints) -> tuple[Ints, Ints]:

@@ -92,8 +92,7 @@ class Policy:
         `free_slots`, the last of them first.
         `retired_pages` will be free when the steps in flight have completed.
         """
-        running, preempted = self._preempt(slots, free_pages, retired_pages, victims)
-        takers = self._takers(slots, running)
+        running, takers, preempted = self._preempt(slots, free_pages, retired_pages, victims)
         fits = _fits(slots, takers, free_pages)
         stalled = not fits.all()
         takers = takers[fits]
@@ -140,8 +139,8 @@ class Policy:
 
     def _preempt(
         self, slots: Slots, free_pages: int, retired_pages: int, victims: Victims
-    ) -> tuple[Ints, list[int]]:
-        """Those still running, and those who must give way."""
+    ) -> tuple[Ints, Ints, list[int]]:
+        """Those still running, of them those with a row to compute, and those who must give way."""
         running = slots.running
         preempted: list[int] = []
         while True:
@@ -149,7 +148,7 @@ class Policy:
             stalled = takers[~_fits(slots, takers, free_pages)]
             # Each lacks one page; retired pages serve the oldest.
             if len(stalled) <= retired_pages or running[-1] == stalled[retired_pages]:
-                return running, preempted
+                return running, takers, preempted
             younger = slots.age[running] > slots.age[stalled[retired_pages]]
             victim, freed = victims.choose(running[younger])
             running = running[running != victim]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nanoflow.scheduler.engine import StepLogprobs
 from nanoflow.scheduler.policy import StepPlan
-from nanoflow.scheduler.slots import Ints, Slots, SlotState, rows_of
+from nanoflow.scheduler.slots import Ints, Slots, rows_of
 
 # What the arrays of a batch hold for a row that is not sampled.
 _NEUTRAL: Mapping[str, float] = MappingProxyType(
@@ -84,7 +84,7 @@ def add_scored(batch: dict[str, NDArray[Any]], slots: Slots, scoring: Scoring) -
 
 def take_scores(slots: Slots, scoring: Scoring, first: int, logprobs: StepLogprobs) -> None:
     """Gives requests the log-probabilities of their prompts, from row `first` of a step's on."""
-    running = np.isin(slots.state[scoring.slots], (SlotState.RUNNING, SlotState.PREEMPTED))
+    running = slots.takes_tokens(scoring.slots)
     owners = scoring.slots[running]
     found = rows_of(logprobs, first + np.flatnonzero(running), slots.prompt_logprobs[owners])
     for slot, one in zip(owners.tolist(), found, strict=True):

@@ -22,6 +22,10 @@ class SlotState(IntEnum):
     ENDED = 3  # finished; what still arrives is dropped
 
 
+# As plain numbers: members of an enum are looked up slowly.
+_RUNNING, _PREEMPTED = int(SlotState.RUNNING), int(SlotState.PREEMPTED)
+
+
 class Slots:
     """Structure of arrays; a request keeps its slot, its place in the token pool, while it runs.
 
@@ -72,6 +76,7 @@ class Slots:
         self.min_tokens: Ints = np.zeros(num_slots, np.int64)
         self.has_stop_strings = np.zeros(num_slots, np.bool_)
         self.number: Ints = np.zeros(num_slots, np.int64)  # by which the forecast knows it
+        self.expected_len: Ints = np.zeros(num_slots, np.int64)  # by the forecast
         self.is_length_certain = np.zeros(num_slots, np.bool_)
         self.is_streamed = np.zeros(num_slots, np.bool_)
         # A row: stop tokens, end-of-sequence tokens, then what is only banned by min_tokens.
@@ -99,7 +104,7 @@ class Slots:
         self.pages[slot, : len(pages)] = pages
         self.num_pages[slot] = self.num_shared[slot] = len(pages)
         self.computed[slot] = len(pages) * self.page_size
-        self.max_len[slot] = request.max_len
+        self.max_len[slot] = self.expected_len[slot] = request.max_len
         self.first_token_time[slot] = request.first_token_time
         self.tokens[slot, :prompt_len] = request.prompt_token_ids
         self.tokens[slot, prompt_len:length] = request.output_token_ids
@@ -143,7 +148,13 @@ class Slots:
     def leave(self, slots: Sequence[int], state: SlotState) -> None:
         """Running slots stop taking part in steps."""
         self.state[slots] = state
-        self.running = self.running[self.state[self.running] == SlotState.RUNNING]
+        self.running = self.running[self.state[self.running] == _RUNNING]
+
+    def takes_tokens(self, slots: Ints) -> NDArray[np.bool_]:
+        """Whether what has been sampled for each counts."""
+        state = self.state[slots]
+        takes: NDArray[np.bool_] = (state == _RUNNING) | (state == _PREEMPTED)
+        return takes
 
     def free(self, slot: int) -> None:
         """Makes a slot assignable once no step on its way names it."""

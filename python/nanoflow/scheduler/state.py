@@ -192,8 +192,7 @@ class SchedulerState:
         tokens = result.tokens[: len(sampled)]
         if logprobs is not None:
             take_scores(slots, step.scoring, len(sampled), logprobs)
-        state = slots.state[sampled]
-        takes = (state == SlotState.RUNNING) | (state == SlotState.PREEMPTED)
+        takes = slots.takes_tokens(sampled)
         rows = np.flatnonzero(takes)
         sampled, tokens = sampled[takes], tokens[takes]
         valid = tokens >= 0
@@ -274,6 +273,7 @@ class SchedulerState:
         self._slot_of[request.id] = slot
         pages = self._prefixes.load(request, prefix)
         self.slots.assign(slot, request, self._age_of[request.id], pages)
+        self.admission.forecast.draw(self.slots, np.array([slot]))
         self._prefixes.admit(slot)
         if request.num_preemptions == 0:
             request.expected_tokens = self.admission.forecast.steps_left(request)
