@@ -229,8 +229,11 @@ Op make_grouped(Operands& a) {
 }
 
 Op make_combine_experts(Operands& a) {
-  return CombineExperts{
-      .x = a.in("x"), .places = a.in("places"), .weights = a.in("weights"), .out = a.out("out")};
+  return CombineExperts{.x = a.in("x"),
+                        .places = a.in("places"),
+                        .weights = a.in("weights"),
+                        .out = a.out("out"),
+                        .accumulate = a.scalar_or("accumulate", false)};
 }
 
 Op make_all_reduce(Operands& a) { return AllReduce{.x = a.out("x")}; }

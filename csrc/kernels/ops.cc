@@ -106,7 +106,9 @@ Regions GroupedGemmSiluMul::reads() const { return {memory(x), memory(weight), m
 Regions GroupedGemmSiluMul::writes() const { return {memory(out)}; }
 
 Regions CombineExperts::reads() const {
-  return {memory(x), memory(places), memory(weights), memory(out)};
+  Regions regions = {memory(x), memory(places), memory(weights)};
+  if (accumulate) regions.push_back(memory(out));
+  return regions;
 }
 Regions CombineExperts::writes() const { return {memory(out)}; }
 

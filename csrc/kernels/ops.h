@@ -352,13 +352,14 @@ struct GroupedGemmSiluMul {
   Regions writes() const;
 };
 
-/// out[t] += weights[t][0] * x[places[t][0]] + weights[t][1] * x[places[t][1]] + ..., added up in
-/// this order in float and rounded once.
+/// out[t] = weights[t][0] * x[places[t][0]] + weights[t][1] * x[places[t][1]] + ..., added up in
+/// this order in float, with `accumulate` what out held last, and rounded once.
 struct CombineExperts {
-  Tensor x;        // [S, H]
-  Tensor places;   // [T, A] int32
-  Tensor weights;  // [T, A] float32
-  Tensor out;      // [T, H] of x's dtype
+  Tensor x;                 // [S, H]
+  Tensor places;            // [T, A] int32
+  Tensor weights;           // [T, A] float32
+  Tensor out;               // [T, H] of x's dtype
+  bool accumulate = false;  // out += instead of out =
 
   static constexpr std::string_view kName = "combine_experts";
   Regions reads() const;

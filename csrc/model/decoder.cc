@@ -192,8 +192,9 @@ std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
     return tensor.slice_rows(range.row_begin * active, range.row_end * active);
   };
   const Tensor offsets = e.offsets.select(0, range.segment_begin);
-  return {
-      norm(rows(b.residual, range), w.post_norm, rows(b.normed, range)),
+  const Tensor residual = rows(b.residual, range);
+  std::vector<Op> ops = {
+      norm(residual, w.post_norm, rows(b.normed, range)),
       Gemm{.x = rows(b.normed, range), .weight = w.router, .out = rows(e.logits, range)},
       RouteExperts{.logits = rows(e.logits, range),
                    .experts = rows(e.chosen, range),
@@ -211,7 +212,10 @@ std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
       CombineExperts{.x = pairs(e.values),
                      .places = rows(e.places, range),
                      .weights = rows(e.weights, range),
-                     .out = rows(b.residual, range)}};
+                     .out = residual,
+                     .accumulate = spec().rank == 0}};
+  if (spec().ranks > 1) ops.push_back(AllReduce{.x = residual});
+  return ops;
 }
 
 std::vector<Op> Decoder::emit_head(int samples, const HeadOptions& options) const {

@@ -24,8 +24,6 @@ ModelSpec ModelSpec::shard(int own_rank, int num_ranks) const {
   NF_CHECK(ranks == 1 && num_ranks >= 1 && own_rank >= 0 && own_rank < num_ranks,
            "model spec: rank ", own_rank, " of ", num_ranks, ", of a part for rank ", rank, " of ",
            ranks);
-  NF_CHECK(num_ranks == 1 || !has_experts(),
-           "a model with experts runs on one rank, not with tensor_parallel_size ", num_ranks);
   const auto divide = [&](const char* name, int value) {
     NF_CHECK(value % num_ranks == 0, "tensor_parallel_size ", num_ranks, " does not divide ", name,
              " ", value);

@@ -46,7 +46,7 @@ std::vector<Weights::LayerTensor> Weights::layer_tensors(const ModelSpec& whole)
   add("qkv", &Layer::qkv, {qkv, hidden}, Split::kQkv);
   add("o", &Layer::o, {hidden, heads}, Split::kColumns);
   add("post_norm", &Layer::post_norm, {hidden}, Split::kWhole);
-  add("gate_up", &Layer::gate_up, {experts * 2 * inner, hidden}, Split::kRows);
+  add("gate_up", &Layer::gate_up, {experts * 2 * inner, hidden}, Split::kExpertRows);
   add("down", &Layer::down, {experts * hidden, inner}, Split::kColumns);
   if (whole.qkv_bias) add("qkv_bias", &Layer::qkv_bias, {qkv}, Split::kQkv);
   if (whole.qk_norm) {
@@ -80,6 +80,7 @@ Weights::Share Weights::share_of(const Named& whole, Split split) const {
   Share share{.whole = whole, .parts = {{0, rows, 0}}, .column = 0};
   if (split == Split::kRows)
     share.parts = {{spec_.rank * (rows / spec_.ranks), rows / spec_.ranks, 0}};
+  if (split == Split::kExpertRows) share.parts = expert_parts(rows);
   if (split == Split::kColumns) share.column = spec_.rank * (whole.shape[1] / spec_.ranks);
   if (split == Split::kQkv) share.parts = qkv_parts();
   if (split == Split::kVocabulary) {
@@ -95,6 +96,22 @@ std::vector<Weights::Part> Weights::qkv_parts() const {
   const int64_t first_kv = spec_.rank / spec_.kv_replicas * kv;
   return {
       {spec_.rank * q, q, 0}, {all_q + first_kv, kv, q}, {all_q + all_kv + first_kv, kv, q + kv}};
+}
+
+std::vector<Weights::Part> Weights::expert_parts(int64_t rows) const {
+  const int64_t experts = std::max(1, spec_.num_experts), of_one = rows / experts;
+  const int64_t own = of_one / spec_.ranks;
+  std::vector<Part> parts;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    parts.push_back({expert * of_one + spec_.rank * own, own, expert * own});
+  }
+  return parts;
+}
+
+const Weights::Part* Weights::Share::with(int64_t row) const {
+  const auto ends_before = [row](const Part& part) { return part.first + part.count <= row; };
+  const auto found = std::partition_point(parts.begin(), parts.end(), ends_before);
+  return found == parts.end() || row < found->first ? nullptr : &*found;
 }
 
 Weights::Place Weights::find(const std::string& name) const {
@@ -133,15 +150,14 @@ void Weights::load(const std::string& name, int64_t row_begin, const void* data,
     std::vector<RowRun> runs;
     for (int64_t from = 0; from < rows; ++from) {
       const int64_t row = place.row(row_begin + from);
-      for (const Part& part : share.parts) {
-        if (row < part.first || row >= part.first + part.count) continue;
-        const int64_t own = part.row + row - part.first;
-        const bool follows = !runs.empty() && runs.back().row + runs.back().count == own &&
-                             runs.back().from + runs.back().count == from;
-        if (!follows) runs.push_back({from, own, 0});
-        ++runs.back().count;
-        loaded_[entry][own] = true;
-      }
+      const Part* part = share.with(row);
+      if (part == nullptr) continue;
+      const int64_t own = part->row + row - part->first;
+      const bool follows = !runs.empty() && runs.back().row + runs.back().count == own &&
+                           runs.back().from + runs.back().count == from;
+      if (!follows) runs.push_back({from, own, 0});
+      ++runs.back().count;
+      loaded_[entry][own] = true;
     }
     const auto* first =
         static_cast<const std::byte*>(data) + static_cast<size_t>(share.column) * size_of(dtype);

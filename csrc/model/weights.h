@@ -16,7 +16,9 @@ namespace nanoflow {
 /// The weights of one rank, in one allocation of the backend's memory, filled tensor by tensor. The
 /// tensors of the whole model are named and given; of each, the rank keeps its part: rows of qkv,
 /// gate_up and lm_head (whole heads, and the same channels of gate and up), columns of o and down,
-/// all of the others.
+/// all of the others. Of experts it keeps channels of each, not some of them whole: so all ranks
+/// have the same to do whichever experts a batch chooses, and what they give is summed as any
+/// MLP's.
 ///
 /// | name                | shape                 | what                                           |
 /// |---------------------|-----------------------|------------------------------------------------|
@@ -96,8 +98,11 @@ class Weights {
   /// What an entry of the arena holds: some rows of a tensor, from a column on.
   struct Share {
     Named whole;
-    std::vector<Part> parts;
+    std::vector<Part> parts;  // in order
     int64_t column;
+
+    /// The part with a row of the model's tensor; null where there is none.
+    const Part* with(int64_t row) const;
   };
   /// Where the rows of a name lie: row i is row begin + i / group * stride + i % group of a tensor.
   struct Place {
@@ -111,6 +116,7 @@ class Weights {
   enum class Split {
     kWhole,       // all
     kRows,        // its share of the rows
+    kExpertRows,  // its share of the rows of every expert, or of the only MLP
     kColumns,     // its share of the columns
     kQkv,         // rows: those of its heads of q, k and v
     kVocabulary,  // rows: those of its tokens
@@ -129,6 +135,7 @@ class Weights {
   int add(const std::string& name, const Named& whole, Split split);
   Share share_of(const Named& whole, Split split) const;
   std::vector<Part> qkv_parts() const;
+  std::vector<Part> expert_parts(int64_t rows) const;
   Place find(const std::string& name) const;
   /// The rows of all experts as [E, rows of one, columns]; what it is given, in a model without.
   Tensor by_expert(const Tensor& rows) const;

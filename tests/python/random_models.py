@@ -43,6 +43,44 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         },
     },
+    "mistral-d64": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 20,
+    },
+    "qwen2-d64": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "qwen3-d128": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    },
+    "gemma3-d64": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+    },
     "mixtral-d128": {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -89,5 +127,10 @@ def fill(weights: WeightStore, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     for name, shape in weights.shapes().items():
         values = rng.standard_normal(shape, np.float32)
-        is_vector = len(shape) == 1
-        weights.load(name, 1 + values / 10 if is_vector else 1.2 * values / shape[-1] ** 0.5)
+        if name.endswith("bias"):
+            values /= 2
+        elif len(shape) == 1:  # of a norm
+            values = 1 + values / 10
+        else:
+            values *= 1.2 / shape[-1] ** 0.5
+        weights.load(name, values)

@@ -22,7 +22,6 @@ from reference import decode, encode
 from test_cuda_engine import LENGTHS, Logits, error, logits_of
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
-MODELS = ("llama2-d64", "llama3-d128")  # the second has one KV head for all ranks
 
 
 def ranks_problem(ranks: int) -> str:
@@ -51,7 +50,7 @@ def two_gpus() -> None:
         pytest.skip(problem)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=SHAPES)  # some have one KV head for all ranks
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp(request.param), **SHAPES[request.param])
 

@@ -177,6 +177,7 @@ def test_grouped_products_have_the_bits_of_single_ones(
     ("rows", "active", "hidden"),
     [(1, 2, 64), (37, 2, 576), (129, 8, 2048), pytest.param(9, 3, 72, marks=SANITIZER)],
 )
+@pytest.mark.parametrize("accumulate", [False, True])
 def test_combine_experts(
     backend: _core.Backend,
     dtype: str,
@@ -185,18 +186,19 @@ def test_combine_experts(
     rows: int,
     active: int,
     hidden: int,
+    accumulate: bool,
 ) -> None:
     skip_what_no_gpu_does(backend, dtype, hidden)
     x = randn(rng, dtype, rows * active, hidden)
     places = rng.permutation(rows * active).astype(np.int32).reshape(rows, active)
     weights = rng.random((rows, active), np.float32)
-    before = randn(rng, dtype, rows, hidden)
+    before = randn(rng, dtype, rows, hidden) if accumulate else poisoned((rows, hidden), dtype)
     out = with_gaps(before)
-    run_beside_cpu(
-        backend, "combine_experts", 0.01, x=with_gaps(x), places=places, weights=weights, out=out
-    )
+    operands = {"x": with_gaps(x), "places": places, "weights": weights, "out": out}
+    run_beside_cpu(backend, "combine_experts", 0.01, **operands, accumulate=accumulate)
     terms = decode(x)[places] * weights[:, :, None].astype(np.float64)
-    tolerance.check(out, decode(before) + terms.sum(axis=1))
+    added = decode(before) if accumulate else 0.0
+    tolerance.check(out, added + terms.sum(axis=1))
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

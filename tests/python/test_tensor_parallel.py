@@ -17,6 +17,7 @@ from nanoflow import LLM, EngineError, SamplingParams, _core
 from nanoflow.bench.result import result_path
 from nanoflow.cli import main
 from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
+from mixtures import MIXTURES
 from random_models import write_config
 from reference import decode, encode
 from tiny_models import write_tiny_llama
@@ -52,13 +53,30 @@ def run(engine: _core.Engine) -> tuple[list[list[int]], Logits]:
     return [s.tokens for s in sequences], logits
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_ranks_give_what_one_gives(family: str, tied: bool, tmp_path: Path) -> None:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "mistral": {"family": "Mistral", "sliding_window": 7},
+    "qwen2": {"family": "Qwen2"},
+    "qwen3": {"family": "Qwen3", "head_dim": 32},
+    "gemma3": {
+        "family": "Gemma3",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "initializer_range": 0.12,
+    },
+    "mixtral": MIXTURES["mixtral"],
+    "qwen3-moe": MIXTURES["qwen3-moe-d64"] | {"moe_intermediate_size": 64},
+    "qwen3-moe-raw": MIXTURES["qwen3-moe-raw"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_give_what_one_gives(family: str, tmp_path: Path) -> None:
     """Two KV heads: of four ranks, two hold the same one. The vocabulary does not divide by 32."""
-    write_tiny_llama(
-        tmp_path, family=family, num_layers=3, vocab_size=150, tie_word_embeddings=tied
-    )
+    write_tiny_llama(tmp_path, **{"num_layers": 3, "vocab_size": 150, **FAMILIES[family]})
     tokens, logits = run(load_engine(tmp_path, sequential()))
     gathering = sequential(o=_core.StageSpec([0.5], gather=[0]))
     for ranks in (2, 4):
@@ -84,13 +102,13 @@ def reduced(width: int) -> _core.Schedule:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("overlapped", [paper_shapes, reduced])
+@pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("llama", 4), ("mixtral", 2)])
 def test_overlap_and_delays_change_no_bit(
-    overlapped: Any, ranks: int, dtype: str, tmp_path: Path
+    family: str, overlapped: Any, ranks: int, dtype: str, tmp_path: Path
 ) -> None:
     """Against ranks that do one thing after the other, with the same parts gathered."""
-    write_tiny_llama(tmp_path, num_layers=3)
+    write_tiny_llama(tmp_path, num_layers=3, **FAMILIES[family])
     schedule = overlapped(4)
     plain = sequential(
         qkv=_core.StageSpec(schedule.cuts()),
@@ -107,8 +125,9 @@ def test_overlap_and_delays_change_no_bit(
             np.testing.assert_array_equal(got, expected)
 
 
-def test_the_papers_two_shapes_are_planned_on_the_network_lane(tmp_path: Path) -> None:
-    write_tiny_llama(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_papers_two_shapes_are_planned_on_the_network_lane(family: str, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, **FAMILIES[family])
     schedule = schedule_from_json(schedule_to_json(paper_shapes(8)))
     assert schedule == paper_shapes(8)
     engine = load_engine(tmp_path, schedule, ranks=2, threads=16)
@@ -163,12 +182,20 @@ def generate(model: Path, **arguments: Any) -> list[tuple[list[int], list[float]
     return found
 
 
-@pytest.mark.parametrize("load_format", ["auto", "dummy"])
-@pytest.mark.parametrize("schedule", ["sequential", "overlap", "tp-overlap"])
+@pytest.mark.parametrize(
+    ("family", "schedule", "load_format"),
+    [
+        ("llama", "sequential", "auto"),
+        ("llama", "overlap", "dummy"),
+        ("llama", "tp-overlap", "auto"),
+        ("mixtral", "tp-overlap", "dummy"),
+        ("qwen3-moe", "sequential", "auto"),
+    ],
+)
 def test_an_llm_of_ranks_samples_what_one_samples(
-    schedule: str, load_format: str, tmp_path: Path
+    family: str, schedule: str, load_format: str, tmp_path: Path
 ) -> None:
-    write_tiny_llama(tmp_path)
+    write_tiny_llama(tmp_path, **FAMILIES[family])
     arguments = {"dtype": "float32", "schedule": schedule, "load_format": load_format}
     expected = generate(tmp_path, **arguments)
     assert len({tuple(ids) for ids, _ in expected}) > len(LENGTHS) // 2

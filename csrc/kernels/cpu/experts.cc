@@ -95,9 +95,9 @@ void CpuKernels::run(const CombineExperts& op, Lane& lane) {
         NF_CHECK(own[i] >= 0 && own[i] < places, "combine_experts: row ", row, " has place ",
                  own[i], " of ", places);
       }
-      loops.add_weighted(op.x.bytes(), op.x.stride(0), own,
-                         op.weights.data<float>() + row * op.weights.stride(0), A,
-                         op.out.bytes() + row * op.out.stride(0) * item, op.out.size(1));
+      loops.add_weighted(
+          op.x.bytes(), op.x.stride(0), own, op.weights.data<float>() + row * op.weights.stride(0),
+          A, op.out.bytes() + row * op.out.stride(0) * item, op.out.size(1), op.accumulate);
     }
   });
 }

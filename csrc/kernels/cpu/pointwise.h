@@ -18,10 +18,10 @@ struct PointwiseLoops {
   void (*scale)(const void* x, float factor, void* out, int64_t H);
   /// Rotates heads of 2 * half elements by half cosines, then half sines.
   void (*rotate)(void* heads, int64_t count, const float* cos_sin, int64_t half);
-  /// out += weights[0] * x[rows[0]] + ... over `count` of the rows of x, which are x_stride
-  /// elements apart.
+  /// out = weights[0] * x[rows[0]] + ... over `count` of the rows of x, which are x_stride
+  /// elements apart, or out += the same.
   void (*add_weighted)(const void* x, int64_t x_stride, const int32_t* rows, const float* weights,
-                       int64_t count, void* out, int64_t H);
+                       int64_t count, void* out, int64_t H, bool accumulate);
 };
 
 }  // namespace nanoflow::cpu

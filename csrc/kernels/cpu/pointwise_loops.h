@@ -65,7 +65,7 @@ void rotate(void* heads, int64_t count, const float* cos_sin, int64_t half) {
 
 template <typename T>
 void add_weighted(const void* x_data, int64_t x_stride, const int32_t* rows, const float* weights,
-                  int64_t count, void* out_data, int64_t H) {
+                  int64_t count, void* out_data, int64_t H, bool accumulate) {
   const T* x = static_cast<const T*>(x_data);
   T* out = static_cast<T*>(out_data);
   for_vectors(H, [=](int64_t i, auto n) {
@@ -73,7 +73,8 @@ void add_weighted(const void* x_data, int64_t x_stride, const int32_t* rows, con
     for (int64_t j = 0; j < count; ++j) {
       sum = fma(splat(weights[j]), load(x + rows[j] * x_stride + i, n), sum);
     }
-    store(out + i, sum + load(out + i, n), n);
+    if (accumulate) sum = sum + load(out + i, n);
+    store(out + i, sum, n);
   });
 }
 

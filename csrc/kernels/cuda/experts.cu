@@ -156,6 +156,7 @@ struct CombineArgs {
   T* out;
   int64_t x_stride, places_stride, weights_stride, out_stride, rows;
   int active, packs;  // packs of a row
+  bool accumulate;
 };
 
 template <typename T>
@@ -174,11 +175,14 @@ __global__ void combine_kernel(const CombineArgs<T> a) {
       for (int k = 0; k < kPack; ++k) sums[k] = fmaf(weight, to_float(x.values[k]), sums[k]);
     }
     T* const at = a.out + row * a.out_stride + column;
-    Pack<T> out(at);
+    if (a.accumulate) {
+      const Pack<T> before(at);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      out.values[k] = from_float<T>(sums[k] + to_float(out.values[k]));
+      for (int k = 0; k < kPack; ++k) sums[k] += to_float(before.values[k]);
     }
+    Pack<T> out;
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) out.values[k] = from_float<T>(sums[k]);
     out.store(at);
   }
 }
@@ -241,7 +245,8 @@ void CudaKernels::run(const CombineExperts& op, Lane& lane) {
                               .out_stride = op.out.stride(0),
                               .rows = op.out.size(0),
                               .active = static_cast<int>(op.places.size(1)),
-                              .packs = static_cast<int>(op.out.size(1)) / kPack};
+                              .packs = static_cast<int>(op.out.size(1)) / kPack,
+                              .accumulate = op.accumulate};
     const int64_t blocks = (args.rows * args.packs + kCombineThreads - 1) / kCombineThreads;
     const int grid = grid_size(blocks, kCombineBlocksPerSm, own);
     combine_kernel<<<grid, kCombineThreads, 0, own.stream()>>>(args);
