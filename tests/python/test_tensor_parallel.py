@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from engine_driver import Chunk, EngineDriver, load_engine
+from mixtures import MIXTURES
 from nanoflow import LLM, EngineError, SamplingParams, _core
 from nanoflow.bench.result import result_path
 from nanoflow.cli import main
 from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to_json
-from mixtures import MIXTURES
 from random_models import write_config
 from reference import decode, encode
 from tiny_models import write_tiny_llama
