@@ -135,6 +135,18 @@ void register_engine(py::module_& m) {
       .def("restart", &Engine::restart, py::call_guard<py::gil_scoped_release>(),
            "After a step has failed: lets steps be submitted again, from an empty KV cache. Raises "
            "EngineError when the device cannot be used any more.")
+      .def(
+          "sleep", &Engine::sleep, py::arg("discard_weights"),
+          py::call_guard<py::gil_scoped_release>(),
+          "Gives back the memory of the KV cache and of all buffers, and of the weights, which are "
+          "kept on the host or discarded. Raises EngineError with steps in flight, with a host "
+          "pool, and where the host has no room.")
+      .def_property_readonly("is_asleep", &Engine::is_asleep)
+      .def("wake_weights", &Engine::wake_weights, py::call_guard<py::gil_scoped_release>(),
+           "Brings kept weights back; discarded ones are to be filled again. Raises "
+           "OutOfMemoryError when a device has no room: to be tried again.")
+      .def("wake_cache", &Engine::wake_cache, py::call_guard<py::gil_scoped_release>(),
+           "Then, with an empty KV cache: steps may be submitted again. Errors as wake_weights.")
       .def_property_readonly("host_pool", &host_pool,
                              "uint8 [host_slots, bytes of a slot]: the pool itself.")
       .def_property_readonly("completed_steps", &Engine::completed_steps)

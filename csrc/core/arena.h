@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/tensor.h"
@@ -51,6 +52,8 @@ class Arena {
   size_t bytes() const { return bytes_; }
   /// Takes the memory; it must hold bytes().
   void bind(Buffer buffer);
+  /// Gives the memory back to the caller; the arena is to be bound again.
+  Buffer unbind() { return std::move(buffer_); }
   std::byte* data() const { return buffer_.data(); }
   Tensor tensor(int index) const;
   Tensor tensor(const std::string& name) const;

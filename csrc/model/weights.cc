@@ -205,6 +205,34 @@ void Weights::finish() {
   NF_CHECK(missing.tellp() == 0, "weights were not loaded: ", missing.str());
 }
 
+void Weights::sleep(bool discards) {
+  if (arena_.data() == nullptr) return;
+  if (discards) {
+    for (std::vector<bool>& rows : loaded_) std::fill(rows.begin(), rows.end(), false);
+  } else if (backend_->device().kind == Device::Kind::kCpu) {
+    return;
+  } else {
+    kept_ = backend_->allocate_host(arena_.bytes());
+    copy_all(kept_.data(), arena_.data());
+  }
+  arena_.unbind();
+}
+
+void Weights::wake_up() {
+  if (arena_.data() != nullptr) return;
+  arena_.bind(backend_->allocate(arena_.bytes()));
+  if (kept_.data() != nullptr) copy_all(arena_.data(), kept_.data());
+  kept_ = Buffer();
+}
+
+void Weights::copy_all(std::byte* to, const std::byte* from) {
+  const std::unique_ptr<Lane> lane = backend_->make_copy_lane();
+  const std::unique_ptr<Event> copied = backend_->make_event();
+  backend_->copy(to, from, arena_.bytes(), *lane);
+  lane->record(*copied);
+  copied->synchronize();
+}
+
 Tensor Weights::by_expert(const Tensor& rows) const {
   const int64_t experts = spec_.num_experts;
   if (experts == 0) return rows;

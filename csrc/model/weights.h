@@ -71,6 +71,15 @@ class Weights {
   /// copy fail, or one Error that names every tensor with rows that were never loaded.
   void finish();
 
+  /// Gives the device's memory back: what it held is kept in host memory, where a CPU has it
+  /// already, or with `discards` lost. No tensor may be in use, nor be asked for until wake_up().
+  /// Throws Error when the host has no room; nothing has changed then.
+  void sleep(bool discards);
+  /// Takes memory of the device again, elsewhere than before. What was kept is there then; what was
+  /// discarded has to be filled again, and finished. Throws OutOfMemory when the device has no
+  /// room.
+  void wake_up();
+
   /// The rank's part.
   const ModelSpec& spec() const { return spec_; }
   const std::shared_ptr<Backend>& backend() const { return backend_; }
@@ -141,6 +150,7 @@ class Weights {
   Tensor by_expert(const Tensor& rows) const;
   std::vector<int> entries_of(const std::string& tensor) const;
   Uploader& uploader();
+  void copy_all(std::byte* to, const std::byte* from);
 
   ModelSpec spec_;
   std::shared_ptr<Backend> backend_;
@@ -152,6 +162,7 @@ class Weights {
   int embed_ = 0, norm_ = 0, lm_head_ = 0, first_layer_ = 0;  // arena indices
   std::vector<std::vector<bool>> loaded_;                     // per entry, per row
   std::unique_ptr<Uploader> uploader_;                        // while weights are loaded
+  Buffer kept_;                                               // on the host, while asleep
 };
 
 }  // namespace nanoflow

@@ -49,21 +49,28 @@ double CopyHandle::wait() const {
 
 class Engine::Impl {
  public:
-  Impl(EngineConfig config, const std::vector<std::shared_ptr<Weights>>& weights,
-       const Schedule& schedule, const std::function<int()>& choose_pages) {
+  Impl(const EngineConfig& own_config, std::vector<std::shared_ptr<Weights>> own_weights)
+      : config(own_config), weights(std::move(own_weights)) {}
+  ~Impl() { end_workers(); }
+
+  void make_workers(const Schedule& first, const std::function<int()>& choose_pages) {
     for (const std::shared_ptr<Weights>& own : weights) {
-      workers.push_back(std::make_unique<Worker>(config, own, schedule, choose_pages));
+      workers.push_back(std::make_unique<Worker>(config, own, first, choose_pages, submitted));
       config.num_pages = workers.front()->config().num_pages;
     }
   }
   /// A rank may still read the memory of another: all end before any goes.
-  ~Impl() {
+  void end_workers() {
     for (const std::unique_ptr<Worker>& worker : workers) worker->finish();
+    workers.clear();
   }
 
   static constexpr size_t kSchedulesKept = 16;
 
-  Worker& first() { return *workers.front(); }
+  Worker& first() {
+    NF_CHECK(!workers.empty(), "the engine is asleep; wake it up first");
+    return *workers.front();
+  }
   /// The first error of any rank, or null.
   std::exception_ptr error() const {
     for (const std::unique_ptr<Worker>& worker : workers) {
@@ -72,7 +79,9 @@ class Engine::Impl {
     return nullptr;
   }
 
-  std::vector<std::unique_ptr<Worker>> workers;  // by rank
+  EngineConfig config;
+  std::vector<std::shared_ptr<Weights>> weights;  // by rank
+  std::vector<std::unique_ptr<Worker>> workers;   // by rank; none while asleep
   std::shared_ptr<const Schedule> schedule;
   std::deque<std::shared_ptr<const Schedule>> checked;  // schedules set before, latest last
   uint64_t submitted = 0;
@@ -95,7 +104,8 @@ Engine::Engine(const EngineConfig& config, std::vector<std::shared_ptr<Weights>>
   NF_CHECK(config.host_slots == 0 || weights.size() == 1, "engine config: host_slots is ",
            config.host_slots, ", but the host pool is for one rank, not ", weights.size());
   schedule.check();
-  impl_ = std::make_unique<Impl>(config, weights, schedule, choose_pages);
+  impl_ = std::make_unique<Impl>(config, std::move(weights));
+  impl_->make_workers(schedule, choose_pages);
   set_schedule(schedule);
 }
 
@@ -150,12 +160,38 @@ void Engine::restart() {
   }
 }
 
+void Engine::sleep(bool discards_weights) {
+  const uint64_t in_flight = impl_->submitted - completed_steps();
+  NF_CHECK(in_flight == 0, in_flight, " steps are in flight; wait for them before sleep()");
+  NF_CHECK(impl_->config.host_slots == 0, "an engine with a host pool of ",
+           impl_->config.host_slots, " slots cannot sleep");
+  impl_->end_workers();
+  for (const std::shared_ptr<Weights>& own : impl_->weights) own->sleep(discards_weights);
+}
+
+bool Engine::is_asleep() const { return impl_->workers.empty(); }
+
+void Engine::wake_weights() {
+  for (const std::shared_ptr<Weights>& own : impl_->weights) own->wake_up();
+}
+
+void Engine::wake_cache() {
+  if (!is_asleep()) return;
+  for (const std::shared_ptr<Weights>& own : impl_->weights) own->finish();
+  try {
+    impl_->make_workers(*impl_->schedule, {});
+  } catch (...) {
+    impl_->end_workers();
+    throw;
+  }
+}
+
 std::byte* Engine::host_pool() const { return impl_->first().host_pool().data(); }
 
 size_t Engine::host_slot_bytes() const { return impl_->first().host_pool().slot_bytes(); }
 
 uint64_t Engine::completed_steps() const {
-  uint64_t completed = UINT64_MAX;
+  uint64_t completed = impl_->submitted;
   for (const std::unique_ptr<Worker>& worker : impl_->workers) {
     completed = std::min(completed, worker->completed_steps());
   }
@@ -191,6 +227,6 @@ GraphStats Engine::graph_stats() const { return impl_->first().graph_stats(); }
 
 size_t Engine::workspace_bytes() const { return impl_->first().workspace().bytes(); }
 
-const EngineConfig& Engine::config() const { return impl_->first().config(); }
+const EngineConfig& Engine::config() const { return impl_->config; }
 
 }  // namespace nanoflow

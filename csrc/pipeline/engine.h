@@ -132,6 +132,18 @@ class Engine {
   /// more. Handles of all steps and copies must have been waited for. An engine of several ranks
   /// has ended with the first that failed: its error is thrown again.
   void restart();
+  /// Gives the device's memory of the KV cache, of all buffers and graphs back, and that of the
+  /// weights as Weights::sleep() says. Handles of all steps and copies must have been waited for.
+  /// Until all is awake, nothing but wake_weights() and wake_cache() may be called. Throws Error
+  /// where there is a host pool, which others look into; and when the weights find no room: then
+  /// what could be has been given back.
+  void sleep(bool discards_weights);
+  bool is_asleep() const;
+  /// First; discarded weights have to be filled before the cache wakes up. Throws OutOfMemory when
+  /// a device has no room any more: to be tried again.
+  void wake_weights();
+  /// An empty KV cache with as many pages as before. Errors as wake_weights().
+  void wake_cache();
   /// Slots of the host pool, one after another: [host_slots, host_slot_bytes()].
   std::byte* host_pool() const;
   /// Bytes from slot to slot, a multiple of 4096; so are their addresses.

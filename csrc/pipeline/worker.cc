@@ -44,7 +44,8 @@ std::vector<T> entries(const Buffer& buffer, size_t count) {
 }  // namespace
 
 Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
-               const Schedule& schedule, const std::function<int()>& choose_pages)
+               const Schedule& schedule, const std::function<int()>& choose_pages,
+               uint64_t completed)
     : config_(config),
       weights_(std::move(weights)),
       backend_(*weights_->backend()),
@@ -55,9 +56,9 @@ Worker::Worker(const EngineConfig& config, std::shared_ptr<Weights> weights,
       cache_(weights_->spec(), backend_, fix_pages(schedule, choose_pages), config.page_size),
       host_pool_(backend_, cache_, config.host_slots, config.jitter_us),
       decoder_(weights_, workspace_.bind(cache_)),
-      plans_(kCachedPlans, [this](const Schedule& schedule, const PlanKey& key) {
-        return build(schedule, key);
-      }) {
+      plans_(kCachedPlans,
+             [this](const Schedule& schedule, const PlanKey& key) { return build(schedule, key); }),
+      completed_(completed) {
   for (Buffer& buffer : sampled_host_) {
     buffer = backend_.allocate_host(workspace_.buffers().sampled.span_bytes());
   }

@@ -41,9 +41,9 @@ class StepState : public Completion {
 /// One rank: its KV cache, workspace and executor, and the thread that issues steps in order.
 class Worker {
  public:
-  /// See Engine.
+  /// See Engine. `completed`: steps that earlier workers of the engine have run.
   Worker(const EngineConfig& config, std::shared_ptr<Weights> weights, const Schedule& schedule,
-         const std::function<int()>& choose_pages);
+         const std::function<int()>& choose_pages, uint64_t completed = 0);
   ~Worker();
 
   /// Ends the thread once all that is queued has left the device; nothing is queued any more.
@@ -110,7 +110,7 @@ class Worker {
 
   PlanCache plans_;
 
-  std::atomic<uint64_t> completed_{0};
+  std::atomic<uint64_t> completed_;
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   std::deque<Task> queue_;

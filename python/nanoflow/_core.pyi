@@ -544,6 +544,10 @@ class Engine:
         """
         From the next step on.
         """
+    def sleep(self, discard_weights: bool) -> None:
+        """
+        Gives back the memory of the KV cache and of all buffers, and of the weights, which are kept on the host or discarded. Raises EngineError with steps in flight, with a host pool, and where the host has no room.
+        """
     def store_pages(
         self,
         pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
@@ -556,6 +560,14 @@ class Engine:
         """
         Queues a step and returns at once. Raises EngineError on a bad batch and while two steps are in flight.
         """
+    def wake_cache(self) -> None:
+        """
+        Then, with an empty KV cache: steps may be submitted again. Errors as wake_weights.
+        """
+    def wake_weights(self) -> None:
+        """
+        Brings kept weights back; discarded ones are to be filled again. Raises OutOfMemoryError when a device has no room: to be tried again.
+        """
     @property
     def completed_steps(self) -> int: ...
     @property
@@ -565,6 +577,8 @@ class Engine:
         """
         uint8 [host_slots, bytes of a slot]: the pool itself.
         """
+    @property
+    def is_asleep(self) -> bool: ...
     @property
     def schedule(self) -> Schedule: ...
     @property
