@@ -24,6 +24,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "revision": "of the Hugging Face repository",
         "seed": "of everything random",
         "gpu_memory_utilization": "share of all of a GPU's memory that this engine may use",
+        "enable_sleep_mode": "as in vLLM; an engine can sleep without it",
         "enforce_eager": "run without captured graphs",
         "max_model_len": "tokens of prompt and output together: 4096, 32k, or auto for what fits",
         "max_num_seqs": "requests that run at once",

@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from nanoflow.config import check_timeout, make_args
 from nanoflow.energy import open_meter
+from nanoflow.memory import MemoryUse
 from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
@@ -35,7 +36,6 @@ class AsyncLLM:
         self.args = make_args({"model": model, **arguments})
         self._runtime = start_runtime(self.args)
         self.limits = self._runtime.limits
-        self.memory = self._runtime.memory
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
         self._meter = open_meter(self._runtime.memory.device, self.args.tensor_parallel_size)
@@ -119,6 +119,23 @@ class AsyncLLM:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""
         self._runtime.loop.forget_prefixes()
         return True
+
+    async def sleep(self, level: int = 1) -> None:
+        """As LLM.sleep()."""
+        await asyncio.to_thread(self._runtime.sleep, level)
+
+    async def wake_up(self, tags: Collection[str] | None = None) -> None:
+        """As LLM.wake_up()."""
+        await asyncio.to_thread(self._runtime.wake_up, tags)
+
+    async def is_sleeping(self) -> bool:
+        """Whether anything sleeps; generate() raises EngineError as long."""
+        return bool(self._runtime.loop.asleep)
+
+    @property
+    def memory(self) -> MemoryUse:
+        """Where the device's memory is, without what sleeps."""
+        return self._runtime.current_memory()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json says, else the defaults; a new object."""

@@ -38,6 +38,7 @@ class EngineArgs:
     revision: str | None = None
     seed: int = 0
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION  # of a GPU, for this LLM
+    enable_sleep_mode: bool = False  # vLLM's; sleep() needs no preparation here
     enforce_eager: bool = False  # run without captured graphs, which the CPU has none of
     max_model_len: int | str | None = None  # prompt and output; "32k"; "auto" or -1: what fits
     max_num_seqs: int | None = None  # requests that run at once

@@ -7,7 +7,7 @@ import itertools
 import logging
 import queue
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from nanoflow._core import Schedule
 from nanoflow.config import check_timeout, make_args
 from nanoflow.energy import open_meter
 from nanoflow.errors import EngineError, RequestError, TextError
+from nanoflow.memory import MemoryUse
 from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.ordering import ORDERS, order_prompts
@@ -47,7 +48,6 @@ class LLM:
         self.args = make_args({"model": model, **arguments})
         self._runtime = start_runtime(self.args)
         self.limits = self._runtime.limits
-        self.memory = self._runtime.memory
         self.start_seconds = self._runtime.start_seconds
         self._processor = Processor(self._runtime, self.args.seed)
         self._numbers = itertools.count()
@@ -141,6 +141,11 @@ class LLM:
         return self._runtime.device
 
     @property
+    def memory(self) -> MemoryUse:
+        """Where the device's memory is, without what sleeps."""
+        return self._runtime.current_memory()
+
+    @property
     def step_listener(self) -> StepListener | None:
         """Called in the scheduler's thread with a StepStats after every step; must not block."""
         return self._runtime.loop.step_listener
@@ -165,6 +170,29 @@ class LLM:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""
         self._runtime.loop.forget_prefixes()
         return True
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the memory of the device to others until wake_up(), and forgets all prefixes.
+
+        The KV cache, buffers and graphs are freed. Level 1 keeps the weights in host memory, level
+        2 discards them: wake_up() then reads the model again. Does nothing while asleep.
+        Raises ValueError on another level; EngineError while requests are open, with
+        kv_offloading_size, and when the weights find no room on the host (wake_up() helps then).
+        """
+        self._runtime.sleep(level)
+
+    def wake_up(self, tags: Collection[str] | None = None) -> None:
+        """Ends a sleep: all of it, or what `tags` names of "weights" and "kv_cache".
+
+        Requests may come again once nothing sleeps; they are answered as before, from an empty KV
+        cache. Raises ValueError on another tag; EngineError, and sleeps on, when the device has no
+        room for what it gave, or when the engine has failed.
+        """
+        self._runtime.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Whether anything sleeps; generate() raises EngineError as long."""
+        return bool(self._runtime.loop.asleep)
 
     def close(self) -> None:
         """Aborts what is running and stops the engine. May be called more than once."""

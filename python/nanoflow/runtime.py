@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import SCORED_ROWS, Policy
+from nanoflow.scheduler.sleep import check_level, check_tags
 from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.waiting import WaitingQueue
@@ -59,6 +60,24 @@ class Runtime:
     tokenizer: Tokenizer | None
     loop: SchedulerLoop
     state: SchedulerState  # the loop's: for its thread, or when it is closed; stats() always
+
+    def current_memory(self) -> MemoryUse:
+        """`memory`, without what sleeps elsewhere: level 1 leaves weights where a host has them."""
+        memory, loop = self.memory, self.loop
+        if "kv_cache" in loop.asleep:
+            memory = replace(memory, workspace=0, graphs=0, kv_cache=0, num_pages=0)
+        if "weights" in loop.asleep and (memory.kind != "cpu" or loop.sleep_level == 2):
+            memory = replace(memory, weights=0)
+        return memory
+
+    def sleep(self, level: int) -> None:
+        """As LLM.sleep says."""
+        check_level(level)
+        self.loop.sleep(level)
+
+    def wake_up(self, tags: Collection[str] | None) -> None:
+        """As LLM.wake_up says."""
+        self.loop.wake_up(check_tags(tags))
 
     def use_schedule(self, schedule: str | Path | _core.Schedule) -> None:
         """As LLM.set_schedule says."""
@@ -95,6 +114,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
         state,
         steps_in_flight=steps_in_flight,
         chooser=choice.chooser(limits.max_num_seqs),
+        refill=lambda: checkpoint.load_weights(RankStores(weights)),
     )
     times.append(perf_counter())
     phases = dict(zip(PHASES, (b - a for a, b in pairwise(times)), strict=True))

@@ -69,6 +69,15 @@ class Engine(Protocol):
     def load_pages(self, pages: NDArray[np.int32], slots: NDArray[np.int32]) -> CopyHandle:
         """Copies slots of the host pool into pages at once; later steps begin behind it."""
 
+    def sleep(self, discard_weights: bool) -> None:
+        """Gives back all memory but that of weights which the host keeps. No step is in flight."""
+
+    def wake_weights(self) -> None:
+        """Brings kept weights back; discarded ones are to be filled again."""
+
+    def wake_cache(self) -> None:
+        """Then, with an empty KV cache."""
+
     def restart(self) -> None:
         """After a step has failed and all have been waited for: lets steps be submitted again.
 

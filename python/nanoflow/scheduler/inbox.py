@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nanoflow.errors import EngineError
 from nanoflow.request import Request
-from nanoflow.scheduler.choose import Option
 from nanoflow.scheduler.stats import StepListener
+
+if TYPE_CHECKING:
+    from nanoflow.scheduler.worker import Worker
 
 
 @dataclass(slots=True)
@@ -23,14 +26,16 @@ class Inbox:
     requests: list[Request] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     forgets_prefixes: bool = False
-    schedules: list[tuple[Option, Future[None]]] = field(default_factory=list)  # to use
+    calls: list[tuple[Callable[[Worker], None], Future[None]]] = field(default_factory=list)
     doomed: int | None = None  # all open requests and the first so many of `requests`
+    asleep: frozenset[str] = frozenset()  # of nanoflow.scheduler.sleep.TAGS
+    sleep_level: int = 0
     is_closing: bool = False
     failure: BaseException | None = None
 
     def has_news(self) -> bool:
         is_told = self.forgets_prefixes or self.doomed is not None or self.is_closing
-        return bool(self.requests or self.aborts or self.schedules) or is_told
+        return bool(self.requests or self.aborts or self.calls) or is_told
 
     def closed_error(self) -> EngineError:
         if self.failure is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from time import perf_counter
 
+from nanoflow.errors import EngineError
 from nanoflow.request import Request
 from nanoflow.scheduler.choose import Chooser, Option
 from nanoflow.scheduler.engine import BatchFactory, Engine
@@ -34,15 +35,17 @@ class SchedulerLoop:
         steps_in_flight: int = 2,
         step_listener: StepListener | None = None,
         chooser: Chooser | None = None,
+        refill: Callable[[], None] = lambda: None,
     ) -> None:
         """`state`, the engine and the chooser of schedules belong to the loop's thread from now on.
 
+        `refill` loads weights that a sleep has discarded, in that thread, too.
         `steps_in_flight`: 2 overlaps planning with the engine, 1 takes turns.
         `step_listener` is called in the loop's thread after every step; it must not block or raise.
         """
         self._inbox = Inbox(step_listener)
         switch = ScheduleSwitch(chooser, engine, state.policy, state.counters)
-        worker = Worker(self._inbox, engine, make_batch, state, steps_in_flight, switch)
+        worker = Worker(self._inbox, engine, make_batch, state, steps_in_flight, switch, refill)
         self._thread = threading.Thread(target=worker.run, name="nanoflow-scheduler", daemon=True)
         self._thread.start()
 
@@ -72,11 +75,14 @@ class SchedulerLoop:
         self._inbox.on_turn = on_turn
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queues requests in their order. Raises EngineError once the loop is closed."""
+        """Queues requests in their order. Raises EngineError once the loop is closed, and while
+        the engine sleeps."""
         now = perf_counter()
         with self._inbox.changed:
             if self._inbox.is_closing:
                 raise self._inbox.closed_error()
+            if self._inbox.asleep:
+                raise EngineError("the engine is asleep; call wake_up() first")
             for request in requests:
                 request.arrival_time = now
                 self._inbox.requests.append(request)
@@ -99,11 +105,33 @@ class SchedulerLoop:
 
         Raises EngineError when the schedule does not fit the engine, or the loop is closed.
         """
+        self._call(lambda worker: worker.use(option))
+
+    def sleep(self, level: int) -> None:
+        """See LLM.sleep."""
+        self._call(lambda worker: worker.sleep(level))
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """See LLM.wake_up."""
+        self._call(lambda worker: worker.wake_up(tags))
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """What sleeps of sleep.TAGS."""
+        return self._inbox.asleep
+
+    @property
+    def sleep_level(self) -> int:
+        """Of the last sleep."""
+        return self._inbox.sleep_level
+
+    def _call(self, call: Callable[[Worker], None]) -> None:
+        """In the loop's thread, between steps; returns, or raises, as the call has."""
         done: Future[None] = Future()
         with self._inbox.changed:
             if self._inbox.is_closing:
                 raise self._inbox.closed_error()
-            self._inbox.schedules.append((option, done))
+            self._inbox.calls.append((call, done))
             self._inbox.changed.notify()
         done.result()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
@@ -19,6 +19,7 @@ from nanoflow.scheduler.deadlines import TIMEOUT, Deadlines
 from nanoflow.scheduler.engine import BatchFactory, Engine, StepHandle
 from nanoflow.scheduler.idle import IdleMeter
 from nanoflow.scheduler.inbox import Inbox
+from nanoflow.scheduler.sleep import Sleeper
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.stats import StepStats
 from nanoflow.scheduler.step import Step
@@ -63,8 +64,11 @@ class Worker:
         state: SchedulerState,
         steps_in_flight: int,
         switch: ScheduleSwitch,
+        refill: Callable[[], None],
     ) -> None:
+        """`refill`: loads all weights again, which have been discarded."""
         self._switch = switch
+        self._sleeper = Sleeper(inbox, engine, state, refill)
         self._inbox = inbox
         self._engine = engine
         self._make_batch = make_batch
@@ -103,14 +107,12 @@ class Worker:
                 inbox.forgets_prefixes = False
             requests, inbox.requests = inbox.requests, []
             aborts, inbox.aborts = inbox.aborts, []
-            schedules, inbox.schedules = inbox.schedules, []
+            calls, inbox.calls = inbox.calls, []
             is_closing = inbox.is_closing
             doomed, inbox.doomed = len(requests) if is_closing else inbox.doomed, None
         now = perf_counter()
         if not was_busy:
             self._idle.wake(now)
-        for option, done in schedules:
-            self._use(option, done)
         for request in requests:
             try:
                 self._state.add(request)
@@ -127,15 +129,35 @@ class Worker:
             self._state.end(request_id, "abort", now)
         for request in self._deadlines.expired(now):
             self._state.end(request.id, "abort", now, stop_reason=TIMEOUT)
+        for call, done in calls:
+            self._answer(call, done)
         return self._is_busy() or not is_closing
 
-    def _use(self, option: Option, done: Future[None]) -> None:
+    def _answer(self, call: Callable[[Worker], None], done: Future[None]) -> None:
         try:
-            self._switch.use(option)
+            call(self)
         except Exception as error:
             done.set_exception(error)
         else:
             done.set_result(None)
+
+    def use(self, option: Option) -> None:
+        """Steps run with this schedule from now on."""
+        self._switch.use(option)
+
+    def sleep(self, level: int) -> None:
+        """See LLM.sleep."""
+        try:
+            while self._in_flight and not self._state.has_requests:  # steps of aborted requests
+                self._complete(self._in_flight.popleft())
+        except _EngineFailure as failure:
+            self._recover(failure.cause)
+        self._state.reclaim(self._state.arrived_step)
+        self._sleeper.sleep(level)
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """See LLM.wake_up."""
+        self._sleeper.wake_up(tags)
 
     def _is_busy(self) -> bool:
         return self._state.has_requests or bool(self._in_flight)
@@ -237,8 +259,8 @@ class Worker:
             inbox.is_closing = True
             inbox.failure = cause
             requests, inbox.requests = inbox.requests, []
-            schedules, inbox.schedules = inbox.schedules, []
-        for _, done in schedules:
+            calls, inbox.calls = inbox.calls, []
+        for _, done in calls:
             done.set_exception(inbox.closed_error())
         now = perf_counter()
         for request in self._state.open_requests() + requests:
