@@ -94,12 +94,12 @@ void Worker::finish() {
     changed_.notify_all();
   }
   thread_.join();
-  const auto drained = backend_.make_event();
-  origin_->record(*drained);
   try {
+    const auto drained = backend_.make_event();
+    origin_->record(*drained);
     drained->synchronize();
   } catch (const std::exception&) {
-    // The step that failed has told its handle.
+    // The step that failed has told its handle; a device that has failed for good has no events.
   }
 }
 
