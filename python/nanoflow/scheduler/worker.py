@@ -93,6 +93,8 @@ class Worker:
             self._fail(error)
         self._end_turn()
         self._copies.close()
+        # The traceback of a failure, which others keep, leads here: it shall not hold the engine.
+        vars(self).clear()
 
     def _take_inbox(self) -> bool:
         """Sleeps while there is nothing to do; False when the thread is to end."""
