@@ -109,7 +109,7 @@ inline void pack_queries(const AttentionTile& tile, const MatrixBuffers& b) {
     float* to = reinterpret_cast<float*>(b.q + first * b.D);
     for (int64_t pair = 0; pair < b.D / 2; pair += 4) {
       Vec turned[4];
-      transpose_16x4(reinterpret_cast<const float*>(b.q_rows) + pair, b.D / 2, turned);
+      transpose_16x4(b.q_rows + 2 * pair, b.D * 2, turned);
       for (int i = 0; i < 4; ++i) store(to + (pair + i) * kTileRows, turned[i]);
     }
   }

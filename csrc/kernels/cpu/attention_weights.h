@@ -71,7 +71,7 @@ inline void turn_weights(const TileWeights& w, int count, int n) {
   for (int pair = 0; pair < padded; pair += kTileRows) {
     for (int i = 0; i < count; i += 4) {
       Vec turned[4];
-      transpose_16x4(w.products + pair * kTileFloats + i, kTileFloats, turned);
+      transpose_16x4(w.products + pair * kTileFloats + i, kTileFloats * 4, turned);
       for (int c = 0; c < 4; ++c) {
         store(reinterpret_cast<float*>(w.weights + (i + c) * kKeyBlock + 2 * pair), turned[c]);
       }

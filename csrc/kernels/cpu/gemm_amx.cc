@@ -1,6 +1,6 @@
 #include "kernels/cpu/math_avx512_bf16.h"
 // What is written against it:
-#include "kernels/cpu/gemm_epilogue.h"
+#include "kernels/cpu/gemm_pack512.h"
 
 // Weight rows are tiles as they lie in memory (16 n x 32 k); activations are packed so that pairs
 // of k lie side by side (16 pairs x 16 t). The product of the two is outᵀ, turned when it is
@@ -10,18 +10,11 @@
 namespace nanoflow::cpu {
 namespace {
 
-constexpr int64_t kTile = 16;          // n of a weight tile, t of an activation tile
-constexpr int64_t kStep = 32;          // k of a tile
-constexpr int64_t kPanel = 2 * kTile;  // weight rows multiplied at a time
-constexpr int64_t kPair = 2 * kTile;   // activation rows multiplied at a time
-constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kPanel = 2 * kTile;      // weight rows multiplied at a time
+constexpr int64_t kPair = 2 * kTile;       // activation rows multiplied at a time
 constexpr int64_t kSlabBytes = 768 << 10;  // packed activations, well inside 2 MB of second cache
 constexpr int64_t kPanelSteps = 20;  // the deepest panel (40 KB) that stays in the first cache
 constexpr int64_t kBlockSteps = 12;  // depth of the panels of a longer K
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// How a product is cut up, and where its parts lie in the scratch.
 struct Plan {
@@ -44,50 +37,6 @@ struct Plan {
   }
 };
 
-/// 16 rows of 16 bytes become 4 rows of 16 floats: out[c][r] = in[r][c].
-inline void transpose_16x4(const char* in, int64_t stride, __m512 out[4]) {
-  __m512 rows[4];  // lane l of rows[i] is row 4 l + i
-  for (int i = 0; i < 4; ++i) {
-    const auto load = [&](int row) {
-      return _mm_loadu_ps(reinterpret_cast<const float*>(in + row * stride));
-    };
-    rows[i] = _mm512_castps128_ps512(load(i));
-    rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x00f0, load(4 + i));
-    rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, load(8 + i));
-    rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, load(12 + i));
-  }
-  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
-  const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
-  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
-  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
-  out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-  out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-  out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-  out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-}
-
-/// Packs one tile; `rows` x `depth` elements exist, the rest becomes zero.
-void pack_tile(const BFloat16* x, int64_t stride, int64_t rows, int64_t depth, char* tile) {
-  alignas(64) char edge[kTileBytes];
-  const char* from = reinterpret_cast<const char*>(x);
-  int64_t row_bytes = stride * 2;
-  if (rows < kTile || depth < kStep) {
-    const __mmask32 mask = depth < kStep ? (1u << depth) - 1 : ~0u;
-    for (int64_t row = 0; row < kTile; ++row) {
-      _mm512_store_si512(edge + row * 64, row < rows
-                                              ? _mm512_maskz_loadu_epi16(mask, x + row * stride)
-                                              : _mm512_setzero_si512());
-    }
-    from = edge;
-    row_bytes = 64;
-  }
-  for (int group = 0; group < 4; ++group) {
-    __m512 pairs[4];
-    transpose_16x4(from + group * 16, row_bytes, pairs);
-    for (int i = 0; i < 4; ++i) _mm512_store_ps(tile + (group * 4 + i) * 64, pairs[i]);
-  }
-}
-
 /// Packs rows [begin, end) as [pair][step][half], the threads each a share.
 void pack(const GemmArgs& args, const Plan& plan, int64_t begin, int64_t end, const Worker& worker,
           char* packed) {
@@ -98,30 +47,12 @@ void pack(const GemmArgs& args, const Plan& plan, int64_t begin, int64_t end, co
     const int64_t k = unit % plan.steps * kStep;
     for (int64_t half = 0; half < 2 && row + half * kTile < end; ++half) {
       const int64_t first = row + half * kTile;
+      char* tile = packed + (unit * 2 + half) * kTileBytes;
       pack_tile(x + first * args.x_stride + k, args.x_stride, min(kTile, end - first),
-                min(kStep, args.K - k), packed + (unit * 2 + half) * kTileBytes);
+                min(kStep, args.K - k), [tile](int pair) { return tile + pair * 64; });
     }
   }
 }
-
-/// Both write what the first `columns` of 32 sums of row t, from weight row n on, become.
-template <typename Out>
-struct Plain {
-  static void store(const GemmArgs& args, int64_t t, int64_t n, Vec low, Vec high, int columns) {
-    store_sums<Out>(args, t, n, low, columns < kTile ? columns : kTile);
-    if (columns > kTile) store_sums<Out>(args, t, n + kTile, high, columns - kTile);
-  }
-};
-
-struct SiluMul {
-  static_assert(2 * GemmSiluMul::kGroup == kTile);
-
-  static void store(const GemmArgs& args, int64_t t, int64_t n, Vec low, Vec high, int columns) {
-    const Vec gate = _mm512_shuffle_f32x4(low, high, 0x44);
-    const Vec up = _mm512_shuffle_f32x4(low, high, 0xee);
-    store_sums<BFloat16>(args, t, n / 2, activated(args.activation, gate) * up, columns / 2);
-  }
-};
 
 /// Sums on their way to out: 32 n x 32 t as the tiles were stored, turned four t at a time between
 /// the tile products of the block that follows.
@@ -135,7 +66,7 @@ struct Pending {
   void advance() {
     if (next >= rows) return;
     const char* from = sums + next / kTile * 2 * kTileBytes + next % kTile * 4;
-    __m512 low[4], high[4];
+    Vec low[4], high[4];
     transpose_16x4(from, 64, low);
     transpose_16x4(from + kTileBytes, 64, high);
     const auto columns = static_cast<int>(min(kPanel, args->N - n));

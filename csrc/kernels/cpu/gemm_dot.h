@@ -20,6 +20,15 @@
 namespace nanoflow::cpu {
 namespace {
 
+/// Elements of K whose products are added up before they are added to those of other blocks: even
+/// parts of at most 1024, whole vectors of every instruction set.
+inline int64_t block_depth(int64_t K) {
+  constexpr int64_t kVector = 32, kMost = 1024 / kVector;
+  const int64_t vectors = (K + kVector - 1) / kVector;
+  const int64_t blocks = (vectors + kMost - 1) / kMost;
+  return blocks == 0 ? kVector : (vectors + blocks - 1) / blocks * kVector;
+}
+
 /// With kIsSiluMul the weight holds groups of gate and up rows, and a column of out takes a row of
 /// each.
 template <typename Simd, typename Out, bool kIsSiluMul = false>
@@ -49,7 +58,8 @@ class DotGemm {
   static constexpr int64_t kChunkBytes = 128 << 10;  // weights, beside them
   static constexpr int64_t kBlockBytes = 20 << 10;   // weights, for the first cache
 
-  explicit DotGemm(const GemmArgs& args) : args_(args), slab_(tiles_in(kSlabBytes, kRows)) {}
+  explicit DotGemm(const GemmArgs& args)
+      : args_(args), block_(block_depth(args.K)), slab_(tiles_in(kSlabBytes, kRows)) {}
 
   /// Rows of K elements that fit, in whole tiles, at least one.
   int64_t tiles_in(int64_t bytes, int64_t rows) const {
@@ -114,7 +124,6 @@ class DotGemm {
   void dot(int64_t t, int64_t n, int columns, float* values) const {
     const Element* x[kCount];
     const Element* w[kColumns];
-    Sum sums[kTile] = {};
     for (int i = 0; i < kCount; ++i) {
       x[i] = static_cast<const Element*>(args_.x) + (t + i) * args_.x_stride;
     }
@@ -122,16 +131,30 @@ class DotGemm {
       const int64_t row = n + (j < columns ? j : columns - 1);
       w[j] = static_cast<const Element*>(args_.weight) + row * args_.weight_stride;
     }
-    const int64_t whole = args_.K / Simd::kChunk * Simd::kChunk;
-    for (int64_t k = 0; k < whole; k += Simd::kChunk) {
+    dot_block<kCount>(x, w, 0, values);
+    for (int64_t begin = block_; begin < args_.K; begin += block_) {
+      alignas(64) float more[kTile];
+      dot_block<kCount>(x, w, begin, more);
+      for (int i = 0; i < kTile; i += kLanes) store(values + i, load(values + i) + load(more + i));
+    }
+  }
+
+  /// The same for a block of K.
+  template <int kCount>
+  [[gnu::always_inline]] void dot_block(const Element* const* x, const Element* const* w,
+                                        int64_t begin, float* values) const {
+    Sum sums[kTile] = {};
+    const int64_t end = begin + block_ < args_.K ? begin + block_ : args_.K;
+    int64_t k = begin;
+    for (; k + Simd::kChunk <= end; k += Simd::kChunk) {
       step<kCount>(
           sums, [&](int i) { return Simd::load(x[i] + k); },
           [&](int j) { return Simd::load(w[j] + k); });
     }
-    if (const int rest = static_cast<int>(args_.K - whole); rest > 0) {
+    if (const int rest = static_cast<int>(end - k); rest > 0) {
       step<kCount>(
-          sums, [&](int i) { return Simd::load_part(x[i] + whole, rest); },
-          [&](int j) { return Simd::load_part(w[j] + whole, rest); });
+          sums, [&](int i) { return Simd::load_part(x[i] + k, rest); },
+          [&](int j) { return Simd::load_part(w[j] + k, rest); });
     }
     Simd::reduce(sums, values);
   }
@@ -147,7 +170,8 @@ class DotGemm {
   }
 
   const GemmArgs& args_;
-  const int64_t slab_;  // activation rows that stay in the second cache
+  const int64_t block_;  // of K
+  const int64_t slab_;   // activation rows that stay in the second cache
 };
 
 size_t no_scratch(const GemmArgs&, int) { return 0; }
