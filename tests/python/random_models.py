@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-d64": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
+        "vocab_size": 165,
         "hidden_size": 256,
         "intermediate_size": 384,
         "num_attention_heads": 4,
@@ -88,7 +89,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 384,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "num_local_experts": 8,
+        "num_local_experts": 6,
         "num_experts_per_tok": 2,
     },
     "qwen3-moe-d64": {

@@ -110,7 +110,7 @@ class GemmEpilogue {
   template <class Problem>
   static bool can_implement(const Problem& problem, const Arguments&) {
     const int features = kIsTransposed ? cute::get<0>(problem) : cute::get<1>(problem);
-    return features % (kBlock * kShrink) == 0;  // whole blocks of out
+    return kIsFloat || features % (kBlock * kShrink) == 0;  // whole pieces of 16 bytes
   }
 
   CUTLASS_HOST_DEVICE explicit GemmEpilogue(const Params& params) : params_(params) {}
@@ -303,6 +303,17 @@ class GemmEpilogue {
     }
   }
 
+  /// The first `left` of two, at once where their address allows it.
+  CUTLASS_DEVICE static void store_floats(float* out, const cutlass::Array<float, 2>& pair,
+                                          int left) {
+    if (left > 1 && reinterpret_cast<uintptr_t>(out) % sizeof(float2) == 0) {
+      *reinterpret_cast<float2*>(out) = make_float2(pair[0], pair[1]);
+    } else {
+      if (left > 0) out[0] = pair[0];
+      if (left > 1) out[1] = pair[1];
+    }
+  }
+
   template <int kLines, int kChunks, class Sums>
   CUTLASS_DEVICE void store_floats(const Sums& sums, const Slab& slab) const {
     CUTLASS_PRAGMA_UNROLL
@@ -310,16 +321,16 @@ class GemmEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         const auto pair = pair_of(sums, line, chunk);
-        const int feature = slab.feature_of(line, chunk);
-        if (feature >= slab.features) continue;
         if constexpr (kIsTransposed) {  // a feature, two tokens
           const int token = slab.token_of(line, chunk) - slab.g + 2 * slab.t;
-          float* const out = params_.out + token * params_.out_stride + feature + slab.g;
+          if (slab.feature_of(line, chunk) + slab.g >= slab.features) continue;
+          float* const out =
+              params_.out + token * params_.out_stride + slab.feature_of(line, chunk) + slab.g;
           if (token < slab.tokens) *out = pair[0];
           if (token + 1 < slab.tokens) out[params_.out_stride] = pair[1];
         } else if (slab.token_of(line, chunk) < slab.tokens) {
-          auto* const out = reinterpret_cast<float2*>(piece(slab, line, chunk)) + slab.t;
-          *out = make_float2(pair[0], pair[1]);
+          const int left = slab.features - slab.feature_of(line, chunk) - 2 * slab.t;
+          store_floats(piece(slab, line, chunk) + 2 * slab.t, pair, left);
         }
       }
     }
