@@ -1,16 +1,16 @@
-"""Conversations of several rounds, with and without tiers below the KV cache.
+"""Tiers below the KV cache: what they cost where nothing is said again, and bring where it is.
 
 Usage: python bench/multi_round.py [--output-json FILE]
-       python bench/multi_round.py --device cuda --shape llama-3.1-8b --scale 1 --block-size 64 \
-           --conversations 400 --num-pages 2400 --think 20 --host-gib 90 --small-host-gib 20 \
-           --ssd DIR:90 --unique 1500
+       python bench/multi_round.py --device cuda [--ssd DIR:GIB] --output-json FILE
 
-Each conversation is a task that asks, waits for the answer, thinks, and asks again with all that
-was said so far in front. Lengths are log-normal about the means of LMSYS-Chat-1M (102 tokens asked,
-222 answered, as the NanoFlow paper has them), times --scale. The KV cache of the device is too
-small for the conversations that are open, so that what prefix caching alone keeps of a round is
-gone when the next one comes. After that, --unique requests that have nothing in common: what the
-tiers cost where they cannot help.
+One engine after the other: without prefix caching, with it, with a host tier, with a small one
+above an SSD. Each first runs --unique requests that have nothing in common, where tiers cannot
+help. Then conversations (bench/talk.py): each is a task that asks, waits for the answer, thinks,
+and asks again with all that was said so far in front. The KV cache of the device is too small for
+those that are open, so that what prefix caching alone keeps of a round is gone when the next comes.
+
+With --device cuda it is the shape of Llama-3.1-8B with random weights, and takes about two minutes;
+what has been measured is in the JSON file after each engine.
 """
 
 from __future__ import annotations
@@ -23,32 +23,49 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from nanoflow import AsyncLLM, SamplingParams
+from nanoflow import AsyncLLM
 from nanoflow.bench import environment
 from nanoflow.bench.default_model import default_model
 from nanoflow.scheduler.stats import StepStats
 from shapes import SHAPES, write_model
+from talk import conversations, hold, metrics_of
 
-MEAN_ASKED, MEAN_ANSWERED = 102, 222
-SIGMA = 1.0  # of the logarithms: the standard deviations are as large as the means, as there
 ROUNDS = 5
 MODES = ("off", "prefix", "host", "host+ssd")
-REPEATS = 3  # of the requests that have nothing in common, with and without tiers by turns
+REPEATS = 2  # of the requests that have nothing in common, after once to warm up
+TIER_METRICS = ("offload", "external", "preempt")
+START = perf_counter()
+# Options that are not given: on a CPU, on a GPU.
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "shape": (None, "llama-3.1-8b"),
+    "conversations": (10, 160),
+    "scale": (0.25, 0.6),
+    "think": (2.0, 0.5),
+    "block_size": (16, 64),
+    "num_pages": (80, 1000),
+    "max_model_len": (None, 8192),
+    "host_gib": (1.0, 24.0),
+    "small_host_gib": (0.05, 6.0),
+    "unique": (16, 250),
+}
 
 
 @dataclass(frozen=True)
-class Round:
-    asked: list[int]  # token ids
-    answered: int  # tokens
-    think: float  # seconds before it
+class Unique:
+    """Requests that have nothing in common, each time others; a list has one entry a time."""
+
+    requests: int
+    total_tokens_per_second: list[float]
+    cpu_seconds: list[float]
+    device_idle: float  # share of the time; at most, as nanoflow:engine_idle_seconds
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     mode: str
     seconds: float
@@ -58,27 +75,14 @@ class Row:
     prefill_tokens_computed: int  # with what preemptions made necessary again
     total_tokens_per_second: float
     mean_first_token_seconds: float  # from the second round on
+    device_idle: float  # share of the time in which requests were open; at most
     metrics: dict[str, float]  # of the tiers
+    bytes_per_second: dict[str, float]  # between tiers; of the SSD, by one of its threads
+    unique: Unique | None
 
 
-def conversations(options: argparse.Namespace, vocab_size: int) -> list[list[Round]]:
-    rng = np.random.default_rng(0)
-
-    def length(mean_length: float) -> int:
-        drawn = rng.lognormal(np.log(mean_length * options.scale) - SIGMA**2 / 2, SIGMA)
-        return int(np.clip(drawn, 2, 4 * mean_length * options.scale))
-
-    return [
-        [
-            Round(
-                rng.integers(2, vocab_size, length(MEAN_ASKED)).tolist(),
-                length(MEAN_ANSWERED),
-                float(rng.exponential(options.think)),
-            )
-            for _ in range(options.rounds)
-        ]
-        for _ in range(options.conversations)
-    ]
+def say(text: str) -> None:
+    print(f"[{perf_counter() - START:6.1f} s] {text}", flush=True)
 
 
 def arguments(options: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -105,141 +109,134 @@ def arguments(options: argparse.Namespace, mode: str) -> dict[str, Any]:
     return common
 
 
-async def answer(
-    llm: AsyncLLM, name: str, prompt: list[int], tokens: int
-) -> tuple[list[int], float]:
-    """The tokens of an answer, and the seconds until the first."""
-    params = SamplingParams(
-        temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
+def run_unique(llm: AsyncLLM, mode: str, options: argparse.Namespace) -> Unique:
+    held = []
+    for repeat in range(1 + REPEATS):
+        talk = conversations(
+            options.unique,
+            1,
+            scale=options.scale,
+            think=0.0,
+            vocab_size=llm._runtime.vocab_size,
+            seed=1 + repeat,
+        )
+        held.append(hold(llm, f"unique-{repeat}", talk))
+        say(
+            f"{mode}: {options.unique} requests with nothing in common, "
+            f"{held[-1].total_tokens_per_second:,.1f} tok/s, {held[-1].cpu_seconds:.1f} s CPU, "
+            f"device idle at most {held[-1].device_idle:.2%}" + (", warm-up" if not repeat else "")
+        )
+    asyncio.run(llm.reset_prefix_cache())
+    return Unique(
+        requests=options.unique,
+        total_tokens_per_second=[one.total_tokens_per_second for one in held[1:]],
+        cpu_seconds=[one.cpu_seconds for one in held[1:]],
+        device_idle=mean(one.device_idle for one in held[1:]),
     )
-    begin, first = perf_counter(), 0.0
-    output: list[int] = []
-    async for news in llm.generate({"prompt_token_ids": prompt}, params, name):
-        first = first or perf_counter() - begin
-        output = list(news.outputs[0].token_ids)
-    assert len(output) == tokens, f"{len(output)} of {tokens} tokens"
-    return output, first
 
 
-async def converse(
-    llm: AsyncLLM, number: int, rounds: list[Round], first_tokens: list[float]
-) -> list[int]:
-    """All that is said; appends the waits for the first token of all rounds but the first."""
-    said: list[int] = []
-    for turn, one in enumerate(rounds):
-        await asyncio.sleep(one.think)
-        said += one.asked
-        tokens, first = await answer(llm, f"{number}-{turn}", said, one.answered)
-        said = said + tokens
-        if turn > 0:
-            first_tokens.append(first)
-    return said
-
-
-def run(
-    options: argparse.Namespace, mode: str, talk: list[list[Round]]
-) -> tuple[Row, list[list[int]]]:
-    """A fresh engine for all conversations; and what was said in them."""
+def run(options: argparse.Namespace, mode: str) -> tuple[Row, list[list[int]], str]:
+    """On an engine of its own; also what was said in the conversations, and the device's name."""
+    say(f"{mode}: starting")
+    llm = AsyncLLM(options.model, **arguments(options, mode))
+    say(f"{mode}: started")
     computed: list[int] = []
-    first_tokens: list[float] = []
 
     def count(stats: StepStats) -> None:
         computed.append(stats.prefill_tokens)
 
-    async def all_of_them() -> list[list[int]]:
-        tasks = (converse(llm, n, rounds, first_tokens) for n, rounds in enumerate(talk))
-        return await asyncio.gather(*tasks)
-
-    llm = AsyncLLM(options.model, **arguments(options, mode))
     try:
+        unique = run_unique(llm, mode, options) if options.unique and mode != "off" else None
+        before = metrics_of(llm)
         llm._runtime.loop.step_listener = count
-        begin, cpu_begin = perf_counter(), process_time()
-        said = asyncio.run(all_of_them())
-        seconds, cpu_seconds = perf_counter() - begin, process_time() - cpu_begin
-        metrics = {
-            metric_name(metric): metric.value
-            for metric in llm.get_metrics()
-            if "offload" in metric.name or "external" in metric.name or "preempt" in metric.name
-        }
+        rounds = conversations(
+            options.conversations,
+            options.rounds,
+            scale=options.scale,
+            think=options.think,
+            vocab_size=llm._runtime.vocab_size,
+        )
+        talk = hold(llm, "talk", rounds)
+        after = metrics_of(llm)
+        device = llm._runtime.device
     finally:
         llm.shutdown()
-    output_tokens = sum(one.answered for rounds in talk for one in rounds)
-    prompt_tokens = 0
-    for rounds in talk:
-        length = 0
-        for one in rounds:
-            length += len(one.asked)
-            prompt_tokens += length
-            length += one.answered
+    of_tiers = [name for name in after if any(part in name for part in TIER_METRICS)]
+    rates = {
+        name.rpartition(":")[2]: value / after[name.replace("bytes", "time")]
+        for name, value in after.items()
+        if name.startswith("kv_offload_total_bytes") and value > 0
+    }
     row = Row(
         mode=mode,
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
+        seconds=talk.seconds,
+        cpu_seconds=talk.cpu_seconds,
+        prompt_tokens=talk.prompt_tokens,
+        output_tokens=talk.output_tokens,
         prefill_tokens_computed=sum(computed),
-        total_tokens_per_second=(prompt_tokens + output_tokens) / seconds,
-        mean_first_token_seconds=mean(first_tokens) if first_tokens else 0.0,
-        metrics=metrics,
+        total_tokens_per_second=talk.total_tokens_per_second,
+        mean_first_token_seconds=mean(talk.first_tokens) if talk.first_tokens else 0.0,
+        device_idle=talk.device_idle,
+        metrics={
+            name: after[name] - (0 if "usage" in name else before.get(name, 0)) for name in of_tiers
+        },
+        bytes_per_second=rates,
+        unique=unique,
     )
-    print(
-        f"{mode:>9}: {row.seconds:7.2f} s ({row.cpu_seconds:.1f} s CPU), "
-        f"{row.prefill_tokens_computed:8,} prefill tokens, "
-        f"{row.total_tokens_per_second:9,.1f} tok/s, first token "
-        f"{row.mean_first_token_seconds:.3f} s",
-        flush=True,
+    say(
+        f"{mode}: {row.seconds:.2f} s ({row.cpu_seconds:.1f} s CPU), "
+        f"{row.prefill_tokens_computed:,} prefill tokens, "
+        f"{row.total_tokens_per_second:,.1f} tok/s, first token "
+        f"{row.mean_first_token_seconds:.3f} s, device idle at most {row.device_idle:.2%}"
+        + "".join(f", {name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
     )
-    return row, said
+    return row, talk.said, device
 
 
-def metric_name(metric: Any) -> str:
-    own = [value for name, value in metric.labels.items() if name not in ("model_name", "engine")]
-    return ":".join([metric.name.removeprefix("nanoflow:"), *own])
-
-
-def cost_without_reuse(options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
-    """Throughput of requests that have nothing in common, with tiers and without by turns."""
-    single = argparse.Namespace(**vars(options))
-    single.conversations, single.rounds, single.think = options.unique, 1, 0.0
-    talk = conversations(single, vocab_size)
-    rates: dict[str, list[float]] = {"prefix": [], "host": []}
-    cpu: dict[str, list[float]] = {"prefix": [], "host": []}
-    for repeat in range(REPEATS):
-        for mode in sorted(rates, reverse=repeat % 2 == 1):
-            row, _ = run(single, mode, talk)
-            rates[mode].append(row.total_tokens_per_second)
-            cpu[mode].append(row.cpu_seconds)
-    medians = {mode: median(values) for mode, values in rates.items()}
+def cost_without_reuse(rows: list[Row]) -> dict[str, Any]:
+    """Of each mode with tiers beside the one with prefix caching alone, by medians."""
+    of = {row.mode: row.unique for row in rows if row.unique is not None}
+    base = of["prefix"]
     return {
-        "requests": options.unique,
-        "total_tokens_per_second": rates,
-        "median": medians,
-        "lost": 1 - medians["host"] / medians["prefix"],
-        "cpu_seconds": cpu,
-        "cpu_seconds_added": median(cpu["host"]) / median(cpu["prefix"]) - 1,
+        "requests": base.requests,
+        **{
+            mode: {
+                "lost": 1
+                - median(one.total_tokens_per_second) / median(base.total_tokens_per_second),
+                "cpu_seconds_added": median(one.cpu_seconds) / median(base.cpu_seconds) - 1,
+                "device_idle": one.device_idle,
+            }
+            for mode, one in of.items()
+            if mode != "prefix"
+        },
     }
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; other defaults follow it")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--model", help="the default is SmolLM2-135M-Instruct")
+    parser.add_argument("--model", help="the default of a CPU is SmolLM2-135M-Instruct")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    parser.add_argument("--conversations", type=int, default=10)
+    parser.add_argument("--conversations", type=int)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--scale", type=float, default=0.25, help="of the lengths of LMSYS")
-    parser.add_argument("--think", type=float, default=2.0, help="seconds between rounds, mean")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--num-pages", type=int, default=80, help="of the device")
+    parser.add_argument("--scale", type=float, help="of the lengths of LMSYS")
+    parser.add_argument("--think", type=float, help="seconds between rounds, mean")
+    parser.add_argument("--block-size", type=int)
+    parser.add_argument("--num-pages", type=int, help="of the device")
     parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--host-gib", type=float, default=1.0)
-    parser.add_argument("--small-host-gib", type=float, default=0.05, help="above the SSD")
-    parser.add_argument("--ssd", help="PATH:SIZE; the default is a temporary folder of 1 GiB")
-    parser.add_argument("--unique", type=int, default=16, help="requests without reuse; 0: none")
+    parser.add_argument("--host-gib", type=float)
+    parser.add_argument("--small-host-gib", type=float, help="above the SSD")
+    parser.add_argument("--ssd", help="PATH:GIB; the default is a temporary folder of --host-gib")
+    parser.add_argument("--unique", type=int, help="requests without reuse; 0: none")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--output-json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, of_device in DEFAULTS.items():
+        is_given = getattr(options, name) is not None or (name == "shape" and options.model)
+        if not is_given:
+            setattr(options, name, of_device[options.device != "cpu"])
+    return options
 
 
 def main() -> None:
@@ -256,16 +253,19 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         options.model = write_model(folder, options.shape)
     elif options.model is None:
         options.model = default_model()
-    options.ssd = options.ssd or f"{folder / 'ssd'}:1"
-    with_vocabulary = AsyncLLM(options.model, **arguments(options, "prefix"))
-    vocab_size, device = with_vocabulary._runtime.vocab_size, with_vocabulary._runtime.device
-    with_vocabulary.shutdown()
-    talk = conversations(options, vocab_size)
-    rows, answers = [], []
+    options.ssd = options.ssd or f"{folder / 'ssd'}:{options.host_gib}"
+    rows: list[Row] = []
+    answers: list[list[list[int]]] = []
     for mode in options.modes:
-        row, said = run(options, mode, talk)
+        row, said, device = run(options, mode)
         rows.append(row)
         answers.append(said)
+        save(options, device, rows, answers)
+
+
+def save(
+    options: argparse.Namespace, device: str, rows: list[Row], answers: list[list[list[int]]]
+) -> None:
     same = [
         float(np.mean([a == b for a, b in zip(answers[0], said, strict=True)])) for said in answers
     ]
@@ -275,17 +275,17 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         "versions": environment.versions(),
         "cpu": environment.cpu_model(),
         "device": device,
+        "model": options.shape or str(options.model),
         "conversations": options.conversations,
         "rounds": options.rounds,
         "device_tokens": options.num_pages * options.block_size,
         "results": [asdict(row) for row in rows],
         "conversations_said_as_in_the_first_mode": same,
     }
-    if options.unique:
-        result["without_reuse"] = cost_without_reuse(options, vocab_size)
-        cost = result["without_reuse"]
-        print(f"without reuse: {cost['lost']:.1%} of the throughput lost, ", end="")
-        print(f"{cost['cpu_seconds_added']:.1%} more CPU time")
+    modes = {row.mode for row in rows if row.unique is not None}
+    if "prefix" in modes and len(modes) > 1:
+        result["without_reuse"] = cost_without_reuse(rows)
+        say(f"without reuse: {json.dumps(result['without_reuse'])}")
     if options.output_json is not None:
         options.output_json.parent.mkdir(parents=True, exist_ok=True)
         options.output_json.write_text(json.dumps(result, indent=1) + "\n")

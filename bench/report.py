@@ -73,8 +73,9 @@ def round_rows(result: Result) -> list[tuple[str, str]]:
         for row in result["results"]
     ]
     if cost is not None:
-        what = f"host tier beside none, {cost['requests']} requests with nothing in common"
-        rows.append((what, f"{cost['cpu_seconds_added']:+.1%} CPU time"))
+        what = f"beside none, {cost['requests']} requests with nothing in common"
+        for mode in sorted(cost.keys() - {"requests"}):
+            rows.append((f"{mode} {what}", f"{cost[mode]['cpu_seconds_added']:+.1%} CPU time"))
     return rows
 
 
