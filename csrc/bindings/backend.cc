@@ -37,23 +37,26 @@ void register_backend(py::module_& m) {
   m.def(
       "make_backends",
       [](const std::string& device, int ranks, int threads, const std::string& isa,
-         const std::string& nccl_library, bool nccl_alone, int simulated_ranks) {
+         const std::string& nccl_library, bool nccl_alone, int simulated_ranks,
+         bool batch_invariant) {
         return make_backends({.device = parse_device(device),
                               .threads = threads,
                               .isa = isa,
                               .nccl_library = nccl_library,
+                              .batch_invariant = batch_invariant,
                               .nccl_alone = nccl_alone,
                               .simulated_ranks = simulated_ranks},
                              ranks);
       },
       py::arg("device"), py::arg("ranks"), py::arg("threads") = 0, py::arg("isa") = "auto",
       py::arg("nccl_library") = "", py::arg("nccl_alone") = false, py::arg("simulated_ranks") = 0,
-      py::call_guard<py::gil_scoped_release>(),
+      py::arg("batch_invariant") = false, py::call_guard<py::gil_scoped_release>(),
       "The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device "
       "and those after it. `nccl_library` is the path of libnccl.so.2, which several GPUs need; "
       "`nccl_alone` has it used by one, too. `simulated_ranks`: rank 0 of so many without the "
-      "others, to measure it. Raises EngineError where there are fewer GPUs than ranks, or no "
-      "NCCL.");
+      "others, to measure it. `batch_invariant`: a GPU computes for a row what depends on no "
+      "other, as a CPU always does. Raises EngineError where there are fewer GPUs than ranks, or "
+      "no NCCL.");
   m.def("cuda_problem", &cuda_problem, py::arg("index") = 0,
         py::call_guard<py::gil_scoped_release>(),
         "Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.");

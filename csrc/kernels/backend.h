@@ -65,7 +65,9 @@ struct BackendOptions {
   int threads = 0;                // CPU: total lane width, 0 = the cores this process may use
   std::string isa = "auto";       // CPU: auto, generic, avx2, avx512, avx512_bf16, amx
   std::string nccl_library = {};  // GPUs: path of libnccl.so.2; empty: where the system finds it
-  bool nccl_alone = false;        // GPUs: collectives through NCCL for a rank alone, too
+  // GPUs: what is computed for a row depends on no other row, as always on a CPU; slower.
+  bool batch_invariant = false;
+  bool nccl_alone = false;  // GPUs: collectives through NCCL for a rank alone, too
   // To measure a rank without the others: rank 0 of so many, whose collectives copy its own data
   // instead, as many bytes. What it computes is no model's.
   int simulated_ranks = 0;

@@ -607,9 +607,10 @@ def make_backends(
     nccl_library: str = "",
     nccl_alone: bool = False,
     simulated_ranks: typing.SupportsInt | typing.SupportsIndex = 0,
+    batch_invariant: bool = False,
 ) -> list[Backend]:
     """
-    The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device and those after it. `nccl_library` is the path of libnccl.so.2, which several GPUs need; `nccl_alone` has it used by one, too. `simulated_ranks`: rank 0 of so many without the others, to measure it. Raises EngineError where there are fewer GPUs than ranks, or no NCCL.
+    The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device and those after it. `nccl_library` is the path of libnccl.so.2, which several GPUs need; `nccl_alone` has it used by one, too. `simulated_ranks`: rank 0 of so many without the others, to measure it. `batch_invariant`: a GPU computes for a row what depends on no other, as a CPU always does. Raises EngineError where there are fewer GPUs than ranks, or no NCCL.
     """
 
 def run_op(

@@ -44,7 +44,7 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "kv_offloading_ssd": "PATH:SIZE, a folder on an SSD and GiB, for what the host gives up",
         "async_scheduling": "plan a step while the one before it runs",
         "scheduling_policy": "fcfs, or priority: requests with a lower one go first",
-        "batch_invariant": "the same tokens for a request whatever runs beside it; on a CPU alone",
+        "batch_invariant": "the same tokens for a request whatever runs beside it; slower on a GPU",
         "max_num_queued_reqs": "requests that may wait; more are rejected",
         "max_num_queued_tokens": "prompt tokens that may wait; requests beyond are rejected",
         "disable_log_stats": "log no line of status every few seconds",

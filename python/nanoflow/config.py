@@ -14,8 +14,8 @@ from nanoflow._core import Schedule
 
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
 NOT_INVARIANT = (
-    "on a GPU the kernel of a product is chosen by the rows of a step, and attention divides keys "
-    "by the whole batch, so that sums are rounded in another order; only the CPU keeps it"
+    "several GPUs add their parts in an order that depends on how many rows a step has; one GPU "
+    "keeps it, and the CPU with any number of ranks"
 )
 AUTO = -1  # of max_model_len: what the cache holds, at most what the model allows
 
@@ -57,7 +57,7 @@ class EngineArgs:
     kv_offloading_ssd: str | None = None  # PATH:SIZE, a folder and GiB, for what the host gives up
     async_scheduling: bool = True  # plan a step while the one before it runs
     scheduling_policy: str = "fcfs"  # or priority: requests with a lower one go first
-    batch_invariant: bool = False  # a request's tokens depend on nothing beside it; CPU only
+    batch_invariant: bool = False  # a request's tokens depend on nothing beside it
     max_num_queued_reqs: int | None = None  # that wait; more are rejected
     max_num_queued_tokens: int | None = None  # of their prompts
     disable_log_stats: bool = False  # no status line every few seconds
@@ -66,12 +66,16 @@ class EngineArgs:
         self._check_supported()
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             _check_positive(name, getattr(self, name))
-        if self.batch_invariant and self.device.startswith("cuda"):
-            raise ValueError(f"batch_invariant=True with device={self.device!r}: {NOT_INVARIANT}")
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
             _check_positive(name, getattr(self, name))
         for name in ("num_gpu_blocks_override", "block_size", "tensor_parallel_size"):
             _check_positive(name, getattr(self, name))
+        is_on_gpus = self.device.startswith("cuda") and self.tensor_parallel_size > 1
+        if self.batch_invariant and is_on_gpus:
+            raise ValueError(
+                f"batch_invariant=True with device={self.device!r} and "
+                f"tensor_parallel_size={self.tensor_parallel_size}: {NOT_INVARIANT}"
+            )
         self._check_simulated()
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(

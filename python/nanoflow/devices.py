@@ -21,12 +21,16 @@ def make_backends(args: EngineArgs, spec: _core.ModelSpec | None = None) -> list
     ranks, simulated = args.tensor_parallel_size, args.simulated_tensor_parallel_size
     if args.device != "cpu":
         problem = _core.cuda_problem() if args.device == "auto" else ""
-        if args.batch_invariant:
+        if args.batch_invariant and ranks > 1:
             problem = NOT_INVARIANT
         if not problem:
             device = "cuda" if args.device == "auto" else args.device
             backends = _core.make_backends(
-                device, ranks, nccl_library=find_nccl(), simulated_ranks=simulated
+                device,
+                ranks,
+                nccl_library=find_nccl(),
+                simulated_ranks=simulated,
+                batch_invariant=args.batch_invariant,
             )
             if spec is not None:
                 problem = backends[0].model_problem(spec.dtype, spec.head_dim)

@@ -53,6 +53,11 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(traits_of(choose({.rows = 16, .features = 4096, .depth = 4096})).tile_rows == 16);
 }
 
+TEST_CASE("the kernel for any number of rows exists for all types and adds along K in one order") {
+  CHECK(traits_of(kInvariantGemm).is_general);
+  CHECK(!traits_of(kInvariantGemm).is_stream_k);
+}
+
 TEST_CASE("only general kernels are chosen for other types than bfloat16 into bfloat16") {
   const GemmType types[] = {{.x = DType::kBF16, .out = DType::kF32},
                             {.x = DType::kF16, .out = DType::kF16},

@@ -1,4 +1,4 @@
-"""On a CPU, a request's tokens and log-probabilities do not depend on what runs beside it."""
+"""With batch_invariant a request's tokens and log-probabilities depend on nothing beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import has_cuda
 from nanoflow import LLM, SamplingParams
 from nanoflow.config import make_args
 from nanoflow.devices import make_backends
@@ -31,9 +32,23 @@ def exactly(output: RequestOutput) -> Any:
     ]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True, dtype=request.param)
+# A GPU takes heads of 64 and no float32.
+MODELS = [
+    ("cpu", "float32", 64),
+    ("cpu", "bfloat16", 64),
+    *[("cuda", dtype, 256) for dtype in ("bfloat16", "float16") if has_cuda()],
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda found: "-".join(map(str, found)))
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A device, and a model for it."""
+    device, dtype, hidden_size = request.param
+    folder = tmp_path_factory.mktemp("llama")
+    write_tiny_llama(folder, tokenizer=True, dtype=dtype, hidden_size=hidden_size)
+    return device, folder
 
 
 @pytest.mark.parametrize(
@@ -45,19 +60,32 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         {"max_num_seqs": 16, "schedule": "nano"},
     ],
 )
-def test_what_runs_beside_changes_no_bit(model: Path, arguments: dict[str, Any]) -> None:
-    with LLM(model, batch_invariant=True, max_num_seqs=1, **SIZES) as llm:
+def test_what_runs_beside_changes_no_bit(
+    model: tuple[str, Path], arguments: dict[str, Any]
+) -> None:
+    device, folder = model
+    sizes = {**SIZES, "device": device}
+    if device == "cuda":
+        del sizes["cpu_threads"]
+    with LLM(folder, batch_invariant=True, max_num_seqs=1, **sizes) as llm:
         alone = [
             exactly(llm.generate([prompt], params, use_tqdm=False)[0])
             for prompt, params in zip(PROMPTS, PARAMS, strict=True)
         ]
-    with LLM(model, batch_invariant=True, **{**SIZES, **arguments}) as llm:
+    with LLM(folder, batch_invariant=True, **{**sizes, **arguments}) as llm:
         together = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     assert [exactly(output) for output in together] == alone
 
 
-def test_only_a_cpu_keeps_it() -> None:
-    with pytest.raises(ValueError, match="batch_invariant=True with device='cuda:1': on a GPU"):
-        make_args({"model": "tiny", "batch_invariant": True, "device": "cuda:1"})
-    args = make_args({"model": "tiny", "batch_invariant": True})
-    assert make_backends(args)[0].device == "cpu"
+def test_several_gpus_do_not_keep_it() -> None:
+    with pytest.raises(ValueError, match="device='cuda:1' and tensor_parallel_size=2: several"):
+        make_args(
+            {
+                "model": "tiny",
+                "batch_invariant": True,
+                "device": "cuda:1",
+                "tensor_parallel_size": 2,
+            }
+        )
+    on_any = {"model": "tiny", "batch_invariant": True, "tensor_parallel_size": 2}
+    assert make_backends(make_args(on_any))[0].device == "cpu"

@@ -81,6 +81,7 @@ void CudaKernels::run(const PlanAttention& op, Lane& lane) {
                          .kv_heads = op.num_kv_heads,
                          .window = window_of(op.window),
                          .ctas = own.width(),
+                         .tiles_all = batch_invariant_,
                          .work = op.work.bytes(),
                          .stream = own.stream()});
 }

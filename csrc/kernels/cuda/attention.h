@@ -25,8 +25,10 @@
 // a cut divides leave partial results, and the warp that finishes last merges them, in the order of
 // the keys.
 //
-// Other requests are *tiled*. The query heads of a KV head are packed: a request with n rows has
-// n * Hq / Hkv packed rows, token-major. A CTA takes 128 of them.
+// Other requests are *tiled*, and all of them where no row's result may depend on the batch: cuts
+// of the line do, while a tile takes a row's keys in one order, kTileKeys at a time from a multiple
+// of it on, whatever rows it has and wherever a prompt was cut. The query heads of a KV head are
+// packed: a request with n rows has n * Hq / Hkv packed rows, token-major. A CTA takes 128 of them.
 
 namespace nanoflow::cuda {
 
@@ -118,6 +120,7 @@ struct AttentionPlanArguments {
   int kv_heads;
   int window;  // or kNoWindow
   int ctas;
+  bool tiles_all;  // streams nothing
   std::byte* work;
   cudaStream_t stream;
 };

@@ -83,7 +83,7 @@ __device__ Counts list_requests(const AttentionPlanArguments& a, const Lists& li
     Counts own{};
     if (r < last) {
       item = {a.row_begin[r], a.row_count[r], a.kv_len[r], a.page_indptr[r]};
-      if (item.row_count == 1 && a.group <= kStreamHeads) {
+      if (item.row_count == 1 && a.group <= kStreamHeads && !a.tiles_all) {
         own.streams = 1;
         own.steps =
             ceil_div(item.kv_len, kStreamKeys) - first_key(item.kv_len, a.window) / kStreamKeys;

@@ -21,8 +21,9 @@ constexpr int kRowGranularity = 64;  // rows of the smallest GEMM tile
 
 class CudaBackend : public Backend {
  public:
-  CudaBackend(const DeviceInfo& device, std::unique_ptr<Communicator> communicator)
-      : device_(device), kernels_(device, std::move(communicator)) {}
+  CudaBackend(const DeviceInfo& device, std::unique_ptr<Communicator> communicator,
+              bool batch_invariant)
+      : device_(device), kernels_(device, std::move(communicator), batch_invariant) {}
 
   Device device() const override { return {Device::Kind::kCuda, device_.index}; }
   std::string description() const override {
@@ -127,6 +128,8 @@ extern "C" void nanoflow_make_cuda_backends(
   using namespace nanoflow;
   NF_CHECK(options.threads == 0 && options.isa == "auto",
            "threads and isa are options of the CPU backend, not of device '", options.device, "'");
+  NF_CHECK(!options.batch_invariant || ranks == 1, "batch_invariant is kept by one GPU, not by ",
+           ranks, ": NCCL chooses the order of its sums by how many rows there are");
   std::vector<cuda::DeviceInfo> devices;
   std::vector<int> indices;
   for (int rank = 0; rank < ranks; ++rank) {
@@ -140,8 +143,8 @@ extern "C" void nanoflow_make_cuda_backends(
     communicators.push_back(cuda::make_copy_communicator(std::max(1, options.simulated_ranks)));
   }
   for (int rank = 0; rank < ranks; ++rank) {
-    backends.push_back(
-        std::make_shared<cuda::CudaBackend>(devices[rank], std::move(communicators[rank])));
+    backends.push_back(std::make_shared<cuda::CudaBackend>(
+        devices[rank], std::move(communicators[rank]), options.batch_invariant));
   }
 }
 

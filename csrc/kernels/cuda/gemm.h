@@ -51,6 +51,10 @@ const GemmTraits& traits_of(GemmKernel kernel);
 /// The kernel that is expected to be fastest on `sms` SMs, among those that exist for the type.
 GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type);
 
+/// The kernel of every product where no row's sums may depend on how many rows there are: it exists
+/// for all types, and adds along K in one order.
+inline constexpr GemmKernel kInvariantGemm = GemmKernel::k128x128;
+
 /// The time of the choice's model, in microseconds: good for comparing kernels.
 double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms);
 

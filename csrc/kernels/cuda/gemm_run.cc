@@ -43,9 +43,11 @@ GemmArguments arguments_of(const Op& op, const Tensor& weight, const CudaLane& l
           .stream = lane.stream()};
 }
 
-void launch(std::string_view op, const GemmArguments& arguments, const GemmType& type) {
+void launch(std::string_view op, const GemmArguments& arguments, const GemmType& type,
+            bool batch_invariant) {
   if (arguments.shape.rows == 0) return;
-  const GemmKernel kernel = choose_gemm(arguments.shape, arguments.sms, type);
+  const GemmKernel kernel =
+      batch_invariant ? kInvariantGemm : choose_gemm(arguments.shape, arguments.sms, type);
   const GemmLauncher launcher = gemm_launcher(kernel, type);
   NF_CHECK(launcher != nullptr, op, ": no GPU kernel multiplies ", type.x, " into ", type.out,
            "; use bfloat16 or float16");
@@ -53,14 +55,16 @@ void launch(std::string_view op, const GemmArguments& arguments, const GemmType&
 }
 
 template <typename Op>
-void launch_grouped(const Op& op, GroupedGemmLauncher bf16, GroupedGemmLauncher f16, Lane& lane) {
+void launch_grouped(const Op& op, GroupedGemmLauncher bf16, GroupedGemmLauncher f16, Lane& lane,
+                    bool batch_invariant) {
   check_shapes(op);
   check_alignment(Op::kName, "weight", op.weight);
   const GroupedGemmArguments arguments{
       .all = arguments_of(op, op.weight.select(0, 0), cuda_lane(lane)),
       .offsets = op.offsets.template data<int32_t>(),
       .experts = static_cast<int>(op.weight.size(0)),
-      .expert_stride = op.weight.stride(0)};
+      .expert_stride = op.weight.stride(0),
+      .batch_invariant = batch_invariant};
   const DType dtype = op.x.dtype();
   NF_CHECK(dtype == DType::kBF16 || dtype == DType::kF16, Op::kName, ": no GPU kernel multiplies ",
            dtype, "; use bfloat16 or float16");
@@ -76,7 +80,7 @@ void CudaKernels::run(const Gemm& op, Lane& lane) {
   if (op.bias) check_alignment(Gemm::kName, "bias", op.bias);
   arguments.bias = op.bias.bytes();
   arguments.accumulate = op.accumulate;
-  launch(Gemm::kName, arguments, {.x = op.x.dtype(), .out = op.out.dtype()});
+  launch(Gemm::kName, arguments, {.x = op.x.dtype(), .out = op.out.dtype()}, batch_invariant_);
 }
 
 void CudaKernels::run(const GemmSiluMul& op, Lane& lane) {
@@ -84,15 +88,15 @@ void CudaKernels::run(const GemmSiluMul& op, Lane& lane) {
   GemmArguments arguments = arguments_of(op, op.weight, cuda_lane(lane));
   arguments.is_gelu = op.activation == Activation::kGeluTanh;
   launch(GemmSiluMul::kName, arguments,
-         {.x = op.x.dtype(), .out = op.out.dtype(), .is_silu_mul = true});
+         {.x = op.x.dtype(), .out = op.out.dtype(), .is_silu_mul = true}, batch_invariant_);
 }
 
 void CudaKernels::run(const GroupedGemm& op, Lane& lane) {
-  launch_grouped(op, grouped_gemm_bf16, grouped_gemm_f16, lane);
+  launch_grouped(op, grouped_gemm_bf16, grouped_gemm_f16, lane, batch_invariant_);
 }
 
 void CudaKernels::run(const GroupedGemmSiluMul& op, Lane& lane) {
-  launch_grouped(op, grouped_gemm_bf16_silu_mul, grouped_gemm_f16_silu_mul, lane);
+  launch_grouped(op, grouped_gemm_bf16_silu_mul, grouped_gemm_f16_silu_mul, lane, batch_invariant_);
 }
 
 }  // namespace nanoflow::cuda

@@ -228,7 +228,7 @@ struct GroupedGemmSm90 {
 template <class X, Combine kCombine>
 void launch_grouped(const GroupedGemmArguments& a) {
   constexpr int kFewRows = 64;
-  if (a.all.shape.rows <= kFewRows * a.experts) {
+  if (!a.batch_invariant && a.all.shape.rows <= kFewRows * a.experts) {
     GroupedGemmSm90<X, 128, kFewRows, 128, Rows::kFeatures, kCombine>::launch(a);
   } else {
     GroupedGemmSm90<X, 128, 256, 64, Rows::kTokens, kCombine>::launch(a);

@@ -12,6 +12,7 @@ struct GroupedGemmArguments {
   const int32_t* offsets;  // [experts + 1], device memory
   int experts;
   int64_t expert_stride;  // of weight, in elements
+  bool batch_invariant;   // the tiles are the same whatever the rows
 };
 
 /// Enqueues the kernel; Error when the kernel cannot run these arguments.

@@ -14,8 +14,12 @@ namespace nanoflow::cuda {
 /// can be captured in a graph.
 class CudaKernels : public Kernels {
  public:
-  CudaKernels(const DeviceInfo& device, std::unique_ptr<Communicator> communicator)
-      : device_(device), communicator_(std::move(communicator)) {}
+  /// `batch_invariant`: see BackendOptions.
+  CudaKernels(const DeviceInfo& device, std::unique_ptr<Communicator> communicator,
+              bool batch_invariant)
+      : device_(device),
+        communicator_(std::move(communicator)),
+        batch_invariant_(batch_invariant) {}
   Communicator& communicator() { return *communicator_; }
 
   void run(const Embed& op, Lane& lane) override;
@@ -44,6 +48,7 @@ class CudaKernels : public Kernels {
  private:
   DeviceInfo device_;
   std::unique_ptr<Communicator> communicator_;
+  bool batch_invariant_;
 };
 
 }  // namespace nanoflow::cuda
