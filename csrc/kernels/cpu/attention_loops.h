@@ -71,22 +71,16 @@ void start(const AttentionTile& tile, const TileBuffers& b) {
   for (int64_t i = 0; i < floats; i += kLanes) store(b.sums + i, splat(0.0f));
 }
 
-/// Widens the keys and values [begin, end) into the tile's buffers. The keys that fill the last
-/// vector of products are zero.
+/// Widens the keys and values of a block into the tile's buffers, and asks for those of the next
+/// meanwhile. The keys that fill the last vector of products are zero.
 template <typename T>
-void load_block(const AttentionTile& tile, const TileBuffers& b, int begin, int end) {
-  for_pages(tile, begin, end, [&](int first, int count, int64_t page, int64_t offset) {
-    const T* k = static_cast<const T*>(tile.k) + page * tile.k_page_stride;
-    const T* v = static_cast<const T*>(tile.v) + page * tile.v_page_stride;
-    for (int i = 0; i < count; ++i) {
-      widen<kLanes>(k + (offset + i) * tile.k_token_stride, tile.head_dim, key_at(b, first + i));
-    }
-    for (int i = 0; i < count; ++i) {
-      widen<1>(v + (offset + i) * tile.v_token_stride, tile.head_dim,
-               b.values + (first + i) * b.width);
-    }
-  });
-  for (int j = end - begin; j % kLanes != 0; ++j) {
+void load_block(const BlockRows<T>& rows, const TileBuffers& b, int64_t D, Ahead<T> ahead) {
+  for (int i = 0; i < rows.n; ++i) {
+    widen<kLanes>(rows.k[i], D, key_at(b, i));
+    widen<1>(rows.v[i], D, b.values + i * b.width);
+    ahead.keep_up(i + 1, rows.n);
+  }
+  for (int j = rows.n; j % kLanes != 0; ++j) {
     for (int64_t d = 0; d < b.width; d += kLanes) store(key_at(b, j) + d * kLanes, splat(0.0f));
   }
 }
@@ -206,12 +200,16 @@ inline void attend_row(const AttentionTile& tile, const TileBuffers& b, int row,
 }
 
 template <typename T>
-void attend(const AttentionTile& tile, const AttentionTile*, std::byte* scratch) {
+void attend(const AttentionTile& tile, const AttentionTile* next, std::byte* scratch) {
   const TileBuffers b(scratch, tile.rows, tile.group, tile.head_dim);
   start<T>(tile, b);
+  BlockRows<T> blocks[2];  // in turn the block in hand and the one after it
+  blocks[tile.first_block() / kKeyBlock % 2].find(tile, tile.first_block());
   for (int begin = tile.first_block(); begin < tile.last_limit(); begin += kKeyBlock) {
-    const int left = tile.last_limit() - begin;
-    load_block<T>(tile, b, begin, begin + (left < kKeyBlock ? left : kKeyBlock));
+    const BlockRows<T>& rows = blocks[begin / kKeyBlock % 2];
+    BlockRows<T>& following = blocks[1 - begin / kKeyBlock % 2];
+    following.find_next(tile, begin, next);
+    load_block<T>(rows, b, tile.head_dim, Ahead<T>(following, tile.head_dim));
     for (int row = 0; row < tile.rows; ++row) {
       const int limit = tile.first_limit + row - begin, first = tile.begin_of(row) - begin;
       const int n = limit < kKeyBlock ? limit : kKeyBlock;

@@ -15,6 +15,9 @@ namespace {
 
 constexpr int kStep = 2 * kTilePairs;  // bfloat16 in a row of a tile
 
+using Rows = BlockRows<BFloat16>;
+using AheadRows = Ahead<BFloat16>;
+
 /// Buffers of a tile. Queries are padded to whole matrix tiles.
 struct MatrixBuffers {
   int64_t D;
@@ -50,47 +53,6 @@ struct MatrixBuffers {
   }
 };
 
-/// Where the keys and values of a block lie.
-struct BlockRows {
-  int n = 0;  // keys
-  const BFloat16* k[kKeyBlock];
-  const BFloat16* v[kKeyBlock];
-
-  void find(const AttentionTile& tile, int begin) {
-    const int left = tile.last_limit() - begin;
-    n = left < kKeyBlock ? left : kKeyBlock;
-    for_pages(tile, begin, begin + n, [&](int first, int count, int64_t page, int64_t offset) {
-      const BFloat16* keys = static_cast<const BFloat16*>(tile.k) + page * tile.k_page_stride;
-      const BFloat16* values = static_cast<const BFloat16*>(tile.v) + page * tile.v_page_stride;
-      for (int i = 0; i < count; ++i) {
-        k[first + i] = keys + (offset + i) * tile.k_token_stride;
-        v[first + i] = values + (offset + i) * tile.v_token_stride;
-      }
-    });
-  }
-};
-
-/// Asks for the keys and values of the block after the one in hand to be brought from memory, one
-/// at a time and all along, as a core waits for few lines at once.
-class Ahead {
- public:
-  Ahead(const BlockRows& rows, int64_t D) : rows_(rows), D_(D) {}
-
-  void fetch() {
-    if (key_ >= rows_.n) return;
-    for (int64_t d = 0; d < D_; d += 32) {
-      _mm_prefetch(rows_.k[key_] + d, _MM_HINT_T0);
-      _mm_prefetch(rows_.v[key_] + d, _MM_HINT_T0);
-    }
-    ++key_;
-  }
-
- private:
-  const BlockRows& rows_;
-  int64_t D_;
-  int key_ = 0;
-};
-
 inline void copy_head(const BFloat16* from, int64_t D, BFloat16* to) {
   for (int64_t d = 0; d < D; d += kStep) {
     _mm512_storeu_si512(to + d, _mm512_loadu_si512(from + d));
@@ -124,7 +86,7 @@ inline int64_t key_stride(const AttentionTile& tile) {
 }
 
 /// Copies the keys of a block to where they make whole matrix tiles.
-inline void copy_keys(const MatrixBuffers& b, BlockRows& rows) {
+inline void copy_keys(const MatrixBuffers& b, Rows& rows) {
   for (int j = 0; j < rows.n; ++j) {
     copy_head(rows.k[j], b.D, b.keys + j * b.D);
     rows.k[j] = b.keys + j * b.D;
@@ -133,8 +95,8 @@ inline void copy_keys(const MatrixBuffers& b, BlockRows& rows) {
 
 /// Lays the values of keys [begin, n) side by side in pairs, all others as zeros. Tells whether
 /// one from `doubtful` on is not finite.
-inline bool pack_values(const BlockRows& rows, const MatrixBuffers& b, int begin, int n,
-                        int doubtful, Ahead& ahead) {
+inline bool pack_values(const Rows& rows, const MatrixBuffers& b, int begin, int n, int doubtful,
+                        AheadRows& ahead) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
@@ -162,8 +124,8 @@ inline bool pack_values(const BlockRows& rows, const MatrixBuffers& b, int begin
 }
 
 /// products = keys · queriesᵀ for the keys [0, n) and on to a whole matrix tile.
-inline void multiply_keys(const BlockRows& rows, int64_t key_stride, const MatrixBuffers& b,
-                          const BFloat16* q, int n, Ahead& ahead) {
+inline void multiply_keys(const Rows& rows, int64_t key_stride, const MatrixBuffers& b,
+                          const BFloat16* q, int n, AheadRows& ahead) {
   const int tiles = (n + kTileRows - 1) / kTileRows;
   _tile_zero(0);
   _tile_zero(1);
@@ -198,7 +160,7 @@ inline void multiply_keys(const BlockRows& rows, int64_t key_stride, const Matri
 }
 
 /// added = weights · values of keys [0, n), for 64 dimensions from d on.
-inline void multiply_values(const MatrixBuffers& b, int n, int64_t d, Ahead& ahead) {
+inline void multiply_values(const MatrixBuffers& b, int n, int64_t d, AheadRows& ahead) {
   const int64_t stride = 4 * b.D;  // bytes of a pair of keys
   _tile_zero(0);
   _tile_zero(1);
@@ -230,7 +192,7 @@ inline void multiply_values(const MatrixBuffers& b, int n, int64_t d, Ahead& ahe
   }
 }
 
-inline void multiply_values(const MatrixBuffers& b, int n, Ahead& ahead) {
+inline void multiply_values(const MatrixBuffers& b, int n, AheadRows& ahead) {
   for (int64_t d = 0; d < b.D; d += 2 * kStep) multiply_values(b, n, d, ahead);
 }
 
@@ -256,8 +218,8 @@ inline Visible visible_of(const AttentionTile& tile, int first, int begin, int n
 }
 
 /// The 16 queries from `first` on against the n keys of a block.
-inline void attend_queries(const AttentionTile& tile, const MatrixBuffers& b, const BlockRows& rows,
-                           int first, int begin, bool is_spoilt, Ahead& ahead) {
+inline void attend_queries(const AttentionTile& tile, const MatrixBuffers& b, const Rows& rows,
+                           int first, int begin, bool is_spoilt, AheadRows& ahead) {
   const int n = rows.n;
   const int count = b.queries - first < kTileRows ? b.queries - first : kTileRows;
   const Visible visible = visible_of(tile, first, begin, n);
@@ -290,19 +252,14 @@ inline void attend_with_tiles(const AttentionTile& tile, const AttentionTile* ne
     store(b.softmax.total + i, splat(0.0f));
   }
   for (int64_t i = 0; i < b.queries * b.D; i += kLanes) store(b.sums + i, splat(0.0f));
-  BlockRows blocks[2];  // in turn the block in hand and the one after it
+  Rows blocks[2];  // in turn the block in hand and the one after it
   const int last_begin = tile.begin_of(tile.rows - 1);
   blocks[tile.first_block() / kKeyBlock % 2].find(tile, tile.first_block());
   for (int begin = tile.first_block(); begin < tile.last_limit(); begin += kKeyBlock) {
-    BlockRows& rows = blocks[begin / kKeyBlock % 2];
-    BlockRows& following = blocks[1 - begin / kKeyBlock % 2];
-    following.n = 0;
-    if (begin + kKeyBlock < tile.last_limit()) {
-      following.find(tile, begin + kKeyBlock);
-    } else if (next != nullptr) {
-      following.find(*next, next->first_block());
-    }
-    Ahead ahead(following, b.D);
+    Rows& rows = blocks[begin / kKeyBlock % 2];
+    Rows& following = blocks[1 - begin / kKeyBlock % 2];
+    following.find_next(tile, begin, next);
+    AheadRows ahead(following, b.D);
     if (!holds_tiles(tile)) copy_keys(b, rows);
     const int doubtful = begin < last_begin ? 0 : tile.first_limit - begin;  // not seen by all rows
     const bool is_spoilt = pack_values(rows, b, 0, rows.n, doubtful, ahead);
