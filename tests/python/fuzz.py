@@ -43,6 +43,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
     {},
     {"enable_prefix_caching": False, "async_scheduling": False},
     {"kv_offloading_size": 0.001},
+    {"kv_offloading_size": 0.0001, "kv_offloading_ssd": "ssd:0.0005"},  # in the folder of the run
     {"schedule": "nano", "max_num_queued_reqs": 20},
 )
 
@@ -188,10 +189,18 @@ class Fuzzer:
             state.offload.check_idle()
 
 
+def make_llm(model: Path, options: dict[str, Any]) -> LLM:
+    """Of small sizes; an SSD's folder lies in the model's."""
+    options = dict(options)
+    if "kv_offloading_ssd" in options:
+        options["kv_offloading_ssd"] = f"{model}/{options['kv_offloading_ssd']}"
+    return LLM(model, **{**SIZES, **options})
+
+
 def fuzz(requests: int, folder: Path) -> list[Fuzzer]:
     """Fires at least so many requests at all engines together."""
     model = write_tiny_llama(folder, tokenizer=True, vocab_size=VOCAB_SIZE)
-    fuzzers = [Fuzzer(LLM(model, **{**SIZES, **options})) for options in ENGINES]
+    fuzzers = [Fuzzer(make_llm(model, options)) for options in ENGINES]
     examples = max(1, 2 * requests // (len(fuzzers) * PER_EXAMPLE))
     for fuzzer in fuzzers:
         _shoot(fuzzer, examples)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fuzz import ENGINES, SIZES, Fuzzer, fuzz
-from nanoflow import LLM, SamplingParams
+from fuzz import ENGINES, Fuzzer, fuzz, make_llm
+from nanoflow import SamplingParams
 from tiny_models import write_tiny_llama
 
 
@@ -28,8 +28,8 @@ def test_storms_of_aborts_leave_nothing_behind(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     model = write_tiny_llama(tmp_path, tokenizer=True)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    for options in ENGINES[:3]:
-        fuzzer = Fuzzer(LLM(model, **{**SIZES, **options}))
+    for options in ENGINES[:4]:
+        fuzzer = Fuzzer(make_llm(model, options))
         llm = fuzzer.llm
         expected = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
         for _ in range(8):
