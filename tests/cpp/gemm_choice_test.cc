@@ -47,6 +47,11 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(choose(shape, 108) != GemmKernel::k128x256);
   // 4 × 32 tiles of 128 × 192 are one wave.
   CHECK(choose({.rows = 512, .features = 6144, .depth = 4096}) == GemmKernel::k128x192);
+  // Tiles of 128 x 256 take the least energy, but leave SMs idle in the last of few waves.
+  CHECK(choose({.rows = 1024, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
+  CHECK(choose({.rows = 512, .features = 28672, .depth = 4096}) == GemmKernel::k128x128);
+  // 2 × 64 tiles of 128 × 96 are one wave.
+  CHECK(choose({.rows = 256, .features = 6144, .depth = 4096}) == GemmKernel::k128x96Pair);
   // Many rows: tiles that read the least, whatever the waves.
   CHECK(choose({.rows = 2048, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
   // Few rows are bound by the weights: no tile of 128 rows.

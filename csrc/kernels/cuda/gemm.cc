@@ -1,22 +1,30 @@
 #include "kernels/cuda/gemm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace nanoflow::cuda {
 namespace {
 
-/// A kernel's times on an H100, fitted to bench/cuda/sweep.py.
+/// A kernel's times in bursts, fitted to bench/cuda/sweep.py, and its energy under sustained load,
+/// to bench/cuda/gemm.py.
 struct GemmCost {
   GemmTraits traits;
   double fixed_us;  // launch, filling the pipeline, storing the last tile; stream-K's sums
   double step_us;   // kStepDepth of K for one tile on each SM
   double wave_us;   // what a wave of tiles adds to its steps
   double sm_gbs;    // memory traffic of one SM
+  double pj_flop;   // at kLoadedMhz
 };
 
 constexpr double kStepDepth = 64;
 constexpr double kMemoryGbs = 2950;  // of the whole device
+/// Under sustained load the clock is what the power limit leaves: about kLoadedMhz instead of a
+/// burst's kBurstMhz. A product that keeps the SMs less busy has a higher one, at which an
+/// operation takes more energy: by the clock's power of kEnergyExponent.
+constexpr double kWatts = 690, kBurstMhz = 1775, kLoadedMhz = 1450, kEnergyExponent = 1.5;
+constexpr double kPjByte = 40;  // of memory traffic
 /// Up to this many rows only kernels with tiles of as few rows are considered: the weights' traffic
 /// decides, which the fit does not tell well enough.
 constexpr int kFewRows = 64;
@@ -29,14 +37,15 @@ constexpr double kManyRowsFactor = 1.1;
 constexpr int kStreamKWaves = 4;
 
 constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
-    {{"128x256", 128, 256, 2, 1, false, true}, 1.2, 0.584, 5.7, 80},
-    {{"128x192", 128, 192, 2, 1, false, false}, 2.3, 0.443, 4.3, 40},
-    {{"128x128", 128, 128, 1, 1, false, true}, 5.5, 0.306, 1.3, 56},
-    {{"128x256 stream-K", 128, 256, 2, 1, true, false}, 16.8, 0.640, 0.6, 22},
-    {{"128x128 stream-K", 128, 128, 2, 1, true, false}, 12.5, 0.377, 0.0, 20},
-    {{"64x128 stream-K", 64, 128, 1, 1, true, true}, 12.0, 0.242, 0.2, 34},
-    {{"16x128 stream-K", 16, 128, 1, 1, true, false}, 9.5, 0.158, 0.0, 40},
-    {{"128x64", 128, 64, 1, 2, false, false}, 7.3, 0.232, 0.2, 35},
+    {{"128x256", 128, 256, 2, 1, false, true}, 1.2, 0.584, 5.7, 80, 1.0},
+    {{"128x192", 128, 192, 2, 1, false, false}, 2.3, 0.443, 4.3, 40, 1.05},
+    {{"128x128", 128, 128, 1, 1, false, true}, 5.5, 0.306, 1.3, 56, 1.03},
+    {{"128x256 stream-K", 128, 256, 2, 1, true, false}, 16.8, 0.640, 0.6, 22, 1.16},
+    {{"128x128 stream-K", 128, 128, 2, 1, true, false}, 12.5, 0.377, 0.0, 20, 1.135},
+    {{"64x128 stream-K", 64, 128, 1, 1, true, true}, 12.0, 0.242, 0.2, 34, 1.3},
+    {{"16x128 stream-K", 16, 128, 1, 1, true, false}, 9.5, 0.158, 0.0, 40, 1.3},
+    {{"128x64", 128, 64, 1, 2, false, false}, 7.3, 0.232, 0.2, 35, 1.2},
+    {{"128x96 pair", 128, 96, 2, 1, false, false}, 5.5, 0.268, 1.3, 45, 1.09},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }
@@ -68,24 +77,36 @@ bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, const Gemm
          tiles_of(t, shape) <= kStreamKWaves * slots_of(t, sms);
 }
 
+/// At the clock of a burst. `bytes`: the product's least memory traffic.
+double gemm_burst_us(const GemmCost& cost, const GemmShape& shape, int sms, double bytes) {
+  const GemmTraits& t = cost.traits;
+  const int64_t slots = slots_of(t, sms), tiles = tiles_of(t, shape);
+  const double waves = t.is_stream_k ? static_cast<double>(tiles) / static_cast<double>(slots)
+                                     : static_cast<double>(ceil_div(tiles, slots));
+  const bool is_crowded = shape.rows > kManyRows && t.tile_features <= kFewFeatures;
+  const double multiply_us = (is_crowded ? kManyRowsFactor : 1.0) * waves *
+                             (cost.step_us * shape.depth / kStepDepth + cost.wave_us);
+  const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
+  const double memory_us = bytes * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
+  return cost.fixed_us + std::max(multiply_us, memory_us);
+}
+
 }  // namespace
 
 const GemmTraits& traits_of(GemmKernel kernel) { return cost_of(kernel).traits; }
 
 double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms) {
   const GemmCost& cost = cost_of(kernel);
-  const GemmTraits& t = cost.traits;
-  const int64_t slots = slots_of(t, sms), tiles = tiles_of(t, shape);
-  const double waves = t.is_stream_k ? static_cast<double>(tiles) / static_cast<double>(slots)
-                                     : static_cast<double>(ceil_div(tiles, slots));
   const double depth = shape.depth, rows = shape.rows, features = shape.features;
-  const bool is_crowded = shape.rows > kManyRows && t.tile_features <= kFewFeatures;
-  const double multiply_us = (is_crowded ? kManyRowsFactor : 1.0) * waves *
-                             (cost.step_us * depth / kStepDepth + cost.wave_us);
-  const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
   const double bytes = 2 * (features * depth + rows * (depth + features));
-  const double memory_us = bytes * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
-  return cost.fixed_us + std::max(multiply_us, memory_us);
+  const double burst_us = gemm_burst_us(cost, shape, sms, bytes);
+  const double picojoules = 2 * rows * features * depth * cost.pj_flop + bytes * kPjByte;
+  const double energy_us = picojoules / kWatts * 1e-6;  // at kLoadedMhz
+  // Watts x time = energy x (cycles / time / kLoadedMhz) ^ kEnergyExponent
+  const double loaded_us = burst_us * kBurstMhz / kLoadedMhz;
+  const double sustained_us =
+      std::pow(energy_us * std::pow(loaded_us, kEnergyExponent), 1 / (1 + kEnergyExponent));
+  return std::max(burst_us, sustained_us);
 }
 
 GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type) {

@@ -33,9 +33,10 @@ enum class GemmKernel : uint8_t {
   k128x128StreamK,
   k64x128StreamK,  // few rows: features are the tensor cores' rows
   k16x128StreamK,
-  k128x64,  // cooperative
+  k128x64,      // cooperative
+  k128x96Pair,  // cooperative; two CTAs share what they load of the features
 };
-inline constexpr int kNumGemmKernels = 8;
+inline constexpr int kNumGemmKernels = 9;
 
 /// What the choice knows of a kernel.
 struct GemmTraits {
@@ -55,7 +56,8 @@ GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type);
 /// for all types, and adds along K in one order.
 inline constexpr GemmKernel kInvariantGemm = GemmKernel::k128x128;
 
-/// The time of the choice's model, in microseconds: good for comparing kernels.
+/// The time of the choice's model under sustained load, in microseconds: good for comparing
+/// kernels.
 double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms);
 
 }  // namespace nanoflow::cuda

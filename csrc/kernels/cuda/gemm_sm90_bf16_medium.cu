@@ -11,6 +11,8 @@ GemmLauncher gemm_bf16_medium(GemmKernel kernel) {
       return GemmSm90<T, T, 128, 128, 64, PairOfRows, StreamK>::launch;
     case GemmKernel::k128x64:
       return GemmSm90<T, T, 128, 64, 64, PairOfColumns, Cooperative>::launch;
+    case GemmKernel::k128x96Pair:
+      return GemmSm90<T, T, 128, 96, 64, PairOfRows, Cooperative>::launch;
     default:
       return nullptr;
   }
