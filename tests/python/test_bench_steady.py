@@ -1,6 +1,6 @@
 """The steady-state window of a throughput run, and the fill that brings it about at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -98,18 +98,24 @@ def test_as_many_run_as_have_slots_or_pages():
     assert running_requests([Lengths(10**7, 10)], LIMITS) == 1
 
 
-def play(fill: list[Lengths], rows_per_step: int) -> tuple[int, list[int]]:
-    """Steps until the fill is prefilled, and the tokens each has yet to generate then."""
+def play(fill: list[Lengths], limits: EngineLimits) -> tuple[int, list[int]]:
+    """Steps until the fill is prefilled, and the tokens each has yet to generate then. Every step
+    lets in as many as would keep all slots busy for one step."""
     to_prefill = [request.input for request in fill]
     left = [request.output for request in fill]
-    steps = 0
+    steps = begun = 0
+    credit = 0.0
     while any(to_prefill):
-        rows = rows_per_step
-        for i in range(len(fill)):
+        credit = min(credit, 1) + 1
+        while begun < len(fill) and credit > 0:
+            credit -= fill[begun].output / limits.max_num_seqs
+            begun += 1
+        rows = limits.max_num_batched_tokens
+        for i in range(begun):
             if to_prefill[i] == 0 and left[i] > 0:
                 left[i] -= 1
                 rows -= 1
-        for i in range(len(fill)):
+        for i in range(begun):
             taken = min(rows, to_prefill[i])
             to_prefill[i] -= taken
             rows -= taken
@@ -117,18 +123,20 @@ def play(fill: list[Lengths], rows_per_step: int) -> tuple[int, list[int]]:
     return steps, left
 
 
-def test_when_the_fill_is_prefilled_progress_is_spread_evenly():
+@pytest.mark.parametrize("rows", [1100, 1400, 2048])
+def test_when_the_fill_is_prefilled_progress_is_spread_evenly(rows):
     rng = np.random.default_rng(0)
-    fill = fill_lengths([Lengths(512, 512)], 512, 2048, rng)
+    limits = replace(LIMITS, max_num_batched_tokens=rows)
+    fill = fill_lengths([Lengths(512, 512)], 512, limits, rng)
     assert all(request.input + request.output == 1024 for request in fill)
-    steps, left = play(fill, 2048)
-    assert 180 < steps < 200  # 512 x (512 + 256) tokens in steps of 2048
-    assert np.abs(np.sort(left) - np.arange(512)).max() < 10
+    steps, left = play(fill, limits)
+    assert steps >= 0.95 * max(256, 512 * 768 / rows)
+    assert np.abs(np.sort(left) - np.arange(512)).max() < 16
 
 
 def test_long_outputs_are_filled_in_in_proportion_to_their_stay():
     rng = np.random.default_rng(0)
-    fill = fill_lengths([Lengths(10, 30), Lengths(10, 90)], 400, 1000, rng)
+    fill = fill_lengths([Lengths(10, 30), Lengths(10, 90)], 400, LIMITS, rng)
     total = [request.input + request.output - 10 for request in fill]
     assert set(total) == {30, 90}
     assert total.count(90) == pytest.approx(300, abs=30)
@@ -137,5 +145,5 @@ def test_long_outputs_are_filled_in_in_proportion_to_their_stay():
 
 def test_requests_that_end_during_the_fill_begin_anew():
     rng = np.random.default_rng(0)
-    fill = fill_lengths([Lengths(1000, 4)], 100, 128, rng)
+    fill = fill_lengths([Lengths(1000, 4)], 100, replace(LIMITS, max_num_batched_tokens=128), rng)
     assert fill[0] == Lengths(1000, 4)

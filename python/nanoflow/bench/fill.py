@@ -35,13 +35,14 @@ def running_requests(lengths: Sequence[Lengths], limits: EngineLimits) -> int:
 
 
 def fill_lengths(
-    lengths: Sequence[Lengths], count: int, rows_per_step: int, rng: np.random.Generator
+    lengths: Sequence[Lengths], count: int, limits: EngineLimits, rng: np.random.Generator
 ) -> list[Lengths]:
     """`count` requests in the state of running ones, those with most tokens generated first.
 
-    They are prefilled in this order, with what those before them leave of a step's
-    `rows_per_step` rows by decoding. A request generates from its own prefill until the last one's,
-    so it begins with so many tokens less than it is to have then, or with none.
+    They are prefilled in this order, with what those before them leave of a step's rows by
+    decoding, and no faster than a long queue is let in (scheduler.admission). A request generates
+    from its own prefill until the last one's, so it begins with so many tokens less than it is to
+    have then, or with none.
     """
     inputs, outputs = _columns(lengths)
     chosen = rng.choice(len(lengths), size=count, p=outputs / outputs.sum())
@@ -54,9 +55,17 @@ def fill_lengths(
     for decoding, index in reversed(list(enumerate(order))):
         generated = max(int(target[index] - steps_to_go), 0)
         request = Lengths(int(inputs[index]) + generated, int(outputs[index]) - generated)
-        steps_to_go += request.input / max(rows_per_step - decoding, 1)
+        rows = max(limits.max_num_batched_tokens - decoding, 1)
+        steps_to_go += max(request.input / rows, _steps_of_the_cache(request, limits))
         fill.append(request)
     return fill[::-1]
+
+
+def _steps_of_the_cache(request: Lengths, limits: EngineLimits) -> float:
+    """What it takes of the cache, or of the slots, in steps of all of them."""
+    held = request.input + request.output / 2 + limits.page_size / 2
+    share = held / (limits.num_pages * limits.page_size)
+    return request.output * max(share, 1 / limits.max_num_seqs)
 
 
 def _columns(lengths: Sequence[Lengths]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -164,7 +164,7 @@ class _Runner:
         limits = self._llm.limits
         lengths = [Lengths(len(one.prompt_token_ids), one.output_len) for one in requests]
         count = running_requests(lengths, limits)
-        fill = fill_lengths(lengths, count, limits.max_num_batched_tokens, self._rng)
+        fill = fill_lengths(lengths, count, limits, self._rng)
         filling = random_requests(
             fill, self._target.vocab_size, self._target.special_ids, self._rng
         )
