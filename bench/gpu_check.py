@@ -51,11 +51,16 @@ def tests(options: argparse.Namespace) -> list[Step]:
 
 
 def sanitizer(options: argparse.Namespace) -> list[Step]:
-    """Small tests of every op and of whole steps."""
+    """Small tests of every op and of whole steps. racecheck ends a process that makes a partition
+    of the SMs."""
     files = [str(ROOT / "tests" / "python" / f"test_{name}.py") for name in SANITIZED]
-    tests = [*PYTEST, "-m", "sanitizer", *files]
-    tools = [["--tool", tool, "--error-exitcode", "9"] for tool in ("memcheck", "racecheck")]
-    return [Step(["compute-sanitizer", *tool, *tests]) for tool in tools]
+    return [
+        Step(
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            + [*PYTEST[:-1], selected, "-m", "sanitizer", *files]
+        )
+        for tool, selected in (("memcheck", "cuda"), ("racecheck", "cuda and not partitioned"))
+    ]
 
 
 def kernels(options: argparse.Namespace) -> list[Step]:

@@ -46,6 +46,7 @@ def load_engine(
     max_rows: int = 512,
     max_seqs: int = 256,
     max_model_len: int = 128,
+    page_size: int = PAGE_SIZE,
     jitter_us: int = 0,
     row_granularity: int = 0,
     enforce_eager: bool = False,
@@ -67,8 +68,8 @@ def load_engine(
         max_num_batched_tokens=max_rows,
         max_num_seqs=max_seqs,
         max_model_len=max_model_len,
-        page_size=PAGE_SIZE,
-        num_pages=16 * max_model_len // PAGE_SIZE,
+        page_size=page_size,
+        num_pages=16 * max_model_len // page_size,
         host_slots=host_slots,
         jitter_us=jitter_us,
         row_granularity=row_granularity,
@@ -109,7 +110,7 @@ class EngineDriver:
                 begin, end = s.computed, s.computed + chunk.rows
                 tokens += s.tokens[begin:end]
                 positions += range(begin, end)
-                while len(s.pages) * PAGE_SIZE < end:
+                while len(s.pages) * self.engine.config.page_size < end:
                     s.pages.append(self._free_pages.pop())
                 page_indices += s.pages
                 page_indptr.append(len(page_indices))

@@ -96,6 +96,7 @@ def make_engine(
         dtype=dtype,
         device=device,
         max_seqs=sum(LENGTHS),
+        page_size=16 if device == "cuda" else 4,  # smaller ones take other ways on a GPU
         jitter_us=jitter_us,
         enforce_eager=enforce_eager,
         random_weights=True,

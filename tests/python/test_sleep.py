@@ -62,19 +62,22 @@ def test_the_memory_goes_and_the_answers_stay(
         expected, before = tokens(llm), llm.memory
         assert tokens(llm) == expected  # on a GPU by graphs
         taken = memory_reader(device)
+        shared = device == "cuda" and "PYTEST_XDIST_WORKER" in os.environ  # by other tests
         awake = taken()
         assert before.kv_cache > CACHE_BYTES * 0.9
         for _ in range(2):
             llm.sleep(level)
             assert llm.is_sleeping()
-            assert awake - taken() > 0.95 * before.kv_cache
+            if not shared:
+                assert awake - taken() > 0.95 * before.kv_cache
             left = before.weights if (device, level) == ("cpu", 1) else 0
             assert (llm.memory.weights, llm.memory.kv_cache) == (left, 0)
             llm.wake_up()
             assert not llm.is_sleeping()
             assert llm.memory == before
             assert tokens(llm) == expected
-            assert taken() > awake - 0.05 * before.kv_cache
+            if not shared:
+                assert taken() > awake - 0.05 * before.kv_cache
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
