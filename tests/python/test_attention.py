@@ -116,6 +116,8 @@ SHAPES = [
     pytest.param(9, 3, 64, 64, marks=pytest.mark.sanitizer),
     pytest.param(8, 2, 128, 16, marks=pytest.mark.sanitizer),
     (4, 4, 128, 64),
+    (8, 1, 128, 8),
+    (6, 2, 64, 1),
     (4, 4, 32, 5),
     (6, 1, 80, 48),
     (5, 1, 6, 7),
@@ -147,6 +149,36 @@ def test_attention_of_a_mixed_batch(
         kv_heads=kv_heads,
         head_dim=head_dim,
         page_size=page_size,
+    )
+    tolerance.check(run(backend, problem), problem.expected())
+
+
+@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, page_size", [(8, 2, 128, 64), (24, 24, 64, 32), (4, 4, 128, 2)]
+)
+def test_prompts_of_many_blocks_of_rows_and_keys(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    window: int,
+) -> None:
+    """With 24 KV heads there are more blocks than SMs of a GPU."""
+    problem = make_problem(
+        rng,
+        dtype,
+        [300, 1, 130, 2],
+        [1030, 700, 130, 513],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        window=window,
     )
     tolerance.check(run(backend, problem), problem.expected())
 
@@ -283,14 +315,17 @@ def test_segments_and_padding(
     assert np.isnan(decode(nothing)).all()
 
 
-def test_later_values_never_reach_earlier_rows(backend: _core.Backend, dtype: str) -> None:
+@pytest.mark.parametrize("head_dim, page_size", [(64, 16), (128, 64), (128, 4)])
+def test_later_values_never_reach_earlier_rows(
+    backend: _core.Backend, dtype: str, head_dim: int, page_size: int
+) -> None:
     """A key or value that is not finite spoils the rows that see it, and no other."""
     rng = np.random.default_rng(5)
-    problem = make_problem(rng, dtype, [100], [100])
+    problem = make_problem(rng, dtype, [100], [100], head_dim=head_dim, page_size=page_size)
     clean = run(backend, problem)
     for view, value in ((problem.cache.v_cache, np.inf), (problem.cache.k_cache, np.nan)):
         slot = problem.cache.slots(0, np.array([70]))
-        page = (slot // 16, slice(None), slot % 16)
+        page = (slot // page_size, slice(None), slot % page_size)
         kept = view[page].copy()
         view[page] = encode(np.full(kept.shape, value), dtype)
         spoilt = run(backend, problem)

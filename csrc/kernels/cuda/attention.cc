@@ -35,8 +35,14 @@ void check_caches(const Attention& op) {
              " of k_cache and v_cache has strides ", k.stride(dim), " and ", v.stride(dim),
              "; the GPU needs equal multiples of 8");
   }
-  NF_CHECK(k.span_bytes() >> 36 == 0, "attention: a layer's KV cache of ", k.span_bytes(),
-           " bytes is over the limit of 64 GiB");
+}
+
+/// Bulk copies read the queries, rows of 16-bit floats.
+void check_queries(const Tensor& q) {
+  NF_CHECK(
+      reinterpret_cast<uintptr_t>(q.bytes()) % 16 == 0 && (q.size(0) <= 1 || q.stride(0) % 8 == 0),
+      "attention: the GPU needs rows of q that begin at multiples of 16 bytes; ", q, " lies at ",
+      static_cast<const void*>(q.bytes()));
 }
 
 }  // namespace
@@ -99,6 +105,7 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
       .dtype(op.q.dtype())
       .contiguous_rows();
   check_caches(op);
+  check_queries(op.q);
   NF_CHECK(op.work, "attention: the GPU needs the work list of plan_attention");
   const int head_dim = static_cast<int>(match["D"]), kv_heads = static_cast<int>(match["Hkv"]);
   NF_CHECK(head_dim == 64 || head_dim == 128, "attention: head_dim ", head_dim,

@@ -28,11 +28,13 @@
 // Other requests are *tiled*, and all of them where no row's result may depend on the batch: cuts
 // of the line do, while a tile takes a row's keys in one order, kTileKeys at a time from a multiple
 // of it on, whatever rows it has and wherever a prompt was cut. The query heads of a KV head are
-// packed: a request with n rows has n * Hq / Hkv packed rows, token-major. A CTA takes 128 of them.
+// packed: a request with n rows has n * Hq / Hkv packed rows, token-major. A CTA takes 128 of them:
+// two warpgroups multiply, 64 rows each, and one warp copies for them, 64 keys at a time and as far
+// ahead as there is room.
 
 namespace nanoflow::cuda {
 
-inline constexpr int kAttentionWarps = 8;  // of a CTA
+inline constexpr int kTileWarps = 8;       // of a CTA; one more copies for them
 inline constexpr int kStreamWarps = 7;     // of them; shared memory has room for no more
 inline constexpr int kLeastPageShift = 3;  // log2 of the least page size for streaming
 inline constexpr int kStreamHeads = 8;     // query heads of a streamed KV head, at most
@@ -40,7 +42,7 @@ inline constexpr int kStreamKeys = 32;     // keys a warp takes at a time
 inline constexpr int kSharedChunks = 2;    // shared chunks for each that has an owner, at most
 inline constexpr int kTileRows = 128;      // packed rows of a tile
 inline constexpr int kTileKeys = 64;       // keys a CTA takes at a time
-inline constexpr int kAttentionThreads = 32 * kAttentionWarps;
+inline constexpr int kAttentionThreads = 32 * (kTileWarps + 1);
 inline constexpr int kMaxAttentionCtas = 256;  // a plan is made for at most
 inline constexpr int kNoWindow = 1 << 30;      // keys that a row sees at most
 
@@ -74,6 +76,23 @@ NF_HOST_DEVICE inline int tile_of_cta(int cta, int i, int ctas) {
 /// The first key that a row sees which ends before key `limit`.
 NF_HOST_DEVICE inline int first_key(int limit, int window) {
   return limit > window ? limit - window : 0;
+}
+
+/// The keys of a tile, in steps of kTileKeys.
+struct TileSpan {
+  int least, most;  // keys that its first row sees, and its last, counted from the request's first
+  int begin, end;   // steps
+};
+
+NF_HOST_DEVICE inline TileSpan span_of(const AttentionItem& item, int index, int group,
+                                       int window) {
+  const int visible = item.kv_len - item.row_count + 1;  // to the request's first row
+  const int first = index * kTileRows / group, past = (index + 1) * kTileRows - 1;
+  const int last = past < item.row_count * group ? past / group : item.row_count - 1;
+  return {.least = visible + first,
+          .most = visible + last,
+          .begin = first_key(visible + first, window) / kTileKeys,
+          .end = (visible + last + kTileKeys - 1) / kTileKeys};
 }
 
 /// Where things lie in the work buffer, in bytes. `requests` and `ctas` are capacities.

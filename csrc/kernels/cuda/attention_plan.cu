@@ -117,12 +117,8 @@ __device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lis
     const int cta = i % a.ctas, at = tile_of_cta(cta, i / a.ctas, a.ctas) / a.kv_heads;
     if (at >= num_tiles) continue;
     const AttentionTile tile = lists.tiles[at];
-    const AttentionItem item = lists.tile_items[tile.item];
-    const int last_row = min((tile.index + 1) * kTileRows / a.group, item.row_count);
-    const int visible = item.kv_len - item.row_count + 1;
-    const int begin = first_key(visible + tile.index * kTileRows / a.group, a.window) / kTileKeys;
-    const int end = ceil_div(visible - 1 + last_row, kTileKeys);
-    atomicAdd(&costs[cta], kTileCost + kTileStepCost * (end - begin));
+    const TileSpan span = span_of(lists.tile_items[tile.item], tile.index, a.group, a.window);
+    atomicAdd(&costs[cta], kTileCost + kTileStepCost * (span.end - span.begin));
   }
 }
 

@@ -2,7 +2,7 @@
 
 #include "kernels/cuda/attention_line.cuh"
 #include "kernels/cuda/attention_maps.h"
-#include "kernels/cuda/attention_tile.cuh"
+#include "kernels/cuda/attention_rows.cuh"
 #include "kernels/cuda/bulk_copy.cuh"
 
 // Decodes: each warp streams one KV head's keys of a chunk of the line, kStreamKeys at a time. It
