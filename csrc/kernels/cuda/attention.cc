@@ -48,7 +48,7 @@ void check_queries(const Tensor& q) {
 }  // namespace
 
 size_t attention_work_bytes(int requests, int rows, int group, int kv_heads, int ctas) {
-  const size_t tiles = static_cast<size_t>(rows) * group / kTileRows + requests;
+  const size_t tiles = 2 * (static_cast<size_t>(rows) * group / kTileRows + requests);
   return AttentionWork::of(requests, kv_heads, ctas).tiles +
          AttentionWork::align(tiles * sizeof(AttentionTile));
 }

@@ -68,7 +68,7 @@ struct AttentionWorkHeader {
 };
 
 /// Tiles and KV heads, tile-major, are dealt to the CTAs forwards and backwards in turn, because
-/// the tiles of a request come with the longest first: the i-th of a CTA.
+/// the longest tiles come first: the i-th of a CTA.
 NF_HOST_DEVICE inline int tile_of_cta(int cta, int i, int ctas) {
   return i * ctas + (i % 2 == 0 ? cta : ctas - 1 - cta);
 }
@@ -104,7 +104,8 @@ struct AttentionWork {
   size_t stream_items;  // [requests] AttentionItem
   size_t stream_begin;  // [requests + 1] int: an item's first step
   size_t tile_items;    // [requests] AttentionItem
-  size_t tiles;         // [rows * group / kTileRows + requests] AttentionTile
+  size_t tiles;         // [2 * (rows * group / kTileRows + requests)] AttentionTile: the second
+                        // half is the plan's own
 
   NF_HOST_DEVICE static int owned_chunks(int ctas, int kv_heads) {
     const int chunks = ctas * kStreamWarps / kv_heads;

@@ -10,6 +10,8 @@ constexpr int kThreads = 1024;
 constexpr int kTileCost = 4, kTileStepCost = 3;
 /// Chunks of less than this many steps are not worth the merging.
 constexpr int kMinSteps = 2;
+/// Tiles are ordered by their steps, up to so many.
+constexpr int kTileSteps = 1023;
 constexpr int kMaxOwnedChunks = kMaxAttentionCtas * kStreamWarps;
 /// One step in so many is shared: more than the warps' ends are apart.
 constexpr int kSharedPart = 8;
@@ -50,6 +52,22 @@ __device__ Counts block_scan(const Counts& own, Counts* warp_sums, Counts& total
   return {before.streams + inclusive.streams - own.streams,
           before.steps + inclusive.steps - own.steps, before.items + inclusive.items - own.items,
           before.tiles + inclusive.tiles - own.tiles};
+}
+
+/// Replaces counts by the sums of those before them. Runs in one warp.
+__device__ void sum_before(int* counts, int size) {
+  const int lane = threadIdx.x;
+  int before = 0;
+  for (int base = 0; base < size; base += 32) {
+    const int own = base + lane < size ? counts[base + lane] : 0;
+    int inclusive = own;
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive, delta);
+      if (lane >= delta) inclusive += other;
+    }
+    if (base + lane < size) counts[base + lane] = before + inclusive - own;
+    before += __shfl_sync(~0u, inclusive, 31);
+  }
 }
 
 struct Lists {
@@ -99,14 +117,41 @@ __device__ Counts list_requests(const AttentionPlanArguments& a, const Lists& li
       lists.stream_begin[at.streams] = at.steps;
     }
     if (own.items > 0) lists.tile_items[at.items] = item;
-    for (int i = 0; i < own.tiles; ++i) {  // the longest first
-      lists.tiles[at.tiles + i] = {at.items, own.tiles - 1 - i};
-    }
+    for (int i = 0; i < own.tiles; ++i) lists.tiles[at.tiles + i] = {at.items, i};
     done = done + total;
   }
   if (threadIdx.x == 0) lists.stream_begin[done.streams] = done.steps;
   for (int i = threadIdx.x; i < done.streams * a.kv_heads; i += kThreads) lists.progress[i].x = 0;
   return done;
+}
+
+/// Steps of a tile, up to what its place in the order depends on.
+__device__ int steps_of(const AttentionPlanArguments& a, const Lists& lists,
+                        const AttentionTile& tile) {
+  const TileSpan span = span_of(lists.tile_items[tile.item], tile.index, a.group, a.window);
+  return min(span.end - span.begin, kTileSteps);
+}
+
+/// Puts the tiles of most steps first. Those of equal steps come in any order: they cost the same.
+__device__ void sort_tiles(const AttentionPlanArguments& a, const Lists& lists, int num_tiles,
+                           int* places) {
+  if (num_tiles < 2) return;
+  AttentionTile* const sorted = lists.tiles + num_tiles;  // the list has room for twice the tiles
+  for (int i = threadIdx.x; i <= kTileSteps; i += kThreads) places[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_tiles; i += kThreads) {
+    atomicAdd(&places[kTileSteps - steps_of(a, lists, lists.tiles[i])], 1);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) sum_before(places, kTileSteps + 1);
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_tiles; i += kThreads) {
+    const AttentionTile tile = lists.tiles[i];
+    sorted[atomicAdd(&places[kTileSteps - steps_of(a, lists, tile)], 1)] = tile;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_tiles; i += kThreads) lists.tiles[i] = sorted[i];
+  __syncthreads();
 }
 
 /// Adds up what the tiles cost each CTA, in steps.
@@ -116,9 +161,7 @@ __device__ void add_tile_costs(const AttentionPlanArguments& a, const Lists& lis
   for (int i = threadIdx.x; i < rounds * a.ctas; i += kThreads) {
     const int cta = i % a.ctas, at = tile_of_cta(cta, i / a.ctas, a.ctas) / a.kv_heads;
     if (at >= num_tiles) continue;
-    const AttentionTile tile = lists.tiles[at];
-    const TileSpan span = span_of(lists.tile_items[tile.item], tile.index, a.group, a.window);
-    atomicAdd(&costs[cta], kTileCost + kTileStepCost * (span.end - span.begin));
+    atomicAdd(&costs[cta], kTileCost + kTileStepCost * steps_of(a, lists, lists.tiles[at]));
   }
 }
 
@@ -170,6 +213,7 @@ __global__ void __launch_bounds__(kThreads) plan_attention(AttentionPlanArgument
   for (int c = threadIdx.x; c < a.ctas; c += kThreads) costs[c] = 0;
   const Counts counts = list_requests(a, lists, warp_sums);
   __syncthreads();
+  sort_tiles(a, lists, counts.tiles, begins);
   add_tile_costs(a, lists, counts.tiles, costs);
   __syncthreads();
   const int owned_chunks = AttentionWork::owned_chunks(a.ctas, a.kv_heads);
