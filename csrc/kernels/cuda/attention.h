@@ -34,17 +34,17 @@
 
 namespace nanoflow::cuda {
 
-inline constexpr int kTileWarps = 8;       // of a CTA; one more copies for them
-inline constexpr int kStreamWarps = 7;     // of them; shared memory has room for no more
+inline constexpr int kTileWarps = 8;    // of a CTA: two warpgroups; one more warp copies for them
+inline constexpr int kStreamWarps = 7;  // of them; shared memory has room for no more
 inline constexpr int kLeastPageShift = 3;  // log2 of the least page size for streaming
 inline constexpr int kStreamHeads = 8;     // query heads of a streamed KV head, at most
 inline constexpr int kStreamKeys = 32;     // keys a warp takes at a time
 inline constexpr int kSharedChunks = 2;    // shared chunks for each that has an owner, at most
 inline constexpr int kTileRows = 128;      // packed rows of a tile
 inline constexpr int kTileKeys = 64;       // keys a CTA takes at a time
-inline constexpr int kAttentionThreads = 32 * (kTileWarps + 1);
-inline constexpr int kMaxAttentionCtas = 256;  // a plan is made for at most
-inline constexpr int kNoWindow = 1 << 30;      // keys that a row sees at most
+inline constexpr int kAttentionThreads = 32 * (kTileWarps + 4);  // the copies' is a warpgroup, too
+inline constexpr int kMaxAttentionCtas = 256;                    // a plan is made for at most
+inline constexpr int kNoWindow = 1 << 30;                        // keys that a row sees at most
 
 /// A request of the work list.
 struct AttentionItem {

@@ -9,38 +9,52 @@
 
 namespace nanoflow::cuda {
 
-/// Tiles, by all warps of a CTA.
-template <class T, int D>
-__device__ void run_tiles(const AttentionArguments& a, const AttentionMaps& maps,
-                          const AttentionWorkHeader& header, const TileRing<D>& ring) {
-  if (threadIdx.x == 0) ring.init_barriers();
-  __syncthreads();
-  if (threadIdx.x / 32 < kTileWarps) {
-    TileProducts<T, D>(a, ring).run_all();
-  } else {
-    TileCopies<T, D>(a, maps, header, ring).run_all();
-  }
-  __syncthreads();  // the shared memory is free
+// All threads of a CTA could not have the registers that products need: copies give up most of
+// theirs.
+inline constexpr int kProductRegisters = 224, kCopyRegisters = 56;
+
+template <int kRegisters>
+__device__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-/// For kAttentionThreads of a CTA that has an SM to itself. Launch bounds would count the warp that
-/// copies as a warpgroup, and leave the products too few.
-inline constexpr int kAttentionRegisters = 224;
+template <int kRegisters>
+__device__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ inline void meet_tile_warps() {
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * kTileWarps) : "memory");
+}
 
 /// The work of each of the plan's CTAs: its tiles, then chunks of streamed keys.
 template <class T, int D>
-__global__ void __maxnreg__(kAttentionRegisters)
+__global__ void __launch_bounds__(kAttentionThreads, 1)
     paged_attention(const __grid_constant__ AttentionArguments a,
                     const __grid_constant__ AttentionMaps maps) {
   extern __shared__ __align__(1024) uint4 shared_memory[];
   __shared__ uint64_t barriers[kStreamWarps * AttentionStream<T, D>::kSlots];
   __shared__ TileShared tile_shared;
   const auto header = *reinterpret_cast<const AttentionWorkHeader*>(a.work);
+  const TileRing<D> ring{tile_shared, shared_address(shared_memory)};
   const bool streams = a.page_shift >= kLeastPageShift;
-  if (header.num_tiles > 0 || !streams) {
-    run_tiles<T, D>(a, maps, header, {tile_shared, shared_address(shared_memory)});
+  const bool has_tiles = header.num_tiles > 0 || !streams;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (has_tiles) {
+    if (threadIdx.x == 0) ring.init_barriers();
+    __syncthreads();
   }
-  if (!streams || threadIdx.x / 32 >= kStreamWarps) return;
+  if (warp >= kTileWarps) {
+    keep_registers<kCopyRegisters>();
+    if (has_tiles && warp == kTileWarps) TileCopies<T, D>(a, maps, header, ring).run_all();
+    return;
+  }
+  take_registers<kProductRegisters>();
+  if (has_tiles) {
+    TileProducts<T, D>(a, ring).run_all();
+    meet_tile_warps();  // the shared memory is free
+  }
+  if (!streams || warp >= kStreamWarps) return;
   const AttentionStream<T, D> streamed(a, maps, header, shared_address(shared_memory),
                                        shared_address(barriers));
   streamed.run_all();
