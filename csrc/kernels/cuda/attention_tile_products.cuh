@@ -121,8 +121,7 @@ struct TileProducts {
   __device__ void run(const TileJob& job, Taken& taken) const {
     Queries q;
     load_queries(q);
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(&ring.shared.queries_empty));
+    arrive(shared_address(&ring.shared.queries_empty));
     const PackedRows out = rows_of(a, job, a.out_stride, D);
     const int base = job.index * kTileRows + warp * 16;
     const int visible = job.item.kv_len - job.item.row_count + 1;

@@ -65,7 +65,7 @@ struct TileRing {
       init_barrier(shared_address(&shared.empty[i]), kTileWarps);
     }
     init_barrier(shared_address(&shared.queries_full), 1);
-    init_barrier(shared_address(&shared.queries_empty), kTileWarps);
+    init_barrier(shared_address(&shared.queries_empty), 32 * kTileWarps);
     fence_for_bulk_copies();
   }
 };
