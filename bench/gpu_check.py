@@ -54,13 +54,11 @@ def sanitizer(options: argparse.Namespace) -> list[Step]:
     """Small tests of every op and of whole steps. racecheck ends a process that makes a partition
     of the SMs."""
     files = [str(ROOT / "tests" / "python" / f"test_{name}.py") for name in SANITIZED]
-    return [
-        Step(
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            + [*PYTEST[:-1], selected, "-m", "sanitizer", *files]
-        )
-        for tool, selected in (("memcheck", "cuda"), ("racecheck", "cuda and not partitioned"))
-    ]
+    steps = []
+    for tool, selected in (("memcheck", "cuda"), ("racecheck", "cuda and not partitioned")):
+        checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        steps.append(Step([*checked, *PYTEST[:-1], selected, "-m", "sanitizer", *files]))
+    return steps
 
 
 def kernels(options: argparse.Namespace) -> list[Step]:
