@@ -1,9 +1,11 @@
 #include "kernels/cuda/green.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "core/error.h"
 #include "kernels/cuda/check.h"
@@ -19,6 +21,28 @@ std::string join(const std::vector<int>& values) {
 
 size_t widest(const std::vector<int>& widths) {
   return static_cast<size_t>(std::max_element(widths.begin(), widths.end()) - widths.begin());
+}
+
+Deal deal_with(const std::vector<int>& widths, int groups, int remainder, size_t with_remainder) {
+  Deal deal{.groups = {}, .with_remainder = with_remainder};
+  for (size_t i = 0; i < widths.size(); ++i) {
+    const int width = widths[i] - (i == with_remainder ? remainder : 0);
+    deal.groups.push_back(std::max(1, (width + kSmGroup / 2) / kSmGroup));
+  }
+  int& rest = deal.groups[widest(widths)];
+  rest = 0;
+  rest = groups - std::accumulate(deal.groups.begin(), deal.groups.end(), 0);
+  return deal;
+}
+
+/// SMs that lanes have too many or too few.
+int misfit(const Deal& deal, const std::vector<int>& widths, int remainder) {
+  int sum = 0;
+  for (size_t i = 0; i < widths.size(); ++i) {
+    const int got = deal.groups[i] * kSmGroup + (i == deal.with_remainder ? remainder : 0);
+    sum += std::abs(got - widths[i]);
+  }
+  return sum;
 }
 
 /// All SMs of a device, dealt into groups. Contexts must come from one split: those of two splits
@@ -66,15 +90,17 @@ cudaStream_t GreenContext::make_stream() const {
   return stream;
 }
 
-std::vector<int> deal_groups(const std::vector<int>& widths, int groups) {
-  std::vector<int> dealt;
-  for (int width : widths) dealt.push_back(std::max(1, (width + kSmGroup / 2) / kSmGroup));
-  int& rest = dealt[widest(widths)];
-  rest = 0;
-  rest = groups - std::accumulate(dealt.begin(), dealt.end(), 0);
-  NF_CHECK(rest >= 1, "lanes of ", join(widths), " SMs do not fit: SMs are dealt in groups of ",
-           kSmGroup, ", and the device has ", groups, " of them; use fewer lanes or other widths");
-  return dealt;
+Deal deal_groups(const std::vector<int>& widths, int groups, int remainder) {
+  const size_t first = widest(widths);
+  Deal best = deal_with(widths, groups, remainder, first);
+  for (size_t lane = 0; lane < widths.size(); ++lane) {
+    Deal other = deal_with(widths, groups, remainder, lane);
+    if (misfit(other, widths, remainder) < misfit(best, widths, remainder)) best = std::move(other);
+  }
+  NF_CHECK(best.groups[first] >= 1, "lanes of ", join(widths),
+           " SMs do not fit: SMs are dealt in groups of ", kSmGroup, ", and the device has ",
+           groups, " of them; use fewer lanes or other widths");
+  return best;
 }
 
 std::vector<std::unique_ptr<GreenContext>> partition_device(int device,
@@ -82,16 +108,15 @@ std::vector<std::unique_ptr<GreenContext>> partition_device(int device,
   CUdevice handle;
   NF_DRIVER_CALL(cuDeviceGet, &handle, device);
   const Split split(handle);
-  const std::vector<int> dealt = deal_groups(widths, static_cast<int>(split.groups.size()));
+  const bool has_rest = split.remainder.type == CU_DEV_RESOURCE_TYPE_SM;
+  const int rest = has_rest ? static_cast<int>(split.remainder.sm.smCount) : 0;
+  const Deal deal = deal_groups(widths, static_cast<int>(split.groups.size()), rest);
   std::vector<std::unique_ptr<GreenContext>> contexts;
   auto next = split.groups.begin();
   for (size_t i = 0; i < widths.size(); ++i) {
-    std::vector<CUdevResource> resources(next, next + dealt[i]);
-    next += dealt[i];
-    if (i == widest(widths) && split.remainder.type == CU_DEV_RESOURCE_TYPE_SM &&
-        split.remainder.sm.smCount > 0) {
-      resources.push_back(split.remainder);
-    }
+    std::vector<CUdevResource> resources(next, next + deal.groups[i]);
+    next += deal.groups[i];
+    if (i == deal.with_remainder && rest > 0) resources.push_back(split.remainder);
     contexts.push_back(make_context(handle, std::move(resources)));
   }
   return contexts;

@@ -29,13 +29,20 @@ class GreenContext {
   int sm_count_;
 };
 
-/// How many of `groups` groups of SMs each lane gets. Every lane but the widest (the first of the
-/// widest) gets its width rounded to the nearest multiple of kSmGroup, at least one group, and the
-/// widest takes all that is left. Throws Error where nothing is left for it.
-std::vector<int> deal_groups(const std::vector<int>& widths, int groups);
+/// Who gets which SMs.
+struct Deal {
+  std::vector<int> groups;  // of each lane
+  size_t with_remainder;    // the lane that gets the SMs beyond the last whole group, too
+};
 
-/// Splits the device once into disjoint contexts, one a width. SMs beyond the last whole group go
-/// to the widest lane, so that no SM idles: 132 SMs and widths {108, 24} give 108 and 24.
+/// Deals groups of SMs, and `remainder` more, to lanes as near to their widths as it goes: every
+/// lane but the widest (the first of the widest) gets its width rounded to whole groups, at least
+/// one, and the widest takes all that is left, so that no SM idles. Of 132 SMs, 16 groups and 4,
+/// widths {108, 24} get 108 and 24, widths {104, 28} 104 and 28. Throws Error where nothing is left
+/// for the widest.
+Deal deal_groups(const std::vector<int>& widths, int groups, int remainder);
+
+/// Splits the device once into disjoint contexts, one a width.
 std::vector<std::unique_ptr<GreenContext>> partition_device(int device,
                                                             const std::vector<int>& widths);
 

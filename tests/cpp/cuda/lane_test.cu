@@ -91,18 +91,29 @@ void check_disjoint(const std::vector<std::unique_ptr<Lane>>& lanes,
 }
 
 const std::vector<std::vector<int>> kWidths = {
-    {108, 24}, {24, 108}, {92, 24, 16}, {84, 48}, {60, 60}};
+    {108, 24}, {24, 108}, {104, 28}, {92, 24, 16}, {84, 48}, {60, 60}};
 
 }  // namespace
 
 TEST_CASE("groups of SMs are dealt by width, and the widest lane takes the rest") {
-  using cuda::deal_groups;
-  CHECK(deal_groups({108, 24}, 16) == std::vector<int>{13, 3});
-  CHECK(deal_groups({92, 24, 16}, 16) == std::vector<int>{11, 3, 2});
-  CHECK(deal_groups({1, 100}, 16) == std::vector<int>{1, 15});
-  CHECK(deal_groups({12, 11, 100}, 16) == std::vector<int>{2, 1, 13});
-  CHECK(deal_groups({66, 66}, 16) == std::vector<int>{8, 8});
-  CHECK_THROWS_WITH_AS(deal_groups(std::vector<int>(20, 4), 16),
+  const auto dealt = [](const std::vector<int>& widths, int remainder) {
+    const cuda::Deal deal = cuda::deal_groups(widths, 16, remainder);
+    std::vector<int> sms;
+    for (size_t i = 0; i < widths.size(); ++i) {
+      sms.push_back(8 * deal.groups[i] + (i == deal.with_remainder ? remainder : 0));
+    }
+    return sms;
+  };
+  CHECK(dealt({108, 24}, 4) == std::vector<int>{108, 24});
+  CHECK(dealt({104, 28}, 4) == std::vector<int>{104, 28});
+  CHECK(dealt({28, 104}, 4) == std::vector<int>{28, 104});
+  CHECK(dealt({104, 28}, 0) == std::vector<int>{96, 32});
+  CHECK(dealt({92, 24, 16}, 4) == std::vector<int>{92, 24, 16});
+  CHECK(dealt({88, 24, 20}, 4) == std::vector<int>{88, 24, 20});
+  CHECK(dealt({1, 100}, 0) == std::vector<int>{8, 120});
+  CHECK(dealt({12, 11, 100}, 0) == std::vector<int>{16, 8, 104});
+  CHECK(dealt({66, 66}, 4) == std::vector<int>{68, 64});
+  CHECK_THROWS_WITH_AS(cuda::deal_groups(std::vector<int>(20, 4), 16, 4),
                        doctest::Contains("groups of 8, and the device has 16"), Error);
 }
 
