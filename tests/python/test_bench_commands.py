@@ -133,6 +133,19 @@ def test_schedules_take_turns_in_one_steady_state(model, tmp_path, monkeypatch):
     assert {run["measured"] for run in runs.values()} == {"steady state"}
 
 
+def test_any_schedules_are_compared(model, tmp_path, capsys):
+    path, file = tmp_path / "found.json", tmp_path / "mine.json"
+    content = schedule_to_json(built_in_schedule("overlap", 2))
+    file.write_text(json.dumps(content | {"id": "mine"}))
+    load = ("--input-len", "12", "--output-len", "6", "--num-prompts", "8")
+    compared = ("--compare", "overlap", file, "--output-json", path)
+    assert bench("throughput", "--model", model, *load, *compared) == 0
+    found = json.loads(path.read_text())
+    assert list(found["relative"]) == list(found["runs"]) == ["overlap", "mine"]
+    assert found["relative"]["overlap"] == 1
+    assert [found["runs"][name]["schedule"] for name in ("overlap", "mine")] == ["overlap", "mine"]
+
+
 def test_a_schedule_of_a_file_is_ablated_with_its_own_nano_batches(model, tmp_path):
     content = schedule_to_json(built_in_schedule("overlap", 2))
     for stage in ("qkv", "attn", "o", "mlp"):
@@ -178,7 +191,10 @@ def test_steady_rates_are_compared_where_there_are_some():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--plot", "x.png"), "--plot draws what --ablate finds: add it"),
+        (("--plot", "x.png"), "--plot draws what --ablate or --compare finds: add one of them"),
+        (("--ablate", "--compare", "nano"), "both say which schedules to run: give one of them"),
+        (("--compare", "nano", "nano"), "schedules of different ids, not nano, nano"),
+        (("--compare", "nano", "best"), "schedule 'best' is unknown"),
         (
             ("--ablate", "--schedule", "nano"),
             "--ablate needs a schedule of several lanes; 'nano' has 1, so nothing overlaps",

@@ -1,4 +1,5 @@
-"""`bench throughput --ablate`: what nano-batches cost, and what their overlap brings.
+"""`bench throughput --ablate`: what nano-batches cost, and what their overlap brings; `--compare`:
+any schedules beside each other.
 
 The same requests under three schedules, as in the paper's ablation (figure 9): one op after the
 other; the nano-batches of the schedule in question, but nothing beside anything; that schedule.
@@ -35,6 +36,19 @@ def ablation_schedules(arguments: Mapping[str, Any]) -> list[Schedule]:
             f"{len(schedule.lanes)}, so nothing overlaps"
         )
     return [built_in_schedule("sequential", width), without_overlap(schedule, width), schedule]
+
+
+def find_schedules(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Schedule]:
+    """By name or from files, for the device of an LLM with these arguments.
+
+    Raises ValueError on one that there is not, or two of one id.
+    """
+    width = make_backends(EngineArgs(**arguments))[0].width
+    schedules = [find_schedule(name, width) for name in names]
+    ids = [schedule.id for schedule in schedules]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"--compare needs schedules of different ids, not {', '.join(ids)}")
+    return schedules
 
 
 def compare(results: Sequence[Result]) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoflow._core import Schedule
 from nanoflow.arguments import add_engine_arguments, engine_arguments
-from nanoflow.bench.ablation import ablation_schedules, compare, draw_ablations
+from nanoflow.bench.ablation import ablation_schedules, compare, draw_ablations, find_schedules
 from nanoflow.bench.ablation import table as ablation_table
 from nanoflow.bench.ceiling import gemm_ceiling_tflops
 from nanoflow.bench.default_model import default_model
@@ -78,7 +78,13 @@ def _add_throughput(commands: Any) -> None:
         help="run sequential, the schedule's nano-batches without overlap, and the schedule "
         "(default: overlap), and compare",
     )
-    add("--plot", type=Path, metavar="PNG", help="draw what --ablate finds")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="SCHEDULE",
+        help="run these schedules, names or files, and compare them with the first",
+    )
+    add("--plot", type=Path, metavar="PNG", help="draw what --ablate or --compare finds")
     add(
         "--simulate-tensor-parallel",
         dest="simulated_tensor_parallel_size",
@@ -104,18 +110,24 @@ def run_throughput(options: argparse.Namespace) -> None:
     workload = make_workload(options, count)
     if options.n < 1 or (options.n > 1 and options.steady_start):
         raise ValueError(f"--n {options.n} must be at least 1, and is 1 with --steady-start")
-    if options.plot is not None and not options.ablate:
-        raise ValueError("--plot draws what --ablate finds: add it")
+    if options.ablate and options.compare:
+        raise ValueError("--ablate and --compare both say which schedules to run: give one of them")
+    if options.plot is not None and not (options.ablate or options.compare):
+        raise ValueError("--plot draws what --ablate or --compare finds: add one of them")
     arguments = {"model": default_model()} if not hasattr(options, "model") else {}
     arguments |= engine_arguments(options)
 
-    schedules = ablation_schedules(arguments) if options.ablate else []
+    schedules: Sequence[Schedule] = []
+    if options.ablate:
+        schedules = ablation_schedules(arguments)
+    elif options.compare:
+        schedules = find_schedules(options.compare, arguments)
     results = _run(options, workload, arguments, schedules)
     if options.result_dir is not None:
         for one in results:
             write(result_path(options.result_dir, one), one)
     found = results[0]
-    if options.ablate:
+    if schedules:
         found = compare(results)
         print(ablation_table(found))
         if options.plot is not None:
