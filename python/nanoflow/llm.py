@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
-import queue
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from nanoflow._core import Schedule
-from nanoflow.config import check_timeout, make_args
+from nanoflow.batch_runner import BatchRunner
+from nanoflow.config import make_args
 from nanoflow.energy import open_meter
-from nanoflow.errors import EngineError, RequestError, TextError
 from nanoflow.memory import MemoryUse
-from nanoflow.metrics import STATUS_SECONDS, Metric, StatusLine, make_metrics
+from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
-from nanoflow.ordering import ORDERS, order_prompts
 from nanoflow.outputs import RequestOutput
 from nanoflow.processor import Processor
-from nanoflow.progress import Progress
 from nanoflow.prompts import Messages, Prompt, PromptLike, parse_conversations, parse_prompts
-from nanoflow.request import Request
 from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler.stats import StepListener
 from nanoflow.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -50,11 +41,11 @@ class LLM:
         self.limits = self._runtime.limits
         self.start_seconds = self._runtime.start_seconds
         self._processor = Processor(self._runtime, self.args.seed)
-        self._numbers = itertools.count()
         self._meter = open_meter(self._runtime.memory.device, self.args.tensor_parallel_size)
-        self._status = StatusLine(
+        status = StatusLine(
             self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
         )
+        self._runner = BatchRunner(self.args, self._runtime.loop, self._processor, status)
         self._finalizer = weakref.finalize(self, self._runtime.loop.close)
 
     def generate(
@@ -81,7 +72,7 @@ class LLM:
         TypeError on anything of a wrong type, EngineError when the engine fails.
         """
         parsed = parse_prompts(prompts)
-        return self._run(parsed, sampling_params, use_tqdm, priority, timeout, order)
+        return self._runner.run(parsed, sampling_params, use_tqdm, priority, timeout, order)
 
     def chat(
         self,
@@ -108,7 +99,7 @@ class LLM:
             )
             assert isinstance(text, str)
             prompts.append(Prompt(text=text, add_special_tokens=False))
-        return self._run(prompts, sampling_params, use_tqdm)
+        return self._runner.run(prompts, sampling_params, use_tqdm)
 
     def abort(self) -> None:
         """Ends all open requests of any thread with what they have generated, at once.
@@ -208,119 +199,3 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _run(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-        priority: Sequence[int] | None = None,
-        timeout: float | None = None,
-        order: str = "fcfs",
-    ) -> list[RequestOutput]:
-        params = self._params_of_each(sampling_params, len(prompts))
-        priorities = [0] * len(prompts) if priority is None else list(priority)
-        if len(priorities) != len(prompts):
-            raise ValueError(f"there are {len(prompts)} prompts but {len(priorities)} priorities")
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r} is unknown; known: {', '.join(ORDERS)}")
-        for one in priorities:
-            self.args.check_priority(one)
-        done: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
-        samples: list[list[Request]] = [[] for _ in prompts]
-        errors: dict[int, ValueError] = {}
-        encoded = self._processor.encode(prompts)
-        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            number = next(self._numbers)
-            try:
-                if isinstance(ids, ValueError):
-                    raise ids
-                made = self._processor.make_requests(number, ids, params[index], done.put)
-            except ValueError as error:
-                errors[index] = error
-                outputs[index] = self._processor.outputs.failed_output(str(number), prompt, error)
-                continue
-            for request in made:
-                request.priority = priorities[index]
-                request.timeout = check_timeout(timeout)
-            samples[index] = made
-        if errors:
-            self._tell_errors(errors, len(prompts))
-        begin = order_prompts(samples) if order == "auto" else range(len(samples))
-        for index in self._finished(samples, begin, done, use_tqdm):
-            outputs[index] = self._output(samples[index], prompts[index], params[index])
-        return [output for output in outputs if output is not None]
-
-    def _output(
-        self, samples: Sequence[Request], prompt: Prompt, params: SamplingParams
-    ) -> RequestOutput:
-        maker = self._processor.outputs
-        try:
-            return maker.output(samples, prompt, params)
-        except TextError as error:
-            return maker.failed_output(samples[0].id, prompt, error)
-
-    def _tell_errors(self, errors: Mapping[int, ValueError], count: int) -> None:
-        """Raises the first where there is no prompt without."""
-        first = min(errors)
-        if len(errors) == count:
-            raise errors[first]
-        logger.warning(
-            "%d of %d prompts cannot be run; prompts[%d]: %s",
-            len(errors),
-            count,
-            first,
-            errors[first],
-        )
-
-    def _finished(
-        self,
-        samples: Sequence[Sequence[Request]],
-        order: Iterable[int],
-        done: queue.SimpleQueue[Request],
-        use_tqdm: bool,
-    ) -> Iterator[int]:
-        """Runs the samples of all prompts, in an order, and yields the index of each prompt whose
-        last has finished; raises when the engine fails."""
-        index_of = {request.id: index for index, own in enumerate(samples) for request in own}
-        requests = [request for index in order for request in samples[index]]
-        left = [len(own) for own in samples]
-        self._runtime.loop.submit(requests)
-        try:
-            with Progress(sum(count > 0 for count in left), use_tqdm) as progress:
-                for _ in requests:
-                    request = self._next(done)
-                    if isinstance(request.error, EngineError) and (
-                        len(requests) == 1 or not isinstance(request.error, RequestError)
-                    ):
-                        raise request.error
-                    index = index_of[request.id]
-                    left[index] -= 1
-                    if left[index] == 0:
-                        yield index
-                        progress.update(samples[index])
-        except BaseException:  # an interrupt, too: nobody waits for the rest any more
-            self._runtime.loop.abort([request.id for request in requests])
-            raise
-
-    def _next(self, done: queue.SimpleQueue[Request]) -> Request:
-        while True:
-            self._status.tick()
-            with contextlib.suppress(queue.Empty):
-                return done.get(timeout=STATUS_SECONDS)
-
-    def _params_of_each(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if params is None:
-            return [self.get_default_sampling_params()] * count
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        if not isinstance(params, Sequence) or not all(
-            isinstance(one, SamplingParams) for one in params
-        ):
-            raise TypeError("sampling_params must be a SamplingParams, a list of them, or None")
-        if len(params) != count:
-            raise ValueError(f"there are {count} prompts but {len(params)} sampling_params")
-        return list(params)
