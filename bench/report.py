@@ -35,7 +35,8 @@ def throughput_rows(result: Result) -> list[tuple[str, str]]:
 def overhead_rows(result: Result) -> list[tuple[str, str]]:
     return [
         (
-            f"scheduler's work on a step of {row['running']} running requests, mean (p99)",
+            f"scheduler's work on a step of {row['running']} running requests, "
+            f"{row['engine']}, mean (p99)",
             f"{row['mean_ms']:.2f} ms ({row['p99_ms']:.2f} ms)",
         )
         for row in result["results"]

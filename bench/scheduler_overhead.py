@@ -1,9 +1,13 @@
-"""What the scheduler costs per step: all its Python work, over an engine that returns at once.
+"""What the scheduler costs per step: all its Python work.
 
 Usage: python bench/scheduler_overhead.py [--running 256 1024] [--output-json FILE]
+       python bench/scheduler_overhead.py --shape tiny
+       python bench/scheduler_overhead.py --shape llama-3.1-8b --device cuda
 
 Requests arrive, decode and end in a steady flow, so the steps measured hold decodes, prefill
-chunks, admissions and ends. Batches are the real ones of `nanoflow._core`.
+chunks, admissions and ends. With --shape they run on the engine, a model of random weights, which
+works on the step before meanwhile; without it on one that returns at once, given the real batches
+of `nanoflow._core`.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow import _core
+from nanoflow import LLM, _core
 from nanoflow.bench import environment
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.deal import Dealer
@@ -28,13 +34,14 @@ from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
 from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
-from nanoflow.scheduler.stats import StepStats
+from nanoflow.scheduler.stats import StepListener, StepStats
+from shapes import SHAPES, write_model
 
 PAGE_SIZE = 64
-VOCAB_SIZE = 128_256
 EOS_TOKEN_IDS = (128_001, 128_008, 128_009)
 WARM_UP_STEPS = 50
 SEED = 0
+INSTANT = "an engine that returns at once"
 TARGET_MS = {256: 1.0, 1024: 3.0}
 
 
@@ -73,14 +80,56 @@ def make_batch(**arrays: NDArray[Any]) -> tuple[_core.Batch, int]:
     return _core.Batch(**arrays), len(arrays["slots"])
 
 
+@dataclass(frozen=True)
+class Running:
+    """A scheduler over an engine."""
+
+    loop: SchedulerLoop
+    state: SchedulerState
+    vocab_size: int
+    close: Callable[[], None]
+
+
+def start_instant(running: int, options: argparse.Namespace, listen: StepListener) -> Running:
+    max_model_len = options.input_len + 2 * options.output_len
+    state = SchedulerState(
+        Policy(Dealer(options.cuts, running), options.max_num_batched_tokens),
+        Slots(running, max_model_len, PAGE_SIZE),
+        PageAllocator(running * -(-max_model_len // PAGE_SIZE)),
+    )
+    loop = SchedulerLoop(InstantEngine(), make_batch, state, step_listener=listen)
+    return Running(loop, state, 100_000, loop.close)
+
+
+def start_real(running: int, options: argparse.Namespace, listen: StepListener) -> Running:
+    max_model_len = options.input_len + 2 * options.output_len
+    with tempfile.TemporaryDirectory() as folder:
+        llm = LLM(
+            write_model(Path(folder), options.shape),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            device=options.device,
+            max_model_len=max_model_len,
+            max_num_seqs=running,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            block_size=PAGE_SIZE,
+            num_gpu_blocks_override=running * -(-max_model_len // PAGE_SIZE),
+            schedule=options.schedule,
+            disable_log_stats=True,
+        )
+    llm.step_listener = listen
+    runtime = llm._runtime
+    return Running(runtime.loop, runtime.state, runtime.vocab_size, llm.close)
+
+
 def make_requests(
-    count: int, options: argparse.Namespace, done: queue.SimpleQueue
+    count: int, vocab_size: int, options: argparse.Namespace, done: queue.SimpleQueue
 ) -> list[Request]:
     """Output lengths of the first batch are spread, so that requests do not end all at once."""
     rng = np.random.default_rng(SEED)
     requests = []
     for number in range(count):
-        prompt = rng.integers(0, 100_000, options.input_len, dtype=np.int32)
+        prompt = rng.integers(3, vocab_size, options.input_len, dtype=np.int32)
         output_len = int(rng.integers(1, 2 * options.output_len))
         sampling = Sampling(1.0, 0.9, 50, 0.0, number, 0, (), EOS_TOKEN_IDS, False)
         max_len = len(prompt) + output_len
@@ -90,13 +139,6 @@ def make_requests(
 
 def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
     """Costs of the steps in which at least 95% of `running` requests decode."""
-    max_model_len = options.input_len + 2 * options.output_len
-    num_pages = running * -(-max_model_len // PAGE_SIZE)
-    state = SchedulerState(
-        Policy(Dealer(options.cuts, running), options.max_num_batched_tokens),
-        Slots(running, max_model_len, PAGE_SIZE),
-        PageAllocator(num_pages),
-    )
     heard: list[StepStats] = []
     cpu_time_of: dict[int, float] = {}  # of the scheduler's thread, at the end of each step
 
@@ -105,23 +147,24 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
         heard.append(stats)
 
     done: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    loop = SchedulerLoop(InstantEngine(), make_batch, state, step_listener=listen)
+    start = start_instant if options.shape is None else start_real
+    engine = start(running, options, listen)
     requests_per_step = 1.5 * running / options.output_len
     count = running + int(requests_per_step * (options.steps + 2 * WARM_UP_STEPS)) + running
-    requests = make_requests(count, options, done)
-    loop.submit(requests)
+    engine.loop.submit(make_requests(count, engine.vocab_size, options, done))
     while True:
         time.sleep(0.5)
         full = [stats for stats in list(heard) if stats.decode_tokens >= 0.95 * running]
-        if len(full) >= WARM_UP_STEPS + options.steps or not state.has_requests:
+        if len(full) >= WARM_UP_STEPS + options.steps or not engine.state.has_requests:
             break
-    loop.close()
+    engine.close()
     steps = full[WARM_UP_STEPS : WARM_UP_STEPS + options.steps]
     first, last = steps[0].step, steps[-1].step
     cpu_seconds = (cpu_time_of[last] - cpu_time_of[first]) / (last - first)
     seconds = np.array([stats.scheduler_seconds for stats in steps])
     return {
         "running": running,
+        "engine": f"{options.shape} on {options.device}" if options.shape else INSTANT,
         "steps": len(steps),
         "mean_decode_tokens": float(np.mean([stats.decode_tokens for stats in steps])),
         "mean_prefill_tokens": float(np.mean([stats.prefill_tokens for stats in steps])),
@@ -139,7 +182,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=512, help="mean; uniform from 1 to twice")
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
-    parser.add_argument("--cuts", type=float, nargs="*", default=[0.5], help="of the nano-batches")
+    parser.add_argument("--cuts", type=float, nargs="*", default=[0.5], help="without --shape")
+    parser.add_argument("--shape", choices=SHAPES, help="of the model, on the engine")
+    parser.add_argument("--device", default="cpu", help="of the engine")
+    parser.add_argument("--schedule", default="nano", help="of the engine")
     parser.add_argument("--steps", type=int, default=500, help="measured, after a warm-up")
     parser.add_argument("--output-json", type=Path)
     return parser.parse_args()
