@@ -52,6 +52,8 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(choose({.rows = 512, .features = 28672, .depth = 4096}) == GemmKernel::k128x128);
   // 2 × 64 tiles of 128 × 96 are one wave.
   CHECK(choose({.rows = 256, .features = 6144, .depth = 4096}) == GemmKernel::k128x96Pair);
+  // 8 × 26 tiles of 128 × 160 are two waves on 104 SMs.
+  CHECK(choose(shape, 104) == GemmKernel::k128x160);
   // Many rows: tiles that read the least, whatever the waves.
   CHECK(choose({.rows = 2048, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
   // Few rows are bound by the weights: no tile of 128 rows.

@@ -46,6 +46,7 @@ constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"16x128 stream-K", 16, 128, 1, 1, true, false}, 9.5, 0.158, 0.0, 40, 1.3},
     {{"128x64", 128, 64, 1, 2, false, false}, 7.3, 0.232, 0.2, 35, 1.2},
     {{"128x96 pair", 128, 96, 2, 1, false, false}, 5.5, 0.268, 1.3, 45, 1.09},
+    {{"128x160", 128, 160, 2, 1, false, false}, 2.3, 0.375, 3.6, 40, 1.06},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }

@@ -35,8 +35,9 @@ enum class GemmKernel : uint8_t {
   k16x128StreamK,
   k128x64,      // cooperative
   k128x96Pair,  // cooperative; two CTAs share what they load of the features
+  k128x160,     // cooperative: whole waves on 104 SMs where 128x192 and 128x256 leave many idle
 };
-inline constexpr int kNumGemmKernels = 9;
+inline constexpr int kNumGemmKernels = 10;
 
 /// What the choice knows of a kernel.
 struct GemmTraits {

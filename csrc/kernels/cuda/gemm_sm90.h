@@ -36,6 +36,7 @@ GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type);
 /// compiler 2 to 4 GB); null for kernels of another one.
 GemmLauncher gemm_bf16_large(GemmKernel kernel);
 GemmLauncher gemm_bf16_medium(GemmKernel kernel);
+GemmLauncher gemm_bf16_odd(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);
 GemmLauncher gemm_bf16_f32(GemmKernel kernel);
 GemmLauncher gemm_bf16_silu_mul(GemmKernel kernel);
