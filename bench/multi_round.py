@@ -9,7 +9,7 @@ help. Then conversations (bench/talk.py): each is a task that asks, waits for th
 and asks again with all that was said so far in front. The KV cache of the device is too small for
 those that are open, so that what prefix caching alone keeps of a round is gone when the next comes.
 
-With --device cuda it is the shape of Llama-3.1-8B with random weights, and takes about two minutes;
+With --device cuda it is the shape of Llama-3.1-8B with random weights, sized for about two minutes;
 what has been measured is in the JSON file after each engine.
 """
 
@@ -92,6 +92,7 @@ def arguments(options: argparse.Namespace, mode: str) -> dict[str, Any]:
         "disable_log_stats": True,
         "block_size": options.block_size,
         "num_gpu_blocks_override": options.num_pages,
+        "schedule": options.schedule,
     }
     if options.device == "cpu":
         common["cpu_threads"] = options.threads
@@ -216,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda; other defaults follow it")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--schedule", default="sequential", help="one: auto would try several")
     parser.add_argument("--model", help="the default of a CPU is SmolLM2-135M-Instruct")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
     parser.add_argument("--conversations", type=int)

@@ -22,7 +22,8 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     sequential: one op after the other, over all rows and the whole device.
     nano: the nano-batches of overlap, nothing beside anything: what they cost by themselves.
     overlap: attention of one half beside o, mlp and the next layer's qkv of the other half; the
-        head on the whole device.
+        head on the whole device. With two threads, which cannot be shared out like that, mlp of
+        one half beside all else of a layer of the other, which takes about as long.
     tp-overlap: for several ranks, collectives beside all of that: qkv and attention of quarters, o
         and mlp of halves, the first of which gathers before o while the second reduces after it
         (NanoFlow, OSDI'25, section 4.2).
@@ -33,18 +34,24 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     if name == "nano":
         return without_overlap(built_in_schedule("overlap", width), width)
     if name == "overlap":
-        memory = max(1, round(width * _MEMORY_SHARE))
-        lanes = [LaneSpec("compute", max(1, width - memory)), LaneSpec("memory", memory)]
-        lanes.append(LaneSpec("whole", width))
-        compute = StageSpec([0.5], "compute")
-        stages = dict.fromkeys(("qkv", "o", "mlp"), compute)
-        stages |= {"attn": StageSpec([0.5], "memory"), "head": StageSpec([], "whole")}
-        order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
-        return Schedule(name, lanes, stages, order)
+        return _overlap(name, width)
     if name == "tp-overlap":
         return _tensor_parallel_overlap(name, width)
     known = ", ".join((AUTO, *BUILT_IN, *FOR_RANKS))
     raise ValueError(f"schedule {name!r} is unknown; known: {known}, or a JSON file")
+
+
+def _overlap(name: str, width: int) -> Schedule:
+    memory = max(1, round(width * _MEMORY_SHARE))
+    lanes = [LaneSpec("compute", max(1, width - memory)), LaneSpec("memory", memory)]
+    lanes.append(LaneSpec("whole", width))
+    compute, beside = StageSpec([0.5], "compute"), StageSpec([0.5], "memory")
+    stages = {"qkv": compute, "attn": beside, "o": compute, "mlp": compute}
+    order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
+    if width <= 2:
+        stages |= {"qkv": beside, "o": beside}
+        order = ["o.0", "mlp.0", "qkv.1", "o.1", "mlp.1", "qkv.0@+1"]
+    return Schedule(name, lanes, stages | {"head": StageSpec([], "whole")}, order)
 
 
 def without_overlap(schedule: Schedule, width: int) -> Schedule:

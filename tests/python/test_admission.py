@@ -7,6 +7,8 @@ import pytest
 
 from nanoflow.scheduler import admission
 from nanoflow.scheduler.admission import Admission
+from nanoflow.scheduler.forecast import Fate
+from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.waiting import WaitingQueue
 from test_policy import Setup, request
 
@@ -88,6 +90,28 @@ def test_one_is_offered_when_none_runs_whatever_it_costs() -> None:
             pace.charge(item)
     assert offered(pace, waiting, running=1) == []
     assert offered(pace, waiting, running=0)[:1] == [next(iter(waiting)).id]
+
+
+def test_no_more_is_owed_than_is_known_of_lengths() -> None:
+    """Requests that begin before anything is known are charged for a thousand tokens each."""
+    pace = Admission(num_pages=500, num_slots=64, page_size=4)
+    waiting = WaitingQueue()
+    for number in range(1000):
+        waiting.add(request(number, 16, 2000))
+    for item in list(pace.offer(waiting, running=0))[:4]:
+        waiting.pop(item.id)
+        pace.charge(item)
+    assert offered(pace, waiting, running=4) == []
+    for _ in range(200):
+        ended = request(0, 16, 2000)
+        ended.number = pace.forecast.begin()
+        ended.output_token_ids = [1] * 10
+        pace.forecast.end(ended, Fate.ENDED)
+    pace.forecast.refresh(Slots(1, 2000, 4))
+    steps = 0
+    while not offered(pace, waiting, running=4):
+        steps += 1
+    assert steps <= 10, "more than the life of one"
 
 
 def test_the_forecast_is_held_against_what_came() -> None:

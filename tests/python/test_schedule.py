@@ -53,6 +53,12 @@ def test_widths_of_the_overlap() -> None:
     assert widths == {2: [1, 1, 2], 132: [100, 32, 132]}
 
 
+@pytest.mark.parametrize(("width", "others"), [(2, {"qkv", "attn", "o"}), (132, {"attn"})])
+def test_two_threads_share_a_layer_evenly(width: int, others: set[str]) -> None:
+    stages = built_in_schedule("overlap", width).stages
+    assert {name for name, stage in stages.items() if stage.lane == "memory"} == others
+
+
 def test_a_file_becomes_a_schedule(tmp_path: Path) -> None:
     schedule = find_schedule(str(write(tmp_path, PING_PONG)), 4)
     assert schedule.id == "mine"

@@ -24,7 +24,7 @@ NUM_WARM_UPS = 8
 DESCRIPTIONS = {
     "sequential": "one operation after the other",
     "nano": "the batch in two nano-batches, nothing overlaps",
-    "overlap": "attention of one nano-batch beside the rest of the other",
+    "overlap": "stages of one nano-batch beside those of the other",
 }
 
 

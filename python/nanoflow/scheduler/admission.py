@@ -43,8 +43,10 @@ class Admission:
         first = next(iter(waiting), None)
         if first is None:
             return
-        # What could not be used is made up for by one request: more would end together.
-        self._credit = min(self._credit, self._cost(first)) + 1
+        # What could not be used is made up for by one request: more would end together. Nor is more
+        # owed than for those that run, by what is known of lengths now.
+        cost = self._cost(first)
+        self._credit = min(max(self._credit, -running * cost), cost) + 1
         self._is_pacing = self._is_long(waiting, first)
         credit = self._credit
         for request in waiting:

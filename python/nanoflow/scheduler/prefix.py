@@ -150,12 +150,15 @@ class PrefixCache:
             return
         running = slots.running
         full = np.minimum(slots.computed[running], slots.known[running]) // slots.page_size
-        more = full > slots.num_shared[running]
-        for slot, end in zip(running[more].tolist(), full[more].tolist(), strict=True):
+        shared = slots.num_shared[running]
+        more = full > shared
+        ranges = np.stack([running[more], shared[more], full[more]], axis=1).tolist()
+        for slot, begin, end in ranges:
             keys = slots.request(slot).page_keys
-            self._extend(keys, slots.tokens[slot, : end * slots.page_size])
-            for index in range(int(slots.num_shared[slot]), end):
-                page, key = int(slots.pages[slot, index]), keys[index]
+            if len(keys) < end:
+                self._extend(keys, slots.tokens[slot, : end * slots.page_size])
+            pages = slots.pages[slot, begin:end].tolist()
+            for page, key in zip(pages, keys[begin:end], strict=True):
                 self._pages.register(page, key)
                 self._filling.discard(key)
                 if self._offload is not None and self._offload.store(page, key):

@@ -90,8 +90,8 @@ void check_disjoint(const std::vector<std::unique_ptr<Lane>>& lanes,
   CHECK(all.size() == sum);
 }
 
-const std::vector<std::vector<int>> kWidths = {
-    {108, 24}, {24, 108}, {104, 28}, {92, 24, 16}, {84, 48}, {60, 60}};
+const std::vector<std::vector<int>> kWidths = {{108, 24},    {24, 108}, {104, 28},
+                                               {92, 24, 16}, {84, 48},  {60, 60}};
 
 }  // namespace
 
