@@ -98,14 +98,15 @@ class MixedStep:
         return -(-self.kv_len // PAGE_SIZE)
 
 
-def capacities(steps: Sequence[MixedStep]) -> _core.EngineConfig:
-    """Of an engine that can run each of these steps."""
+def capacities(steps: Sequence[MixedStep], divided: int = 0) -> _core.EngineConfig:
+    """Of an engine that can run each of these steps, also where cuts divide so many prompts more:
+    a part is a request of its own, whose last page may not be full."""
     return _core.EngineConfig(
         max_num_batched_tokens=max(int(step.rows.sum()) for step in steps),
-        max_num_seqs=max(len(step.rows) for step in steps),
+        max_num_seqs=max(len(step.rows) for step in steps) + divided,
         max_model_len=max(int(step.kv_len.max()) for step in steps),
         page_size=PAGE_SIZE,
-        num_pages=max(int(step.pages().sum()) for step in steps),
+        num_pages=max(int(step.pages().sum()) for step in steps) + divided,
     )
 
 

@@ -8,15 +8,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import DEVICES
 from made_up_table import made_up_table
 from nanoflow import _core
 from nanoflow.cli import main
 from nanoflow.config import EngineArgs
-from nanoflow.mixed_step import StepMix
+from nanoflow.mixed_step import StepMix, capacities, deal_step
 from nanoflow.schedule import built_in_schedule, load_schedule
 from nanoflow.tune.auto import choose_schedules
+from nanoflow.tune.command import MOST_CUTS
 from nanoflow.tune.costs import CostModel, Load
 from nanoflow.tune.measure import Run, mean_op_us
 from nanoflow.tune.profile import Device, Grid, load_of, profile
@@ -110,6 +113,16 @@ def test_a_profile_finds_what_ops_do_to_each_other() -> None:
     found = profiled(oracle).slowdown
     assert found["compute", "memory"] == pytest.approx(1.2, abs=0.06)
     assert found["memory", "compute"] == pytest.approx(1.5, abs=0.06)
+
+
+@given(st.lists(st.integers(1, 99), max_size=15, unique=True))
+def test_a_step_fits_the_engine_wherever_it_is_cut(percents: list[int]) -> None:
+    mix = StepMix(decodes=50, context=100, prefill_rows=330)
+    config = capacities([deal_step(mix, [])], MOST_CUTS)
+    step = deal_step(mix, [percent / 100 for percent in sorted(percents)])
+    assert int(step.pages().sum()) <= config.num_pages
+    assert len(step.rows) <= config.max_num_seqs
+    assert int(step.rows.sum()) <= config.max_num_batched_tokens
 
 
 def test_a_model_that_is_not_dense_is_refused() -> None:

@@ -40,7 +40,7 @@ ENGINE_FLAGS = (
 )
 CACHE_SHARE = 0.8  # of the free memory, for keys and values
 IDLE_SECONDS = 2.0
-_EIGHTHS = [i / 8 for i in range(1, 8)]  # cuts finer than those of any schedule that is searched
+MOST_CUTS = 15  # of a schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,9 @@ def make_grid(
 
 
 def _capacities(grid: Grid) -> _core.EngineConfig:
+    """For any schedule, wherever it cuts."""
     mixes = [*grid.prefills, *grid.decode_steps, grid.full]
-    return capacities([deal_step(mix, cuts) for mix in mixes for cuts in ([], _EIGHTHS)])
+    return capacities([deal_step(mix, []) for mix in mixes], MOST_CUTS)
 
 
 def _tune(
@@ -192,6 +193,8 @@ def _tune(
         step = DEFAULTS[backend.device.partition(":")[0]].width_step
         device = Device(device_name(backend), backend.width, step, _idle_watts(telemetry))
         table = profile(measure, spec, device, grid, environment.command_line())
+        if options.table is not None:
+            save_table(table, options.table)  # should what follows fail
         candidates = search(CostModel(table, spec), load_of(grid.full), options.candidates)
         results = [Result(one, measure(one.schedule, grid.full)) for one in candidates]
     results.sort(key=lambda result: result.run.us)
