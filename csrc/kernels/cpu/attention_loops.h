@@ -71,14 +71,14 @@ void start(const AttentionTile& tile, const TileBuffers& b) {
   for (int64_t i = 0; i < floats; i += kLanes) store(b.sums + i, splat(0.0f));
 }
 
-/// Widens the keys and values of a block into the tile's buffers, and asks for those of the next
-/// meanwhile. The keys that fill the last vector of products are zero.
+/// Widens the keys and values of a block into the tile's buffers, and asks for half of those of the
+/// next meanwhile. The keys that fill the last vector of products are zero.
 template <typename T>
-void load_block(const BlockRows<T>& rows, const TileBuffers& b, int64_t D, Ahead<T> ahead) {
+void load_block(const BlockRows<T>& rows, const TileBuffers& b, int64_t D, Ahead<T>& ahead) {
   for (int i = 0; i < rows.n; ++i) {
     widen<kLanes>(rows.k[i], D, key_at(b, i));
     widen<1>(rows.v[i], D, b.values + i * b.width);
-    ahead.keep_up(i + 1, rows.n);
+    ahead.keep_up(i + 1, 2 * rows.n);
   }
   for (int j = rows.n; j % kLanes != 0; ++j) {
     for (int64_t d = 0; d < b.width; d += kLanes) store(key_at(b, j) + d * kLanes, splat(0.0f));
@@ -188,13 +188,18 @@ inline void add_values(const TileBuffers& b, int group, int begin, int n, float*
   if (group - i == 3) add.template operator()<3>();
 }
 
-/// One row against keys [begin, n) of the block in the buffers.
-inline void attend_row(const AttentionTile& tile, const TileBuffers& b, int row, int begin, int n) {
+/// One row against keys [begin, n) of the block in the buffers. Asks for its share of the next
+/// block.
+template <typename T>
+void attend_row(const AttentionTile& tile, const TileBuffers& b, int row, int begin, int n,
+                Ahead<T>& ahead) {
   const int first = row * tile.group;
   for (int i = 0; i < tile.group; ++i) {
     float* weights = b.weights + i * kKeyBlock;
     multiply_keys(b.q + (first + i) * b.width, b, begin, n, weights);
     b.factors[i] = soften(weights, begin, n, tile.scale, b.softmax, first + i);
+    const int queries = tile.rows * tile.group;
+    ahead.keep_up(queries + first + i + 1, 2 * queries);
   }
   add_values(b, tile.group, begin, n, b.sums + first * b.width);
 }
@@ -209,11 +214,12 @@ void attend(const AttentionTile& tile, const AttentionTile* next, std::byte* scr
     const BlockRows<T>& rows = blocks[begin / kKeyBlock % 2];
     BlockRows<T>& following = blocks[1 - begin / kKeyBlock % 2];
     following.find_next(tile, begin, next);
-    load_block<T>(rows, b, tile.head_dim, Ahead<T>(following, tile.head_dim));
+    Ahead<T> ahead(following, tile.head_dim);
+    load_block<T>(rows, b, tile.head_dim, ahead);
     for (int row = 0; row < tile.rows; ++row) {
       const int limit = tile.first_limit + row - begin, first = tile.begin_of(row) - begin;
       const int n = limit < kKeyBlock ? limit : kKeyBlock;
-      if (first < n) attend_row(tile, b, row, first > 0 ? first : 0, n);
+      if (first < n) attend_row<T>(tile, b, row, first > 0 ? first : 0, n, ahead);
     }
   }
   write_out<T>(tile, b.sums, b.width, b.softmax.total);
