@@ -300,6 +300,17 @@ def test_a_chunk_larger_than_a_segment_is_cut_only_for_others() -> None:
     assert shared.turn().rows.tolist() == [16, 16]
 
 
+def test_few_rows_do_not_make_a_segment_longer_than_its_share_of_a_full_step() -> None:
+    setup = Setup(max_rows=64, cuts=(0.5,))
+    setup.add(*(request(n, length, 40) for n, length in enumerate((31, 30, 10))))
+    plan = setup.turn()  # 64 rows would be 31 and 33
+    assert (plan.rows.tolist(), plan.segment_requests.tolist()) == ([31, 30, 2], [0, 1, 3])
+    assert setup.turn().prefill_rows == 8
+    many = Setup(max_rows=64, cuts=(0.5,))
+    many.add(*(request(n, length, 40) for n, length in enumerate((20, 15, 39))))
+    assert many.turn().rows.tolist() == [20, 15, 29]
+
+
 def test_cuts_must_ascend() -> None:
     with pytest.raises(ValueError, match="must ascend"):
         Dealer([0.5, 0.5], 4)

@@ -16,6 +16,7 @@ from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.victims import Victims
 
+LITTLE = 16  # one part in so many of a segment
 SCORED_ROWS = 64  # head rows that prompts can count on, beside one a request
 
 
@@ -198,12 +199,15 @@ class Policy:
         """Gives decodes and prefill chunks to segments.
 
         The next chunk goes to the segment that lacks the most rows. It is cut there when the step
-        gets full all the same from the requests behind it.
+        gets full all the same from the requests behind it, and where it would go a little beyond
+        the segment's share of a full step: on a GPU a row more is padded to many, so that few are
+        better left to the next step.
         """
         segments = self._dealer.segments
         decode_segments = self._dealer.deal_decodes(slots.computed[decodes] + 1)
         later = sum(prefill.left for prefill in prefills)
         lacking = self._dealer.shares(len(decodes) + min(budget, later))
+        spare = self._dealer.shares(self._max_rows) - lacking  # of a full step
         lacking -= np.bincount(decode_segments, minlength=segments)
         chunks: list[tuple[int, int, int]] = []  # slot, rows, segment
         admitted: list[tuple[int, Request]] = []
@@ -214,7 +218,11 @@ class Policy:
             later -= prefill.left
             segment = int(np.argmax(lacking))
             room = prefill.room + (free_pages - prefill.claims) * slots.page_size
-            rows = min(prefill.left, rows_left, room, max(int(lacking[segment]), rows_left - later))
+            lack = int(lacking[segment])
+            rows = min(prefill.left, rows_left, room, max(lack, rows_left - later))
+            full = lack + int(spare[segment])
+            if full < rows <= full + self._share(self._max_rows) // LITTLE:
+                rows = full
             if prefill.is_scored:
                 rows = min(rows, scored_left)
                 scored_left -= rows
