@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -18,13 +17,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from faulty_file import FaultyFile
 from nanoflow.config import parse_ssd
 from nanoflow.offload import ssd as ssd_module
-from nanoflow.offload.cost import CostModel
-from nanoflow.offload.page_file import PageFile
 from nanoflow.offload.ssd import Done, SsdTier
-from test_loop import check_nothing_leaked, serve
-from test_offload import check_outputs, flush_device, follow_up, run_turns
 
 PAGE_BYTES = 8192
 SLOTS = 8
@@ -156,27 +152,6 @@ def test_a_damaged_manifest_means_an_empty_tier(tmp_path: Path, content: str) ->
     tier.close()
 
 
-class FaultyFile(PageFile):
-    """A disk that fails as told: the number of calls until then, and how."""
-
-    writes_left = 10**9
-    reads_left = 10**9
-    read_seconds = 0.0
-
-    def _write(self, page: memoryview, offset: int) -> int:
-        self.writes_left -= 1
-        if self.writes_left < 0:
-            raise OSError(errno.ENOSPC, "no space left on device")
-        return super()._write(page, offset)
-
-    def _read(self, page: memoryview, offset: int) -> int:
-        time.sleep(self.read_seconds)
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise OSError(errno.EIO, "input/output error")
-        return super()._read(page, offset)
-
-
 def test_a_full_disk_keeps_what_it_has(tmp_path: Path) -> None:
     class Full(FaultyFile):
         writes_left = 2
@@ -290,118 +265,6 @@ def test_killed_while_writing_leaves_a_manifest_of_intact_pages(
             np.testing.assert_array_equal(tier._pool[7], tier_page)
         tier.close()
         shutil.rmtree(tmp_path)
-
-
-# With the scheduler above it, over the fake engine, which checks the content of every page.
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is on the SSD is waited for."""
-    monkeypatch.setattr(CostModel, "is_worth", lambda *arguments: True)
-    monkeypatch.setattr(CostModel, "compute_seconds", lambda *arguments: None)
-
-
-def two_rounds(
-    tmp_path: Path,
-    file_type: type[PageFile],
-    restart: bool = False,
-    writes_at_once: bool = False,
-) -> dict[str, Any]:
-    """Conversations whose first round only the SSD still has; what was counted, and tokens found.
-
-    The host has room for what one of the device's caches holds. Pages that it gives up before they
-    are written are lost, unless writes are done as soon as they are asked for.
-    """
-
-    def make_ssd(pool: NDArray[np.uint8]) -> SsdTier:
-        tier = SsdTier(tmp_path, 400 * 64, pool, "model", open_file=file_type)
-        if writes_at_once:
-            tier._writer.submit = lambda work: work()
-        return tier
-
-    service = serve((0.5,), host_slots=30, make_ssd=make_ssd)
-    first = [service.request(n, 14, 22, ignore_eos=True) for n in range(4)]
-    service.loop.submit(first)
-    service.wait(4)
-    for turn in range(3):
-        flush_device(service, 100 * turn + 100)
-    check_outputs(first)
-    if restart:
-        check_nothing_leaked(service)
-        service = serve((0.5,), host_slots=30, make_ssd=make_ssd)
-    second = [follow_up(service, 10 + n, one, 2) for n, one in enumerate(first)]
-    service.loop.submit(second)
-    service.wait(4)
-    check_nothing_leaked(service)
-    check_outputs(second)
-    assert service.state.offload is not None
-    stats = service.state.offload.stats()
-    found = sum(request.num_cached_tokens for request in second)
-    return {"ssd": stats.hits["ssd"], "found": found, **stats.errors}
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_a_second_round_comes_from_the_ssd(tmp_path: Path, patient: None, restart: bool) -> None:
-    counts = two_rounds(tmp_path, PageFile, restart, writes_at_once=True)
-    assert counts == {"ssd": 80, "found": 80}  # 20 of 22 tokens of each
-
-
-def test_read_errors_are_computed_again(tmp_path: Path, patient: None) -> None:
-    class Failing(FaultyFile):
-        reads_left = 3
-
-    counts = two_rounds(tmp_path, Failing)
-    assert counts["ssd_read"] >= 1
-    assert counts["found"] == counts["ssd"] <= 12
-
-
-def test_a_full_disk_loses_no_request(tmp_path: Path, patient: None) -> None:
-    class Full(FaultyFile):
-        writes_left = 7
-
-    counts = two_rounds(tmp_path, Full)
-    assert counts["ssd_full"] >= 1 and counts["ssd"] <= 28
-
-
-def test_damage_is_computed_again(tmp_path: Path, patient: None) -> None:
-    class Flipping(PageFile):
-        def _write(self, page: memoryview, offset: int) -> int:
-            changed = bytes([page[0] ^ 1]) + bytes(page[1:])
-            return super()._write(memoryview(changed), offset)
-
-    counts = two_rounds(tmp_path, Flipping)
-    assert counts["ssd_damaged"] >= 4 and counts["found"] == 0
-
-
-def test_a_slow_disk_is_not_waited_for(
-    tmp_path: Path, patient: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Slow(FaultyFile):
-        read_seconds = 0.5
-
-    monkeypatch.setattr(CostModel, "compute_seconds", lambda *arguments: 0.01)
-    begin = time.monotonic()
-    counts = two_rounds(tmp_path, Slow)
-    assert counts["found"] == 0
-    assert time.monotonic() - begin < 8  # all reads, one behind the other, take 10 s
-
-
-@pytest.mark.parametrize("host_slots", [3, 12, 40])
-def test_aborts_leave_nothing_behind(
-    tmp_path: Path, host_slots: int, patient: None, blind: None
-) -> None:
-    """Reads for requests that are gone, slots that are always short, a disk that is always full."""
-    rng = np.random.default_rng(host_slots)
-    service = serve(
-        (0.5,),
-        host_slots=host_slots,
-        make_ssd=lambda pool: SsdTier(tmp_path, 50 * 64, pool, "model"),
-        early=rng,
-    )
-    run_turns(service, rng)
-    assert service.state.offload is not None
-    assert service.state.offload.stats().errors == {}
 
 
 @pytest.mark.parametrize(
