@@ -28,6 +28,9 @@ from nanoflow import LLM, EngineError, SamplingParams, _core, runtime
 model, device, ranks, schedule = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 made, make_backends = [], runtime.make_backends
 
+def say(*words):  # a whole line at once, for two threads speak
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
 def remember(*arguments):
     made.extend(make_backends(*arguments))
     return list(made)
@@ -60,7 +63,7 @@ def fail(backend):
         try:
             run()
         except EngineError as error:
-            print("planted:", error, flush=True)
+            say("planted:", error)
 
     culprit = threading.Thread(target=report)
     culprit.start()
@@ -83,7 +86,7 @@ for _ in range(2):
         llm.generate(prompts, params, use_tqdm=False)
         raise SystemExit("the engine goes on")
     except EngineError as error:
-        print("raised:", error, flush=True)
+        say("raised:", error)
 culprit.join()
 llm.close()
 made.clear()
@@ -91,7 +94,7 @@ if device == "cpu":  # while the LLM is still there, as its cache is not
     left = held()
     assert left[0] == threads, (left[0], threads)
     assert left[1] - address_bytes < 256 << 20, left[1] - address_bytes
-print("closed")
+say("closed")
 """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -39,6 +41,19 @@ def test_requests_go_on_with_another_schedule(model: Path) -> None:
                     break
         assert run.result() == expected
         assert len(steps) >= 50
+
+
+def test_an_error_does_not_keep_the_engine(model: Path) -> None:
+    gc.disable()
+    try:
+        with LLM(model, max_model_len=64) as llm:
+            with pytest.raises(EngineError):
+                llm.set_schedule(_core.Schedule("lost", [_core.LaneSpec("all", 4096)]))
+            state = weakref.ref(llm._runtime.state)
+        del llm
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_a_schedule_that_does_not_fit_changes_nothing(model: Path) -> None:

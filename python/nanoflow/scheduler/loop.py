@@ -133,7 +133,10 @@ class SchedulerLoop:
                 raise self._inbox.closed_error()
             self._inbox.calls.append((call, done))
             self._inbox.changed.notify()
-        done.result()
+        try:
+            done.result()
+        finally:
+            del done  # its error has this frame, which has the engine
 
     def abort_all(self) -> None:
         """Finishes every request submitted so far with what it has generated."""

@@ -139,7 +139,7 @@ class Worker:
         try:
             call(self)
         except Exception as error:
-            done.set_exception(error)
+            done.set_exception(error.with_traceback(None))  # its frames would keep the engine
         else:
             done.set_result(None)
 
