@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -19,6 +20,24 @@ namespace {
 
 constexpr size_t kHugePage = 2 << 20;
 constexpr int kNoLimit = std::numeric_limits<int>::max();
+
+/// So many whole huge pages, aligned as such; null where there is no room. They go back to the
+/// system when they are unmapped, whereas malloc may keep what is freed.
+void* map_huge_pages(size_t bytes) {
+  const size_t span = bytes + kHugePage;
+  void* const start =
+      mmap(nullptr, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return nullptr;
+  auto* const first = static_cast<std::byte*>(start);
+  const size_t before = -reinterpret_cast<uintptr_t>(start) % kHugePage;
+  if (before > 0) munmap(first, before);
+  munmap(first + before + bytes, kHugePage - before);
+#ifdef MADV_HUGEPAGE
+  // Advice: a system without huge pages refuses it, and nothing is lost.
+  madvise(first + before, bytes, MADV_HUGEPAGE);
+#endif
+  return first + before;
+}
 
 /// The value of a line "key: value" of a /proc file, empty where there is none.
 std::string proc_value(const char* path, const std::string& key) {
@@ -70,19 +89,20 @@ size_t available_memory() {
 }
 
 Buffer allocate_memory(size_t bytes) {
-  const size_t alignment = bytes >= kHugePage ? kHugePage : Arena::kAlignment;
+  const bool is_large = bytes >= kHugePage;
+  const size_t alignment = is_large ? kHugePage : Arena::kAlignment;
   const size_t rounded = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+  void* memory = nullptr;
   // A system that overcommits would grant what it can never back.
-  void* memory = bytes > physical_memory() ? nullptr : std::aligned_alloc(alignment, rounded);
+  if (bytes <= physical_memory()) {
+    memory = is_large ? map_huge_pages(rounded) : std::aligned_alloc(alignment, rounded);
+  }
   if (memory == nullptr) {
     fail<OutOfMemory>("cannot allocate ", bytes, " bytes of host memory; ", available_memory(),
                       " are available");
   }
-#ifdef MADV_HUGEPAGE
-  // Advice: a system without huge pages refuses it, and nothing is lost.
-  if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
-#endif
-  return Buffer(memory, bytes, Device{}, [](void* data) { std::free(data); });
+  if (is_large) return Buffer(memory, bytes, {}, [rounded](void* p) { munmap(p, rounded); });
+  return Buffer(memory, bytes, {}, [](void* p) { std::free(p); });
 }
 
 }  // namespace nanoflow::cpu
