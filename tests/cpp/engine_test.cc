@@ -21,16 +21,6 @@ using namespace nanoflow::testing;
 
 namespace {
 
-constexpr int kPageSize = 4;
-
-EngineConfig tiny_config() {
-  return {.max_num_batched_tokens = 64,
-          .max_num_seqs = 8,
-          .max_model_len = 32,
-          .page_size = kPageSize,
-          .num_pages = 64};
-}
-
 std::shared_ptr<Backend> cpu(int threads = 8) {
   return make_backend({.device = {}, .threads = threads, .isa = "auto"});
 }

@@ -13,8 +13,6 @@ using namespace nanoflow::testing;
 
 namespace {
 
-constexpr int kPageSize = 4;
-
 /// Four prompts: the second has penalties, the first and the second ask for logprobs.
 Batch asking_batch(int vocab_size) {
   Batch batch = prompt_batch({5, 9, 1, 2}, 2, kPageSize, vocab_size);

@@ -82,14 +82,6 @@ class FailingBackend : public Backend {
   int copies_ = 0;
 };
 
-EngineConfig tiny_config() {
-  return {.max_num_batched_tokens = 64,
-          .max_num_seqs = 8,
-          .max_model_len = 32,
-          .page_size = 4,
-          .num_pages = 64};
-}
-
 }  // namespace
 
 TEST_CASE("a rank that fails ends the engine with its cause") {

@@ -10,16 +10,6 @@ using namespace nanoflow::testing;
 
 namespace {
 
-constexpr int kPageSize = 4;
-
-EngineConfig tiny_config() {
-  return {.max_num_batched_tokens = 64,
-          .max_num_seqs = 8,
-          .max_model_len = 32,
-          .page_size = kPageSize,
-          .num_pages = 64};
-}
-
 }  // namespace
 
 TEST_CASE("a step that fails on the device fails alone once the engine has been restarted") {

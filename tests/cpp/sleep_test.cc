@@ -12,16 +12,6 @@ using namespace nanoflow::testing;
 
 namespace {
 
-constexpr int kPageSize = 4;
-
-EngineConfig tiny_config() {
-  return {.max_num_batched_tokens = 64,
-          .max_num_seqs = 8,
-          .max_model_len = 32,
-          .page_size = kPageSize,
-          .num_pages = 64};
-}
-
 std::shared_ptr<Backend> cpu() { return make_backend({.device = {}, .threads = 2, .isa = "auto"}); }
 
 std::vector<float> values_of(const Tensor& tensor) {

@@ -12,6 +12,17 @@
 
 namespace nanoflow::testing {
 
+inline constexpr int kPageSize = 4;
+
+/// Room for a few short requests.
+inline EngineConfig tiny_config() {
+  return {.max_num_batched_tokens = 64,
+          .max_num_seqs = 8,
+          .max_model_len = 32,
+          .page_size = kPageSize,
+          .num_pages = 64};
+}
+
 inline ModelSpec tiny_spec(int num_layers = 3, DType dtype = DType::kF32) {
   ModelSpec spec{.vocab_size = 61,
                  .hidden_size = 32,
