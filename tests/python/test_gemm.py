@@ -106,6 +106,7 @@ def test_gemm_adds_bias_and_old_values(
     tolerance.check(out, expected + (decode(before) if accumulate else 0.0))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "depth", "columns"), FUSED_SHAPES)
 def test_gemm_silu_mul(
     backend: _core.Backend,
@@ -115,32 +116,15 @@ def test_gemm_silu_mul(
     rows: int,
     depth: int,
     columns: int,
+    activation: str,
 ) -> None:
     skip_unless_it_runs(backend, dtype, depth, columns)
     x, weight = randn(rng, dtype, rows, depth), matrix(rng, dtype, 2 * columns, depth)
     out = with_gaps(poisoned((rows, columns), dtype))
-    limit = DIFFERING[dtype]
-    run_beside_cpu(backend, "gemm_silu_mul", limit, x=with_gaps(x), weight=weight, out=out)
-    tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight)))
-
-
-@pytest.mark.parametrize(("rows", "depth", "columns"), FUSED_SHAPES[:6])
-def test_gate_with_gelu(
-    backend: _core.Backend,
-    dtype: str,
-    tolerance: Tolerance,
-    rng: Rng,
-    rows: int,
-    depth: int,
-    columns: int,
-) -> None:
-    skip_unless_it_runs(backend, dtype, depth, columns)
-    x, weight = randn(rng, dtype, rows, depth), matrix(rng, dtype, 2 * columns, depth)
-    out = with_gaps(poisoned((rows, columns), dtype))
-    gelu: dict[str, Any] = {"activation": "gelu_tanh"}
-    operands = {"x": with_gaps(x), "weight": weight, "out": out}
-    run_beside_cpu(backend, "gemm_silu_mul", DIFFERING[dtype], **operands, **gelu)
-    tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight), **gelu))
+    operands: dict[str, Any] = {"x": with_gaps(x), "weight": weight, "out": out}
+    operands["activation"] = activation
+    run_beside_cpu(backend, "gemm_silu_mul", DIFFERING[dtype], **operands)
+    tolerance.check(out, reference.gemm_silu_mul(decode(x), decode(weight), activation))
 
 
 def test_gelu_is_accurate_over_the_whole_range(cpu_backend: _core.Backend) -> None:
