@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,31 +176,32 @@ def test_replayed_graphs_change_no_bit(
     assert replayed.graph_stats().seconds > 0
 
 
-@pytest.mark.parametrize("name", ["sequential", "nano", "overlap"])
-def test_steps_in_flight_replay_one_graph(model: Path, name: str) -> None:
+def check_eager_steps_give_the_same(model: Path, schedule: str, **options: Any) -> None:
     """Two steps at a time, requests that come and go, and pages that run out."""
     rng = np.random.default_rng(5)
-    token_ids = [rng.integers(0, 160, length).tolist() for length in rng.integers(1, 90, 40)]
-    parameters = nanoflow.SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
+    prompts = [rng.integers(0, 160, length).tolist() for length in rng.integers(1, 90, 40)]
+    params = nanoflow.SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
+    sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 128}
+    pages = {"block_size": 16, "num_gpu_blocks_override": 40}
+    options = {"device": "cuda", "load_format": "dummy"} | sizes | pages | options
     tokens: list[list[list[int]]] = []
     for enforce_eager in (True, False):
         with nanoflow.LLM(
             model,
-            load_format="dummy",
-            device="cuda",
-            skip_tokenizer_init=True,
-            schedule=name,
+            schedule=schedule,
             enforce_eager=enforce_eager,
-            max_num_seqs=16,
-            max_num_batched_tokens=128,
-            max_model_len=128,
-            block_size=16,
-            num_gpu_blocks_override=40,
+            skip_tokenizer_init=True,
+            **options,
         ) as llm:
-            outputs = llm.generate(token_ids, parameters, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             tokens.append([list(output.outputs[0].token_ids) for output in outputs])
     assert tokens[0] == tokens[1]
     assert len({token for request in tokens[0] for token in request}) > 20
+
+
+@pytest.mark.parametrize("name", ["sequential", "nano", "overlap"])
+def test_steps_in_flight_replay_one_graph(model: Path, name: str) -> None:
+    check_eager_steps_give_the_same(model, name)
 
 
 def test_a_step_is_timed_by_the_device(model: Path) -> None:

@@ -19,7 +19,13 @@ from nanoflow.devices import find_nccl
 from nanoflow.schedule import built_in_schedule
 from random_models import SHAPES, write_config
 from reference import decode, encode
-from test_cuda_engine import LENGTHS, Logits, error, logits_of
+from test_cuda_engine import (
+    LENGTHS,
+    Logits,
+    check_eager_steps_give_the_same,
+    error,
+    logits_of,
+)
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no GPU that nanoflow can use")
 
@@ -143,30 +149,7 @@ def test_graphs_and_delays_change_no_bit(two_gpus: None, model: Path, name: str)
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlap", "tp-overlap"])
 def test_an_llm_on_two_gpus(two_gpus: None, model: Path, schedule: str) -> None:
-    """Steps in flight, and all its memory back at the end."""
-    rng = np.random.default_rng(5)
-    prompts = [rng.integers(0, 160, length).tolist() for length in rng.integers(1, 90, 40)]
-    params = nanoflow.SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
-    tokens = []
-    for enforce_eager in (True, False):
-        with nanoflow.LLM(
-            model,
-            load_format="dummy",
-            device="cuda",
-            tensor_parallel_size=2,
-            skip_tokenizer_init=True,
-            schedule=schedule,
-            enforce_eager=enforce_eager,
-            max_num_seqs=16,
-            max_num_batched_tokens=128,
-            max_model_len=128,
-            block_size=16,
-            num_gpu_blocks_override=40,
-        ) as llm:
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            tokens.append([list(output.outputs[0].token_ids) for output in outputs])
-    assert tokens[0] == tokens[1]
-    assert len({token for request in tokens[0] for token in request}) > 20
+    check_eager_steps_give_the_same(model, schedule, tensor_parallel_size=2)
 
 
 def test_fewer_gpus_than_ranks() -> None:
