@@ -169,19 +169,27 @@ class _Runner:
             fill, self._target.vocab_size, self._target.special_ids, self._rng
         )
         runs: list[SteadyMeasurement] = []
-        profiles: list[tuple[Profile | None, str | None]] = []
+        profiles: list[tuple[Profile | None, str | None]]
+        profiles = [(None, no_profile)] * len(self._schedules)
         with SteadyBatch(self._llm, filling, requests, **self._how) as batch:
             say(f"{len(fill)} requests prefilled in {batch.fill_seconds:.1f} s")
             for schedule in self._schedules:
                 self._use(schedule)
                 runs.append(batch.measure(self._steady_seconds))
                 say(throughput.steady_line(runs[-1].state))
-            for schedule in self._schedules:
-                self._use(schedule)
-                profiles.append((None, no_profile) if profiler is None else batch.profile(profiler))
+            if profiler is not None:
+                profiles = [
+                    self._profile(schedule, batch, profiler) for schedule in self._schedules
+                ]
         return [
             self._outcome(run, batch, *profile) for run, profile in zip(runs, profiles, strict=True)
         ]
+
+    def _profile(
+        self, schedule: Schedule | None, batch: SteadyBatch, profiler: Profiler
+    ) -> tuple[Profile | None, str | None]:
+        self._use(schedule)
+        return batch.profile(profiler)
 
     def _outcome(
         self, run: SteadyMeasurement, batch: SteadyBatch, profile: Profile | None, why: str | None
