@@ -8,9 +8,7 @@
 using namespace nanoflow;
 using namespace nanoflow::testing;
 
-namespace {
-
-}  // namespace
+namespace {}  // namespace
 
 TEST_CASE("a step that fails on the device fails alone once the engine has been restarted") {
   const ModelSpec spec = tiny_spec();
