@@ -8,8 +8,6 @@
 using namespace nanoflow;
 using namespace nanoflow::testing;
 
-namespace {}  // namespace
-
 TEST_CASE("a step that fails on the device fails alone once the engine has been restarted") {
   const ModelSpec spec = tiny_spec();
   for (const bool has_host_pool : {false, true}) {
