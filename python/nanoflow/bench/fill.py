@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nanoflow.bench.datasets import Lengths
 from nanoflow.config import EngineLimits
+from nanoflow.scheduler.admission import steps_of_the_cache
 
 
 def running_requests(lengths: Sequence[Lengths], limits: EngineLimits) -> int:
@@ -45,6 +46,7 @@ def fill_lengths(
     have then, or with none.
     """
     inputs, outputs = _columns(lengths)
+    num_tokens = limits.num_pages * limits.page_size
     chosen = rng.choice(len(lengths), size=count, p=outputs / outputs.sum())
     inputs, outputs = inputs[chosen], outputs[chosen]
     progress = (rng.permutation(count) + 0.5) / count
@@ -56,16 +58,12 @@ def fill_lengths(
         generated = max(int(target[index] - steps_to_go), 0)
         request = Lengths(int(inputs[index]) + generated, int(outputs[index]) - generated)
         rows = max(limits.max_num_batched_tokens - decoding, 1)
-        steps_to_go += max(request.input / rows, _steps_of_the_cache(request, limits))
+        pace = steps_of_the_cache(
+            request.input, request.output, num_tokens, limits.max_num_seqs, limits.page_size
+        )
+        steps_to_go += max(request.input / rows, pace)
         fill.append(request)
     return fill[::-1]
-
-
-def _steps_of_the_cache(request: Lengths, limits: EngineLimits) -> float:
-    """What it takes of the cache, or of the slots, in steps of all of them."""
-    held = request.input + request.output / 2 + limits.page_size / 2
-    share = held / (limits.num_pages * limits.page_size)
-    return request.output * max(share, 1 / limits.max_num_seqs)
 
 
 def _columns(lengths: Sequence[Lengths]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

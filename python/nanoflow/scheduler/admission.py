@@ -34,7 +34,7 @@ class Admission:
         self.forecast = Forecast()
         self._num_tokens = num_pages * page_size
         self._num_slots = num_slots
-        self._half_page = page_size // 2
+        self._page_size = page_size
         self._credit = 1.0  # steps that may be charged; the last request may overdraw it
         self._is_pacing = False
 
@@ -66,10 +66,20 @@ class Admission:
         return len(waiting) > LONG_QUEUE * at_once
 
     def _cost(self, request: Request) -> float:
-        """In steps of the whole cache."""
         steps = self.forecast.steps_left(request)
-        mean_tokens = request.num_tokens + steps / 2 + self._half_page
-        return steps * max(mean_tokens / self._num_tokens, 1 / self._num_slots)
+        return steps_of_the_cache(
+            request.num_tokens, steps, self._num_tokens, self._num_slots, self._page_size
+        )
+
+
+def steps_of_the_cache(
+    tokens: int, steps: float, num_tokens: int, num_slots: int, page_size: int
+) -> float:
+    """What a request takes that holds `tokens` and runs for `steps` more, in steps of a whole cache
+    of `num_tokens`, or of all slots where that is more. Its last page is half full on the average.
+    """
+    mean_tokens = tokens + steps / 2 + page_size // 2
+    return steps * max(mean_tokens / num_tokens, 1 / num_slots)
 
 
 def fitting(
