@@ -13,16 +13,18 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 8;
+constexpr int64_t kMaxPieces = int64_t{1} << 31;
+constexpr int kRopeHeads = 4;               // that a thread rotates by the same angles
+constexpr int kRopeBlocksPerSm = 3;         // at once: as many as have registers enough
 constexpr uint4 kNans{~0u, ~0u, ~0u, ~0u};  // a NaN in float32, float16 and bfloat16
 
-/// Calls fn(row, piece) once for all pieces of all rows.
+/// Calls fn(row, piece) once for all pieces of all rows, less than kMaxPieces: 64-bit divisions
+/// would take longer than what is done with their results.
 template <typename Fn>
 __device__ void for_pieces(int64_t rows, int pieces, const Fn& fn) {
-  const int64_t count = rows * pieces;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += step) {
-    fn(i / pieces, static_cast<int>(i % pieces));
+  const unsigned count = static_cast<unsigned>(rows) * pieces;
+  for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+    fn(static_cast<int>(i / pieces), static_cast<int>(i % pieces));
   }
 }
 
@@ -46,6 +48,8 @@ int pieces_of(const Tensor& tensor) {
 }
 
 int grid_of(int64_t rows, int pieces, const CudaLane& lane) {
+  NF_CHECK(rows * pieces < kMaxPieces, "a GPU moves less than ", kMaxPieces, " pieces of ",
+           sizeof(uint4), " bytes at once, not ", rows, " rows of ", pieces);
   return grid_size((rows * pieces + kThreads - 1) / kThreads, kBlocksPerSm, lane);
 }
 
@@ -71,7 +75,7 @@ struct Scale {
 template <typename T>
 __global__ void embed_kernel(const int32_t* tokens, const int32_t* token_pool, int64_t slots,
                              Rows table, Rows out, int pieces, Scale<T> scale) {
-  for_pieces(out.count, pieces, [&](int64_t row, int piece) {
+  for_pieces(out.count, pieces, [&](int row, int piece) {
     int64_t token = tokens[row];
     if (token < 0) token = -1 - token < slots ? token_pool[-1 - token] : -1;
     const bool is_known = token >= 0 && token < table.count;
@@ -81,7 +85,7 @@ __global__ void embed_kernel(const int32_t* tokens, const int32_t* token_pool, i
 }
 
 __global__ void gather_kernel(const int32_t* index, Rows x, Rows out, int pieces) {
-  for_pieces(out.count, pieces, [&](int64_t row, int piece) {
+  for_pieces(out.count, pieces, [&](int row, int piece) {
     const int64_t from = index[row];
     uint4 value{};
     if (from >= 0) value = from < x.count ? x.data[from * x.stride + piece] : kNans;
@@ -105,6 +109,9 @@ struct Cache {
   }
 };
 
+/// Heads that one thread rotates are so far apart.
+__host__ __device__ int heads_apart(int heads) { return (heads + kRopeHeads - 1) / kRopeHeads; }
+
 template <typename T>
 struct RopeArgs {
   T* qkv;
@@ -113,7 +120,8 @@ struct RopeArgs {
   const float* cos_sin;  // [max_positions, D]
   int64_t max_positions, cos_sin_stride;
   Cache<T> k_cache, v_cache;
-  int64_t cache_slots, page_size;
+  int64_t cache_slots;
+  int page_size;
   int q_heads, kv_heads, half;
   const T *q_norm, *k_norm;  // [D] each, or null
   float norm_eps;
@@ -132,23 +140,28 @@ __device__ void load_floats(const float* from, float (&to)[kPack]) {
   }
 }
 
-/// Rotates a pair of packs, one of each half of a head. A position that the table lacks gives NaN.
+/// The angles of a position at `offset` of a head. One that the table lacks gives NaN.
 template <typename T>
-__device__ void rotate(Pack<T>& first, Pack<T>& second, const RopeArgs<T>& a, int64_t position,
-                       int offset) {
-  const bool is_known = position >= 0 && position < a.max_positions;
-  const float* table = a.cos_sin + position * a.cos_sin_stride + offset;
+struct Angles {
   float cosines[kPack], sines[kPack];
-  load_floats(is_known ? table : nullptr, cosines);
-  load_floats(is_known ? table + a.half : nullptr, sines);
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    const float cosine = cosines[i], sine = sines[i];
-    const float x = to_float(first.values[i]), y = to_float(second.values[i]);
-    first.values[i] = from_float<T>(x * cosine - y * sine);
-    second.values[i] = from_float<T>(y * cosine + x * sine);
+
+  __device__ Angles(const RopeArgs<T>& a, int64_t position, int offset) {
+    const bool is_known = position >= 0 && position < a.max_positions;
+    const float* table = a.cos_sin + position * a.cos_sin_stride + offset;
+    load_floats(is_known ? table : nullptr, cosines);
+    load_floats(is_known ? table + a.half : nullptr, sines);
   }
-}
+
+  /// Rotates a pair of packs, one of each half of a head.
+  __device__ void rotate(Pack<T>& first, Pack<T>& second) const {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const float x = to_float(first.values[i]), y = to_float(second.values[i]);
+      first.values[i] = from_float<T>(x * cosines[i] - y * sines[i]);
+      second.values[i] = from_float<T>(y * cosines[i] + x * sines[i]);
+    }
+  }
+};
 
 /// RmsNorm of a head that `lanes` threads side by side hold, a power of two: each two packs, that
 /// at `offset` of either half. The group has its own mask, for others of the warp may be elsewhere.
@@ -175,31 +188,46 @@ __device__ void norm_head(Pack<T>& first, Pack<T>& second, const T* weight, cons
   }
 }
 
-/// A piece here is two packs of a head: the i-th of each half.
+/// A piece here is two packs, the i-th of each half, of up to kRopeHeads heads.
 template <typename T>
-__global__ void rope_append_kernel(const RopeArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, kRopeBlocksPerSm)
+    rope_append_kernel(const RopeArgs<T> a) {
   const int packs = a.half / kPack;
-  const int heads = a.q_heads + 2 * a.kv_heads;
-  for_pieces(a.rows, heads * packs, [&](int64_t row, int piece) {
+  const int heads = a.q_heads + 2 * a.kv_heads, step = heads_apart(heads);
+  for_pieces(a.rows, step * packs, [&](int row, int piece) {
     const int64_t slot = a.kv_slots[row];
     if (slot < 0) return;  // a padding row
-    const int head = piece / packs;
     const int offset = piece % packs * kPack;
-    T* at = a.qkv + row * a.qkv_stride + static_cast<int64_t>(head) * 2 * a.half + offset;
-    Pack<T> first(at), second(at + a.half);
-    const bool is_value = head >= a.q_heads + a.kv_heads;
-    if (!is_value) {
-      const T* norm = head < a.q_heads ? a.q_norm : a.k_norm;
-      if (norm != nullptr) norm_head(first, second, norm, a, packs, offset);
-      rotate(first, second, a, a.positions[row], offset);
-      first.store(at);
-      second.store(at + a.half);
+    T* const at = a.qkv + row * a.qkv_stride + offset;
+    Pack<T> first[kRopeHeads], second[kRopeHeads];
+#pragma unroll
+    for (int i = 0; i < kRopeHeads; ++i) {
+      const int head = piece / packs + i * step;
+      if (head >= heads) break;
+      first[i] = Pack<T>(at + head * 2 * a.half);
+      second[i] = Pack<T>(at + (head * 2 + 1) * a.half);
     }
-    if (head < a.q_heads || slot >= a.cache_slots) return;
-    const int kv_head = head - a.q_heads - (is_value ? a.kv_heads : 0);
-    T* to = (is_value ? a.v_cache : a.k_cache).at(slot / a.page_size, kv_head, slot % a.page_size);
-    first.store(to + offset);
-    second.store(to + a.half + offset);
+    const Angles<T> angles(a, a.positions[row], offset);
+    const int64_t page = static_cast<unsigned>(slot) / static_cast<unsigned>(a.page_size);
+    const int64_t token = static_cast<unsigned>(slot) % static_cast<unsigned>(a.page_size);
+#pragma unroll
+    for (int i = 0; i < kRopeHeads; ++i) {
+      const int head = piece / packs + i * step;
+      if (head >= heads) break;
+      const bool is_value = head >= a.q_heads + a.kv_heads;
+      if (!is_value) {
+        const T* norm = head < a.q_heads ? a.q_norm : a.k_norm;
+        if (norm != nullptr) norm_head(first[i], second[i], norm, a, packs, offset);
+        angles.rotate(first[i], second[i]);
+        first[i].store(at + head * 2 * a.half);
+        second[i].store(at + (head * 2 + 1) * a.half);
+      }
+      if (head < a.q_heads || slot >= a.cache_slots) continue;
+      const int kv_head = head - a.q_heads - (is_value ? a.kv_heads : 0);
+      T* const to = (is_value ? a.v_cache : a.k_cache).at(page, kv_head, token);
+      first[i].store(to + offset);
+      second[i].store(to + a.half + offset);
+    }
   });
 }
 
@@ -273,7 +301,7 @@ void CudaKernels::run(const RopeAppend& op, Lane& lane) {
                            .k_cache = Cache<T>(op.k_cache),
                            .v_cache = Cache<T>(op.v_cache),
                            .cache_slots = op.k_cache.size(0) * op.k_cache.size(2),
-                           .page_size = op.k_cache.size(2),
+                           .page_size = static_cast<int>(op.k_cache.size(2)),
                            .q_heads = heads - 2 * kv_heads,
                            .kv_heads = kv_heads,
                            .half = D / 2,
@@ -281,8 +309,8 @@ void CudaKernels::run(const RopeAppend& op, Lane& lane) {
                            .k_norm = op.q_norm ? op.k_norm.data<T>() : nullptr,
                            .norm_eps = op.norm_eps,
                            .norm_unit_offset = op.norm_unit_offset};
-    rope_append_kernel<<<grid_of(rows, heads * D / 2 / kPack, own), kThreads, 0, own.stream()>>>(
-        args);
+    const int grid = grid_of(rows, heads_apart(heads) * D / 2 / kPack, own);
+    rope_append_kernel<<<grid, kThreads, 0, own.stream()>>>(args);
   });
   NF_CUDA_CHECK(cudaGetLastError());
 }
