@@ -271,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--schedule", default="sequential")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--commit", help="what is tested, where git cannot say")
     options = parser.parse_args(arguments)
     try:
         found = run(options)
@@ -279,7 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SoakError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
-    found |= {"command": environment.command_line(), "commit": environment.commit()}
+    found |= {
+        "command": environment.command_line(),
+        "commit": options.commit or environment.commit(),
+    }
     found |= {"benchmark": "soak", "versions": environment.versions()}
     if options.output_json is not None:
         options.output_json.write_text(json.dumps(found, indent=2) + "\n")
