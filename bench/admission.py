@@ -285,6 +285,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--admissions", nargs="+", choices=ADMISSIONS, default=ADMISSIONS)
     parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--commit", help="what is measured, where git cannot say")
     return parser.parse_args()
 
 
@@ -299,7 +300,7 @@ def main() -> None:
         report = {
             "benchmark": "admission",
             "command": environment.command_line(),
-            "commit": environment.commit(),
+            "commit": options.commit or environment.commit(),
             "versions": environment.versions(),
             "device": environment.cpu_model(),
             "seed": SEED,

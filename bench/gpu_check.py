@@ -113,6 +113,7 @@ def tune(options: argparse.Namespace) -> list[Step]:
 
 def soak(options: argparse.Namespace) -> list[Step]:
     command = [sys.executable, str(BENCH / "soak.py"), "--device", options.device]
+    command += ["--commit", options.commit] if options.commit else []
     out = "soak.json"
     return [Step([*command, "--output-json", str(options.output_dir / out)], out)]
 

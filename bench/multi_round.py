@@ -20,17 +20,19 @@ import asyncio
 import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from multi_round_rows import Row, Unique, beside_off, cost_without_reuse
 from nanoflow import AsyncLLM
 from nanoflow.bench import environment
 from nanoflow.bench.default_model import default_model
+from nanoflow.bench.result import gpu_name
 from nanoflow.scheduler.stats import StepStats
 from shapes import SHAPES, write_model
 from talk import conversations, hold, metrics_of
@@ -53,32 +55,6 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "small_host_gib": (0.05, 6.0),
     "unique": (16, 250),
 }
-
-
-@dataclass(frozen=True)
-class Unique:
-    """Requests that have nothing in common, each time others; a list has one entry a time."""
-
-    requests: int
-    total_tokens_per_second: list[float]
-    cpu_seconds: list[float]
-    device_idle: float  # share of the time; at most, as nanoflow:engine_idle_seconds
-
-
-@dataclass(frozen=True)
-class Row:
-    mode: str
-    seconds: float
-    cpu_seconds: float  # of this process, which other processes on the machine change little
-    prompt_tokens: int
-    output_tokens: int
-    prefill_tokens_computed: int  # with what preemptions made necessary again
-    total_tokens_per_second: float
-    mean_first_token_seconds: float  # from the second round on
-    device_idle: float  # share of the time in which requests were open; at most
-    metrics: dict[str, float]  # of the tiers
-    bytes_per_second: dict[str, float]  # between tiers; of the SSD, by one of its threads
-    unique: Unique | None
 
 
 def say(text: str) -> None:
@@ -194,25 +170,6 @@ def run(options: argparse.Namespace, mode: str) -> tuple[Row, list[list[int]], s
     return row, talk.said, device
 
 
-def cost_without_reuse(rows: list[Row]) -> dict[str, Any]:
-    """Of each mode with tiers beside the one with prefix caching alone, by medians."""
-    of = {row.mode: row.unique for row in rows if row.unique is not None}
-    base = of["prefix"]
-    return {
-        "requests": base.requests,
-        **{
-            mode: {
-                "lost": 1
-                - median(one.total_tokens_per_second) / median(base.total_tokens_per_second),
-                "cpu_seconds_added": median(one.cpu_seconds) / median(base.cpu_seconds) - 1,
-                "device_idle": one.device_idle,
-            }
-            for mode, one in of.items()
-            if mode != "prefix"
-        },
-    }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda; other defaults follow it")
@@ -233,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--unique", type=int, help="requests without reuse; 0: none")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--commit", help="what is measured, where git cannot say")
     options = parser.parse_args()
     for name, of_device in DEFAULTS.items():
         is_given = getattr(options, name) is not None or (name == "shape" and options.model)
@@ -273,17 +231,24 @@ def save(
     ]
     result: dict[str, Any] = {
         "command": environment.command_line(),
-        "commit": environment.commit(),
+        "commit": options.commit or environment.commit(),
         "versions": environment.versions(),
         "cpu": environment.cpu_model(),
         "device": device,
+        "gpu": gpu_name(device),
         "model": options.shape or str(options.model),
         "conversations": options.conversations,
         "rounds": options.rounds,
+        "think_seconds": options.think,
+        "scale": options.scale,
         "device_tokens": options.num_pages * options.block_size,
+        "host_gib": {"host": options.host_gib, "host+ssd": options.small_host_gib},
         "results": [asdict(row) for row in rows],
         "conversations_said_as_in_the_first_mode": same,
     }
+    if "off" in {row.mode for row in rows}:
+        result["beside_off"] = beside_off(rows)
+        say(f"beside off: {json.dumps(result['beside_off'])}")
     modes = {row.mode for row in rows if row.unique is not None}
     if "prefix" in modes and len(modes) > 1:
         result["without_reuse"] = cost_without_reuse(rows)

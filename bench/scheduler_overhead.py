@@ -2,7 +2,8 @@
 
 Usage: python bench/scheduler_overhead.py [--running 256 1024] [--output-json FILE]
        python bench/scheduler_overhead.py --shape tiny
-       python bench/scheduler_overhead.py --shape llama-3.1-8b --device cuda
+       python bench/scheduler_overhead.py --shape llama-3.1-8b --device cuda --input-len 256 \\
+           --output-len 256
 
 Requests arrive, decode and end in a steady flow, so the steps measured hold decodes, prefill
 chunks, admissions and ends. With --shape they run on the engine, a model of random weights, which
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from nanoflow import LLM, _core
 from nanoflow.bench import environment
+from nanoflow.bench.result import gpu_name
 from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.loop import SchedulerLoop
@@ -87,7 +89,17 @@ class Running:
     loop: SchedulerLoop
     state: SchedulerState
     vocab_size: int
+    device: str | None  # None of an engine that returns at once
     close: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Seconds since the start, at the end of a step."""
+
+    cpu: float  # of the scheduler's thread
+    open: float  # while there were requests
+    idle: float  # of them, those in which the device may have had nothing to do
 
 
 def start_instant(running: int, options: argparse.Namespace, listen: StepListener) -> Running:
@@ -98,7 +110,7 @@ def start_instant(running: int, options: argparse.Namespace, listen: StepListene
         PageAllocator(running * -(-max_model_len // PAGE_SIZE)),
     )
     loop = SchedulerLoop(InstantEngine(), make_batch, state, step_listener=listen)
-    return Running(loop, state, 100_000, loop.close)
+    return Running(loop, state, 100_000, None, loop.close)
 
 
 def start_real(running: int, options: argparse.Namespace, listen: StepListener) -> Running:
@@ -119,7 +131,9 @@ def start_real(running: int, options: argparse.Namespace, listen: StepListener) 
         )
     llm.step_listener = listen
     runtime = llm._runtime
-    return Running(runtime.loop, runtime.state, runtime.vocab_size, llm.close)
+    return Running(
+        runtime.loop, runtime.state, runtime.vocab_size, llm.device_description, llm.close
+    )
 
 
 def make_requests(
@@ -140,10 +154,11 @@ def make_requests(
 def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
     """Costs of the steps in which at least 95% of `running` requests decode."""
     heard: list[StepStats] = []
-    cpu_time_of: dict[int, float] = {}  # of the scheduler's thread, at the end of each step
+    moments: dict[int, Moment] = {}  # by step
 
     def listen(stats: StepStats) -> None:
-        cpu_time_of[stats.step] = time.thread_time()
+        times = engine.state.counters.engine_times
+        moments[stats.step] = Moment(time.thread_time(), times.open, times.idle)
         heard.append(stats)
 
     done: queue.SimpleQueue[Request] = queue.SimpleQueue()
@@ -159,12 +174,17 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
             break
     engine.close()
     steps = full[WARM_UP_STEPS : WARM_UP_STEPS + options.steps]
-    first, last = steps[0].step, steps[-1].step
-    cpu_seconds = (cpu_time_of[last] - cpu_time_of[first]) / (last - first)
+    if len(steps) < 2:
+        raise SystemExit(
+            f"{running} requests hardly ever ran together: try more --steps, or a lower --input-len"
+        )
+    first, last = moments[steps[0].step], moments[steps[-1].step]
+    cpu_seconds = (last.cpu - first.cpu) / (steps[-1].step - steps[0].step)
+    device_idle = (last.idle - first.idle) / (last.open - first.open)
     seconds = np.array([stats.scheduler_seconds for stats in steps])
     return {
         "running": running,
-        "engine": f"{options.shape} on {options.device}" if options.shape else INSTANT,
+        "engine": f"{options.shape} on {engine.device}" if options.shape else INSTANT,
         "steps": len(steps),
         "mean_decode_tokens": float(np.mean([stats.decode_tokens for stats in steps])),
         "mean_prefill_tokens": float(np.mean([stats.prefill_tokens for stats in steps])),
@@ -173,6 +193,7 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, Any]:
         "median_ms": float(np.median(seconds) * 1e3),
         "p99_ms": float(np.quantile(seconds, 0.99) * 1e3),
         "target_ms": TARGET_MS.get(running),
+        "device_idle": device_idle if options.shape else None,  # share of the time, at most
     }
 
 
@@ -188,6 +209,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--schedule", default="nano", help="of the engine")
     parser.add_argument("--steps", type=int, default=500, help="measured, after a warm-up")
     parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--commit", help="what is measured, where git cannot say")
     return parser.parse_args()
 
 
@@ -206,9 +228,10 @@ def main() -> None:
         report = {
             "benchmark": "scheduler_overhead",
             "command": environment.command_line(),
-            "commit": environment.commit(),
+            "commit": options.commit or environment.commit(),
             "versions": environment.versions(),
             "device": environment.cpu_model(),
+            "gpu": gpu_name(str(results[0]["engine"]).partition(" on ")[2]),
             "seed": SEED,
             "warm_up": f"{WARM_UP_STEPS} steps, not counted",
             "results": results,

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow import _core
+from gpu_memory import GpuMemory
 from nanoflow.bench import environment
 from nanoflow.config import make_args
 from nanoflow.processor import Processor
@@ -61,8 +61,7 @@ class Watch:
     """Listens to the steps in the scheduler's thread: checks its books and reads the memory."""
 
     runtime: Runtime
-    gpu: _core.Backend | None
-    free_before: int  # bytes of the GPU, before the engine was there
+    gpu: GpuMemory | None
     read_every: int  # steps
     readings: list[Reading] = field(default_factory=list)
     last_step: int = 0
@@ -72,7 +71,7 @@ class Watch:
         if stats.step % CHECK_EVERY == 0:
             self.runtime.state.check_integrity()
         if stats.step % self.read_every == 0:
-            gpu = self.free_before - self.gpu.free_memory if self.gpu else None
+            gpu = self.gpu.used() if self.gpu else None
             self.readings.append(Reading(stats.step, resident_bytes(), gpu))
 
 
@@ -169,8 +168,7 @@ class Requests:
 
 
 def start(options: argparse.Namespace) -> Watch:
-    gpu = _core.Backend(options.device) if options.device.startswith("cuda") else None
-    free_before = gpu.free_memory if gpu else 0
+    gpu = GpuMemory(options.device) if options.device.startswith("cuda") else None
     with tempfile.TemporaryDirectory() as folder:
         runtime = start_runtime(
             make_args(
@@ -187,7 +185,7 @@ def start(options: argparse.Namespace) -> Watch:
                 }
             )
         )
-    watch = Watch(runtime, gpu, free_before, max(1, round(options.steps * READ_EVERY)))
+    watch = Watch(runtime, gpu, max(1, round(options.steps * READ_EVERY)))
     runtime.loop.step_listener = watch
     return watch
 
@@ -224,6 +222,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "device": runtime.device,
         "process_bytes": drift("process", watch, [r.process for r in watch.readings]),
         "gpu_bytes": drift("GPU", watch, [r.gpu for r in watch.readings if r.gpu is not None]),
+        "gpu_bytes_are": watch.gpu.source if watch.gpu else None,
     }
 
 
@@ -272,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--schedule", default="sequential")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--commit", help="what is tested, where git cannot say")
     options = parser.parse_args(arguments)
     try:
         found = run(options)
@@ -280,7 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SoakError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
-    found |= {"command": environment.command_line(), "commit": environment.commit()}
+    found |= {
+        "command": environment.command_line(),
+        "commit": options.commit or environment.commit(),
+    }
     found |= {"benchmark": "soak", "versions": environment.versions()}
     if options.output_json is not None:
         options.output_json.write_text(json.dumps(found, indent=2) + "\n")

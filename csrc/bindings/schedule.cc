@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <sstream>
+#include <utility>
+#include <variant>
 
 #include "bindings/register.h"
 #include "pipeline/plan.h"
@@ -12,6 +14,17 @@
 namespace py = pybind11;
 
 namespace nanoflow {
+namespace {
+
+using OneOrMore = std::variant<std::string, std::vector<std::string>>;
+
+std::vector<std::string> lanes_of(const OneOrMore& lane) {
+  const std::string* one = std::get_if<std::string>(&lane);
+  if (one == nullptr) return std::get<std::vector<std::string>>(lane);
+  return one->empty() ? std::vector<std::string>{} : std::vector<std::string>{*one};
+}
+
+}  // namespace
 
 void register_schedule(py::module_& m) {
   py::class_<LaneSpec>(m, "LaneSpec", "A lane and its share of the device (threads or SMs).")
@@ -19,12 +32,16 @@ void register_schedule(py::module_& m) {
       .def_readonly("name", &LaneSpec::name)
       .def_readonly("width", &LaneSpec::width)
       .def(py::self == py::self);
-  py::class_<StageSpec>(m, "StageSpec", "Where a stage is cut and which lane runs it.")
-      .def(py::init<std::vector<double>, std::string, std::string, std::vector<int>>(),
+  py::class_<StageSpec>(m, "StageSpec", "Where a stage is cut and which lanes run its parts.")
+      .def(py::init([](std::vector<double> split, const OneOrMore& lane, std::string reduce,
+                       std::vector<int> gather) {
+             return StageSpec{std::move(split), lanes_of(lane), std::move(reduce),
+                              std::move(gather)};
+           }),
            py::arg("split") = std::vector<double>(), py::arg("lane") = "", py::arg("reduce") = "",
            py::arg("gather") = std::vector<int>())
       .def_readonly("split", &StageSpec::split)
-      .def_readonly("lane", &StageSpec::lane)
+      .def_readonly("lanes", &StageSpec::lanes, "One for all parts, or one for each.")
       .def_readonly("reduce", &StageSpec::reduce, "The lane of the stage's collectives.")
       .def_readonly("gather", &StageSpec::gather,
                     "Parts of stage o that gather attention outputs instead of summing products.")
@@ -38,6 +55,8 @@ void register_schedule(py::module_& m) {
       .def_readonly("lanes", &Schedule::lanes)
       .def_readonly("stages", &Schedule::stages)
       .def_readonly("order", &Schedule::order)
+      .def("lane_of", &Schedule::lane_of, py::arg("stage"), py::arg("part"),
+           "The index in lanes of the one that runs a part of a stage.")
       .def("cuts", &Schedule::cuts, "Row fractions at which requests may not straddle.")
       .def_property_readonly("gathers", &Schedule::gathers, "Whether some part of o gathers.")
       .def("check", &Schedule::check, "Raises EngineError when the schedule is inconsistent.")

@@ -227,13 +227,13 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
         if (parts[part].row_begin == parts[part].row_end) continue;
         const bool gathers = std::ranges::find(spec.gather, part) != spec.gather.end();
         append(decoder.emit(stage, layer, parts[part], gathers),
-               {.stage = stage, .layer = layer, .part = part}, schedule.lane_index(spec.lane));
+               {.stage = stage, .layer = layer, .part = part},
+               schedule.lane_of(std::string(to_string(stage)), part));
       }
     }
   }
   append(decoder.emit_head(key.samples, key.options),
-         {.stage = Stage::kHead, .layer = 0, .part = 0},
-         schedule.lane_index(schedule.stage("head").lane));
+         {.stage = Stage::kHead, .layer = 0, .part = 0}, schedule.lane_of("head", 0));
   return program;
 }
 

@@ -46,9 +46,7 @@ std::vector<double> Schedule::cuts() const {
 
 StageSpec Schedule::stage(const std::string& name) const {
   const auto entry = stages.find(name);
-  StageSpec stage = entry == stages.end() ? StageSpec{} : entry->second;
-  if (stage.lane.empty()) stage.lane = lanes.at(0).name;
-  return stage;
+  return entry == stages.end() ? StageSpec{} : entry->second;
 }
 
 int Schedule::lane_index(const std::string& name) const {
@@ -58,12 +56,20 @@ int Schedule::lane_index(const std::string& name) const {
   fail("schedule '", id, "' has no lane named '", name, "'");
 }
 
+int Schedule::lane_of(const std::string& stage_name, int part) const {
+  const std::vector<std::string> names = stage(stage_name).lanes;
+  if (names.empty()) return 0;
+  return lane_index(names.size() == 1 ? names[0] : names.at(part));
+}
+
 std::vector<LaneSpec> Schedule::lanes_of(const std::vector<std::string>& stage_names) const {
   std::vector<LaneSpec> used;
   for (const LaneSpec& lane : lanes) {
-    const bool runs = std::any_of(stage_names.begin(), stage_names.end(), [&](const auto& name) {
+    const bool runs = std::ranges::any_of(stage_names, [&](const auto& name) {
       const StageSpec spec = stage(name);
-      return spec.lane == lane.name || spec.reduce == lane.name;
+      if (spec.lanes.empty() && lane == lanes[0]) return true;
+      return std::ranges::find(spec.lanes, lane.name) != spec.lanes.end() ||
+             spec.reduce == lane.name;
     });
     if (runs) used.push_back(lane);
   }
@@ -74,7 +80,7 @@ int Schedule::collective_lane() const {
   for (const auto& [name, stage] : stages) {
     if (!stage.reduce.empty()) return lane_index(stage.reduce);
   }
-  return lane_index(stage("o").lane);
+  return lane_of("o", 0);
 }
 
 void Schedule::check() const {
@@ -86,12 +92,24 @@ void Schedule::check() const {
     NF_CHECK(names.insert(lane.name).second, "schedule '", id, "' has two lanes named '", lane.name,
              "'");
   }
+  check_stages();
+  check_collectives();
+  check_order();
+}
+
+void Schedule::check_stages() const {
   for (const auto& [name, stage] : stages) {
     NF_CHECK(is_stage(name), "schedule '", id, "' has an unknown stage '", name,
              "'; stages are qkv, attn, o, mlp and head");
     NF_CHECK(name != "head" || stage.split.empty(), "schedule '", id, "': stage head is not split");
-    NF_CHECK(stage.lane.empty() || names.count(stage.lane), "schedule '", id, "': stage ", name,
-             " runs on lane '", stage.lane, "', which does not exist");
+    for (const std::string& lane : stage.lanes) {
+      NF_CHECK(std::ranges::find(lanes, lane, &LaneSpec::name) != lanes.end(), "schedule '", id,
+               "': stage ", name, " runs on lane '", lane, "', which does not exist");
+    }
+    const size_t parts = stage.split.size() + 1;
+    NF_CHECK(stage.lanes.size() <= 1 || stage.lanes.size() == parts, "schedule '", id, "': stage ",
+             name, " has ", parts, " parts but ", stage.lanes.size(),
+             " lanes; name one for all of them, or one for each");
     double last = 0;
     for (double fraction : stage.split) {
       NF_CHECK(fraction > last && fraction < 1, "schedule '", id, "': stage ", name,
@@ -99,8 +117,6 @@ void Schedule::check() const {
       last = fraction;
     }
   }
-  check_collectives();
-  check_order();
 }
 
 void Schedule::check_collectives() const {

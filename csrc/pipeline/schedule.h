@@ -14,12 +14,12 @@ struct LaneSpec {
   bool operator==(const LaneSpec&) const = default;
 };
 
-/// How one stage of every layer runs: cut at fractions of the step's rows, on one lane.
+/// How one stage of every layer runs: cut at fractions of the step's rows, each part on its lane.
 struct StageSpec {
-  std::vector<double> split;  // ascending, inside (0, 1); empty is one nano-batch
-  std::string lane;
-  std::string reduce = {};       // of o and mlp: the lane of their collectives
-  std::vector<int> gather = {};  // of o: parts that gather instead of reducing, see Decoder
+  std::vector<double> split;       // ascending, inside (0, 1); empty is one nano-batch
+  std::vector<std::string> lanes;  // one for all parts, or one for each; empty is the first lane
+  std::string reduce = {};         // of o and mlp: the lane of their collectives
+  std::vector<int> gather = {};    // of o: parts that gather instead of reducing, see Decoder
 
   bool operator==(const StageSpec&) const = default;
 };
@@ -34,7 +34,7 @@ struct OrderItem {
 /// "qkv.1@+1" → {qkv, 1, 1}; throws Error on anything else.
 OrderItem parse_order_item(const std::string& text);
 
-/// Policy as data: which nano-batches each stage is cut into, which lane runs them, in what order
+/// Policy as data: which nano-batches each stage is cut into, which lanes run them, in what order
 /// they are issued. Stages: qkv (norm, projection, rope, KV append; the embedding before layer 0),
 /// attn, o, mlp, head.
 ///
@@ -62,6 +62,8 @@ struct Schedule {
   /// The stage's entry, or its default.
   StageSpec stage(const std::string& name) const;
   int lane_index(const std::string& name) const;
+  /// The index of the lane that runs a part of a stage.
+  int lane_of(const std::string& stage_name, int part) const;
   /// The lanes that these stages and their collectives run on, in the order of `lanes`.
   std::vector<LaneSpec> lanes_of(const std::vector<std::string>& stage_names) const;
   /// Of the collectives of layers.
@@ -73,6 +75,7 @@ struct Schedule {
   void check() const;
 
  private:
+  void check_stages() const;
   void check_order() const;
   void check_collectives() const;
 };

@@ -77,7 +77,7 @@ int Worker::fix_pages(const Schedule& schedule, const std::function<int()>& choo
     for (const LaneSpec& lane : schedule.lanes_of(stages)) widths.push_back(lane.width);
     executor_.make_lanes(widths, *origin_);
   }
-  for (int lane : {schedule.collective_lane(), schedule.lane_index(schedule.stage("head").lane)}) {
+  for (int lane : {schedule.collective_lane(), schedule.lane_of("head", 0)}) {
     backend_.communicator().prepare(schedule.lanes[lane].width);
   }
   if (config_.num_pages == 0) config_.num_pages = choose_pages();

@@ -226,7 +226,7 @@ class LaneSpec:
 
 class StageSpec:
     """
-    Where a stage is cut and which lane runs it.
+    Where a stage is cut and which lanes run its parts.
     """
 
     __hash__: typing.ClassVar[None] = None
@@ -234,7 +234,7 @@ class StageSpec:
     def __init__(
         self,
         split: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
-        lane: str = "",
+        lane: str | collections.abc.Sequence[str] = "",
         reduce: str = "",
         gather: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
     ) -> None: ...
@@ -244,7 +244,10 @@ class StageSpec:
         Parts of stage o that gather attention outputs instead of summing products.
         """
     @property
-    def lane(self) -> str: ...
+    def lanes(self) -> list[str]:
+        """
+        One for all parts, or one for each.
+        """
     @property
     def reduce(self) -> str:
         """
@@ -274,6 +277,10 @@ class Schedule:
     def cuts(self) -> list[float]:
         """
         Row fractions at which requests may not straddle.
+        """
+    def lane_of(self, stage: str, part: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        The index in lanes of the one that runs a part of a stage.
         """
     @property
     def gathers(self) -> bool:

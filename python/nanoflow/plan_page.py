@@ -86,11 +86,11 @@ class PlanPage:
     def _stage_rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
         for stage in STAGES:
-            spec = self.schedule.stages.get(stage)
-            lane = self.schedule.lanes[0].name if spec is None or not spec.lane else spec.lane
             parts = [part for part in parts_of(self.schedule) if part.stage == stage]
             sizes = [str(sum(self.segment_rows[part.begin : part.end])) for part in parts]
-            rows.append((stage, lane, " + ".join(sizes)))
+            lanes = {self.schedule.lane_of(stage, part.number): None for part in parts}
+            names = ", ".join(self.schedule.lanes[lane].name for lane in lanes)
+            rows.append((stage, names, " + ".join(sizes)))
         return rows
 
     def _step_rows(self) -> list[tuple[str, ...]]:

@@ -22,8 +22,8 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     sequential: one op after the other, over all rows and the whole device.
     nano: the nano-batches of overlap, nothing beside anything: what they cost by themselves.
     overlap: attention of one half beside o, mlp and the next layer's qkv of the other half; the
-        head on the whole device. With two threads, which cannot be shared out like that, mlp of
-        one half beside all else of a layer of the other, which takes about as long.
+        head on the whole device. Two threads, which cannot be shared out like that, take a half
+        each.
     tp-overlap: for several ranks, collectives beside all of that: qkv and attention of quarters, o
         and mlp of halves, the first of which gathers before o while the second reduces after it
         (NanoFlow, OSDI'25, section 4.2).
@@ -34,7 +34,7 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     if name == "nano":
         return without_overlap(built_in_schedule("overlap", width), width)
     if name == "overlap":
-        return _overlap(name, width)
+        return _overlap(name, width) if width > 2 else _halves(name, width)
     if name == "tp-overlap":
         return _tensor_parallel_overlap(name, width)
     known = ", ".join((AUTO, *BUILT_IN, *FOR_RANKS))
@@ -48,10 +48,14 @@ def _overlap(name: str, width: int) -> Schedule:
     compute, beside = StageSpec([0.5], "compute"), StageSpec([0.5], "memory")
     stages = {"qkv": compute, "attn": beside, "o": compute, "mlp": compute}
     order = ["o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"]
-    if width <= 2:
-        stages |= {"qkv": beside, "o": beside}
-        order = ["o.0", "mlp.0", "qkv.1", "o.1", "mlp.1", "qkv.0@+1"]
     return Schedule(name, lanes, stages | {"head": StageSpec([], "whole")}, order)
+
+
+def _halves(name: str, width: int) -> Schedule:
+    lanes = [LaneSpec("first", 1), LaneSpec("second", 1), LaneSpec("whole", width)]
+    each = StageSpec([0.5], ["first", "second"])
+    stages = {"qkv": each, "attn": each, "o": each, "mlp": each}
+    return Schedule(name, lanes, stages | {"head": StageSpec([], "whole")})
 
 
 def without_overlap(schedule: Schedule, width: int) -> Schedule:
@@ -153,7 +157,8 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
 
 
 def _stage_to_json(stage: StageSpec) -> dict[str, Any]:
-    content: dict[str, Any] = {"split": stage.split, "lane": stage.lane}
+    lane = stage.lanes[0] if len(stage.lanes) == 1 else stage.lanes
+    content: dict[str, Any] = {"split": stage.split, "lane": lane}
     if stage.reduce:
         content["reduce"] = stage.reduce
     if stage.gather:
@@ -164,17 +169,18 @@ def _stage_to_json(stage: StageSpec) -> dict[str, Any]:
 def _stage_from_json(name: str, stage: Any) -> StageSpec:
     what = f"stage {name!r}"
     _check_object(what, stage, optional=("split", "lane", "reduce", "gather"))
-    split, lane = stage.get("split", []), stage.get("lane", "")
+    split, lane = stage.get("split", []), stage.get("lane", [])
+    lanes = [lane] if isinstance(lane, str) else lane
     reduce, gather = stage.get("reduce", ""), stage.get("gather", [])
     if not isinstance(split, list) or not all(type(cut) in (int, float) for cut in split):
         raise ValueError(f"'split' of {what} is {split!r}, not a list of fractions")
-    if not isinstance(lane, str):
-        raise ValueError(f"'lane' of {what} is {lane!r}, not the name of a lane")
+    if not isinstance(lanes, list) or not all(isinstance(name, str) for name in lanes):
+        raise ValueError(f"'lane' of {what} is {lane!r}, not the name of a lane or a list of them")
     if not isinstance(reduce, str):
         raise ValueError(f"'reduce' of {what} is {reduce!r}, not the name of a lane")
     if not isinstance(gather, list) or not all(type(part) is int for part in gather):
         raise ValueError(f"'gather' of {what} is {gather!r}, not a list of part numbers")
-    return StageSpec(split, lane, reduce, gather)
+    return StageSpec(split, lanes, reduce, gather)
 
 
 def _check_object(

@@ -107,7 +107,7 @@ TEST_CASE("a head on a lane of the whole device is beside no other lane") {
   Fixture f;
   Schedule schedule = pingpong(6, 2);
   schedule.lanes.push_back({"all", 8});
-  schedule.stages["head"].lane = "all";
+  schedule.stages["head"].lanes = {"all"};
   const PlanKey key{.segment_rows = {8, 8}, .samples = 2};
   const Plan layers = build_plan(f.decoder, schedule, key.layers());
   CHECK(layers.lanes == std::vector<LaneSpec>{{"compute", 6}, {"memory", 2}});
@@ -117,6 +117,20 @@ TEST_CASE("a head on a lane of the whole device is beside no other lane") {
   CHECK(head.ops.front().lane == 0);
   CHECK(validate(head, 8).empty());
   CHECK(validate(build_plan(f.decoder, schedule, key), 8).size() == 1);  // side by side: too wide
+}
+
+TEST_CASE("halves on lanes of their own wait for nothing of each other") {
+  Fixture f;
+  Schedule schedule = pingpong(4, 4);
+  for (const char* stage : {"qkv", "attn", "o", "mlp"}) {
+    schedule.stages[stage].lanes = {"compute", "memory"};
+  }
+  const Plan plan = build_plan(f.decoder, schedule, {.segment_rows = {8, 8}, .samples = 0});
+  CHECK(validate(plan, 8).empty());
+  for (const NanoOp& op : plan.ops) {
+    CHECK(op.lane == op.label.part);
+    CHECK(op.deps.empty());
+  }
 }
 
 TEST_CASE("a stage cut finer than its neighbour waits for all parts it covers") {

@@ -11,10 +11,10 @@ namespace {
 Schedule pingpong() {
   return {.id = "pingpong",
           .lanes = {{"compute", 2}, {"memory", 1}},
-          .stages = {{"qkv", {{0.5}, "compute"}},
-                     {"attn", {{0.5}, "memory"}},
-                     {"o", {{0.5}, "compute"}},
-                     {"mlp", {{0.5}, "compute"}}},
+          .stages = {{"qkv", {{0.5}, {"compute"}}},
+                     {"attn", {{0.5}, {"memory"}}},
+                     {"o", {{0.5}, {"compute"}}},
+                     {"mlp", {{0.5}, {"compute"}}}},
           .order = {"o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"}};
 }
 
@@ -43,8 +43,21 @@ TEST_CASE("cuts are the union of all splits") {
   Schedule schedule = pingpong();
   schedule.stages["qkv"].split = {0.25, 0.5, 0.75};
   CHECK(schedule.cuts() == std::vector<double>{0.25, 0.5, 0.75});
-  CHECK(schedule.stage("head").lane == "compute");  // the first lane
+  CHECK(schedule.lane_of("head", 0) == schedule.lane_index("compute"));  // the first lane
   CHECK(schedule.stage("head").split.empty());
+}
+
+TEST_CASE("parts of a stage may have lanes of their own") {
+  Schedule schedule = pingpong();
+  schedule.stages["mlp"].lanes = {"memory", "compute"};
+  CHECK(error_of(schedule) == "");
+  CHECK(schedule.lane_of("mlp", 0) == schedule.lane_index("memory"));
+  CHECK(schedule.lane_of("mlp", 1) == schedule.lane_index("compute"));
+  CHECK(schedule.lanes_of({"mlp"}).size() == 2);
+  schedule.stages["mlp"].lanes.push_back("compute");
+  CHECK(error_of(schedule) ==
+        "schedule 'pingpong': stage mlp has 2 parts but 3 lanes; name one for all of them, or one "
+        "for each");
 }
 
 TEST_CASE("a sound schedule passes") { CHECK(error_of(pingpong()) == ""); }
@@ -64,7 +77,7 @@ TEST_CASE("an inconsistent schedule says what is wrong") {
   CHECK(error_of(s) ==
         "schedule 'pingpong' has an unknown stage 'ffn'; stages are qkv, attn, o, mlp and head");
   s = pingpong();
-  s.stages["o"].lane = "network";
+  s.stages["o"].lanes = {"network"};
   CHECK(error_of(s) == "schedule 'pingpong': stage o runs on lane 'network', which does not exist");
   s = pingpong();
   s.stages["o"].split = {0.5, 0.5};

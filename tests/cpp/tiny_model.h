@@ -65,10 +65,10 @@ inline Schedule sequential(int width) {
 inline Schedule pingpong(int compute, int memory) {
   return {.id = "pingpong",
           .lanes = {{"compute", compute}, {"memory", memory}},
-          .stages = {{"qkv", {{0.5}, "compute"}},
-                     {"attn", {{0.5}, "memory"}},
-                     {"o", {{0.5}, "compute"}},
-                     {"mlp", {{0.5}, "compute"}}},
+          .stages = {{"qkv", {{0.5}, {"compute"}}},
+                     {"attn", {{0.5}, {"memory"}}},
+                     {"o", {{0.5}, {"compute"}}},
+                     {"mlp", {{0.5}, {"compute"}}}},
           .order = {"o.0", "mlp.0", "qkv.0@+1", "o.1", "mlp.1", "qkv.1@+1"}};
 }
 

@@ -43,6 +43,7 @@ def has_cuda() -> bool:
 
 
 DEVICES = ("cpu", *["cuda"] * has_cuda())
+SMALL_CACHE = 64 << 20  # bytes: engines of tiny models leave room for other tests on their GPU
 
 
 @pytest.fixture(scope="session", params=[*_core.cpu_isas(), *["cuda"] * has_cuda()])

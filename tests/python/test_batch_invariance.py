@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import has_cuda
+from conftest import SMALL_CACHE, has_cuda
 from nanoflow import LLM, SamplingParams
 from nanoflow.config import make_args
 from nanoflow.devices import make_backends
 from nanoflow.outputs import RequestOutput
 from tiny_models import write_tiny_llama
 
-SIZES: dict[str, Any] = {"max_model_len": 96, "block_size": 8, "cpu_threads": 2}
+SIZES: dict[str, Any] = {
+    "max_model_len": 96,
+    "block_size": 8,
+    "cpu_threads": 2,
+    "kv_cache_memory_bytes": SMALL_CACHE,
+}
 PROMPTS = [np.random.default_rng(n).integers(3, 150, 1 + 9 * n % 50).tolist() for n in range(16)]
 PARAMS = [
     SamplingParams(temperature=0.9, seed=n, max_tokens=5 + n, ignore_eos=True, logprobs=2)

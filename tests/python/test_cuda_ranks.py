@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import nanoflow
-from conftest import TOLERANCES, has_cuda
+from conftest import SMALL_CACHE, TOLERANCES, has_cuda
 from engine_driver import load_engine
 from nanoflow import _core
 from nanoflow.devices import find_nccl
@@ -176,6 +176,7 @@ def test_one_rank_of_four_alone(tmp_path: Path, schedule: str) -> None:
         skip_tokenizer_init=True,
         schedule=schedule,
         max_model_len=128,
+        kv_cache_memory_bytes=SMALL_CACHE,
     ) as llm:
         outputs = llm.generate([[1, 2, 3]] * 9, params, use_tqdm=False)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [20] * 9

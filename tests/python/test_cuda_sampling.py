@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import has_cuda
+from conftest import SMALL_CACHE, has_cuda
 from nanoflow import LLM, CompletionOutput, SamplingParams, _core
 from random_models import SHAPES, write_config
 from test_logprobs import logprobs
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "dtype": "bfloat16",
     "max_model_len": 192,
-    "gpu_memory_utilization": 0.2,
+    "kv_cache_memory_bytes": SMALL_CACHE,
 }
 TIGHT = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 6}
 

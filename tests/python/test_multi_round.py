@@ -27,6 +27,7 @@ def test_all_modes_say_the_same_and_tiers_compute_less(
         "--host-gib": "0.01",
         "--small-host-gib": "0.001",
         "--unique": "3",
+        "--commit": "abc",
         "--output-json": str(path),
     }
     monkeypatch.setattr(
@@ -39,7 +40,12 @@ def test_all_modes_say_the_same_and_tiers_compute_less(
     assert result["conversations_said_as_in_the_first_mode"] == [1.0] * 4
     computed = {mode: row["prefill_tokens_computed"] for mode, row in rows.items()}
     assert computed["host"] < computed["prefix"] < computed["off"]
-    assert 3 * computed["host"] <= computed["off"]
+    beside = result["beside_off"]
+    assert beside["host"]["times_less_prefill"] == computed["off"] / computed["host"] >= 3
+    assert beside["prefix"]["throughput"] == (
+        rows["prefix"]["total_tokens_per_second"] / rows["off"]["total_tokens_per_second"]
+    )
+    assert (result["commit"], result["gpu"]) == ("abc", None)
     assert rows["host"]["bytes_per_second"].keys() == {"GPU_to_CPU", "CPU_to_GPU"}
     assert {"GPU_to_CPU", "CPU_to_SSD"} <= rows["host+ssd"]["bytes_per_second"].keys()
     for mode in ("host", "host+ssd"):

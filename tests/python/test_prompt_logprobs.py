@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from conftest import DEVICES
+from conftest import DEVICES, SMALL_CACHE
 from nanoflow import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from random_models import SHAPES, write_config
 from tiny_models import write_tiny_llama
@@ -140,14 +140,13 @@ def test_what_was_generated_is_scored_as_it_was_sampled(tmp_path: Path, device: 
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 150, length).tolist() for length in (1, 30, 70)]
     sizes = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 192}
-    if device == "cuda":
-        sizes["gpu_memory_utilization"] = 0.2  # type: ignore[assignment]
     with LLM(
         model,
         device=device,
         load_format="dummy",
         dtype="bfloat16",
         skip_tokenizer_init=True,
+        kv_cache_memory_bytes=SMALL_CACHE,
         **sizes,
     ) as llm:
         params = SamplingParams(seed=1, max_tokens=60, ignore_eos=True, logprobs=2)

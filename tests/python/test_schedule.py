@@ -53,10 +53,16 @@ def test_widths_of_the_overlap() -> None:
     assert widths == {2: [1, 1, 2], 132: [100, 32, 132]}
 
 
-@pytest.mark.parametrize(("width", "others"), [(2, {"qkv", "attn", "o"}), (132, {"attn"})])
-def test_two_threads_share_a_layer_evenly(width: int, others: set[str]) -> None:
-    stages = built_in_schedule("overlap", width).stages
-    assert {name for name, stage in stages.items() if stage.lane == "memory"} == others
+def test_attention_has_a_lane_of_its_own() -> None:
+    stages = built_in_schedule("overlap", 132).stages
+    assert [name for name, stage in stages.items() if stage.lanes == ["memory"]] == ["attn"]
+
+
+def test_each_of_two_threads_takes_a_half() -> None:
+    schedule = built_in_schedule("overlap", 2)
+    for stage in ("qkv", "attn", "o", "mlp"):
+        lanes = [schedule.lanes[schedule.lane_of(stage, part)].name for part in range(2)]
+        assert lanes == ["first", "second"]
 
 
 def test_a_file_becomes_a_schedule(tmp_path: Path) -> None:
@@ -98,6 +104,8 @@ def test_an_unknown_name_or_file() -> None:
         ({"stages": {"qkv": {"split": [0.5, 0.5]}}}, "qkv"),
         ({"stages": {"qkv": {"lane": 1}}}, "'lane' of stage 'qkv' is 1"),
         ({"stages": {"qkv": {"lane": "gpu"}}}, "gpu"),
+        ({"stages": {"qkv": {"lane": ["compute", 1]}}}, r"'lane' of stage 'qkv' is \['compute', 1"),
+        ({"stages": {"o": {"lane": ["compute", "memory"]}}}, "o has 1 parts but 2 lanes"),
         ({"stages": {"norm": {}}}, "norm"),
         ({"stages": {"o": {"reduce": 2}}}, "'reduce' of stage 'o' is 2, not the name of a lane"),
         ({"stages": {"o": {"reduce": "net"}}}, "no lane named 'net'"),

@@ -71,10 +71,12 @@ def schedules(draw: st.DrawFn) -> _core.Schedule:
     """Random lanes, splits and orders; orders that the planner refuses are drawn again."""
     lanes = [_core.LaneSpec(name, 1) for name in draw(st.sampled_from(["a", "ab", "abc"]))]
     names = [lane.name for lane in lanes]
-    stages = {
-        name: _core.StageSpec(draw(splits), draw(st.sampled_from(names)))
-        for name in ("qkv", "attn", "o", "mlp")
-    }
+    stages = {}
+    for name in ("qkv", "attn", "o", "mlp"):
+        split = draw(splits)
+        number = draw(st.sampled_from([1, len(split) + 1]))
+        lane = draw(st.lists(st.sampled_from(names), min_size=number, max_size=number))
+        stages[name] = _core.StageSpec(split, lane)
     stages["head"] = _core.StageSpec([], draw(st.sampled_from(names)))
     parts = {name: [f"{name}.{i}" for i in range(len(s.split) + 1)] for name, s in stages.items()}
     kind = draw(st.sampled_from(["stages in turn", "shuffled parts", "next layer early"]))

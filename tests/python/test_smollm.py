@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from conftest import DEVICES
+from conftest import DEVICES, SMALL_CACHE
 from engine_driver import Chunk, EngineDriver, load_engine
 from nanoflow import LLM, SamplingParams, StructuredOutputsParams, _core
 from nanoflow.bench.default_model import default_model
@@ -22,6 +23,11 @@ NEW_TOKENS = 64
 # Below the best logit, of a candidate at the first difference; now and then three of them are as
 # close. bfloat16 moves a logit by 0.1.
 MAX_GAP = {"float32": 1e-2, "bfloat16": 0.3}
+HALF: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": SMALL_CACHE,
+}
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
@@ -147,7 +153,7 @@ def test_llm_generates_the_engines_tokens(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_chat_knows_the_capital_of_france(model: Path, device: str) -> None:
-    with LLM(str(model), dtype="bfloat16", device=device, max_model_len=256) as llm:
+    with LLM(str(model), device=device, **HALF) as llm:
         [output] = llm.chat(
             [{"role": "user", "content": "What is the capital of France?"}],
             SamplingParams(temperature=0, max_tokens=32),
@@ -184,7 +190,7 @@ def test_limits_of_requests_hold_beside_each_other(model: Path, llm: LLM, device
     ]
     prompts = ["Describe a person as JSON.", *["What is the capital of France?"] * 5]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    with LLM(str(model), dtype="bfloat16", device=device, max_model_len=256) as own:
+    with LLM(str(model), device=device, **HALF) as own:
         outputs = own.chat(chats, params, use_tqdm=False)
     person = json.loads(outputs[0].outputs[0].text)
     assert list(person) == ["name", "age", "likes"] and type(person["age"]) is int

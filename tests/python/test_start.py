@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import has_cuda
+from conftest import SMALL_CACHE, has_cuda
 from nanoflow import LLM, SamplingParams, _core
 from nanoflow.config import make_args
 from nanoflow.devices import make_backends
@@ -81,12 +81,13 @@ def test_buffers_of_too_many_rows_say_what_to_lower(model: Path) -> None:
 @needs_gpu
 def test_auto_takes_a_gpu_for_models_that_it_runs(tmp_path: Path) -> None:
     write_config(tmp_path, **SHAPES["llama3-d64"])
-    with start(tmp_path, load_format="dummy", dtype="bfloat16") as llm:
+    sizes = {"load_format": "dummy", "kv_cache_memory_bytes": SMALL_CACHE}
+    with start(tmp_path, dtype="bfloat16", **sizes) as llm:
         assert llm.device_description.startswith("cuda:0 (")
-    with start(tmp_path, load_format="dummy", dtype="float32") as llm:
+    with start(tmp_path, dtype="float32", **sizes) as llm:
         assert llm.device_description.startswith("cpu (")
     with pytest.raises(ValueError, match="float32 has no GPU kernels"):
-        start(tmp_path, load_format="dummy", dtype="float32", device="cuda")
+        start(tmp_path, dtype="float32", device="cuda", **sizes)
 
 
 @needs_gpu

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import reference
-from conftest import DEVICES
+from conftest import DEVICES, SMALL_CACHE
 from nanoflow import LLM, RequestOutput, SamplingParams
 from nanoflow.token_bits import bits_of, leaves_nothing
 from nanoflow.token_masks import BadWords
@@ -218,8 +218,6 @@ def test_limits_hold_in_half_precision(tmp_path: Path, device: str) -> None:
     """Biases move what is greedy, beside the plain logprobs; only allowed tokens are drawn."""
     model = write_config(tmp_path, **SHAPES["llama3-d64"])
     sizes: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "max_model_len": 192}
-    if device == "cuda":
-        sizes["gpu_memory_utilization"] = 0.2
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 150, length).tolist() for length in (1, 60, 9, 30)]
     bias = dict(zip(rng.permutation(160)[:80].tolist(), rng.uniform(-2, 2, 80), strict=True))
@@ -234,6 +232,7 @@ def test_limits_hold_in_half_precision(tmp_path: Path, device: str) -> None:
         load_format="dummy",
         dtype="bfloat16",
         skip_tokenizer_init=True,
+        kv_cache_memory_bytes=SMALL_CACHE,
         **sizes,
     ) as llm:
         outputs = [output.outputs[0] for output in generate(llm, prompts, params)]

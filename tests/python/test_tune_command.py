@@ -70,8 +70,7 @@ class Oracle:
         stage = name.split(".")[0]
         if len(OPS[stage]) == 1:
             return {OPS[stage][0]: alone}
-        lane = schedule.stages[stage].lane if stage in schedule.stages else "all"
-        width = next(one.width for one in schedule.lanes if one.name == lane)
+        width = schedule.lanes[schedule.lane_of(stage, 0)].width
         rows = load.rows // (len(schedule.cuts()) + 1)
         shapes = {"qkv": [(6144, 4096)], "mlp": [(28672, 4096), (4096, 14336)]}[stage]
         gemms = [op for op in OPS[stage] if op.startswith("gemm")]

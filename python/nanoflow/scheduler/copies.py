@@ -35,7 +35,6 @@ class Copies:
         self._offload = offload
         self._in_flight: deque[_Copy] = deque()  # oldest first
         self._planned: list[tuple[PageMoves, bool]] = []  # of the step that is being submitted
-        self._submit_times: deque[float] = deque()  # of steps in flight, oldest first
         self._time_done = 0.0  # of the last step waited for
 
     @property
@@ -68,15 +67,17 @@ class Copies:
     def after_submit(self, step: Step) -> None:
         """Begins to store what the step fills."""
         self._begin(step.number, step.stores, is_load=False)
-        self._submit_times.append(perf_counter())
 
-    def after_wait(self, step: Step, *, is_last: bool) -> None:
+    def after_wait(self, step: Step, submit_time: float, *, is_last: bool) -> None:
         """Waits for the copies of the steps before it, of the step itself if no other is in
-        flight: then nothing is left that could hold a page up."""
+        flight: then nothing is left that could hold a page up.
+
+        `submit_time`: seconds of time.perf_counter.
+        """
         if self._offload is None:
             return
         now = perf_counter()
-        seconds = now - max(self._submit_times.popleft(), self._time_done)
+        seconds = now - max(submit_time, self._time_done)
         self._time_done = now
         self._offload.observe_step(step.plan.prefill_rows, step.plan.decodes, seconds)
         settled = step.number if is_last else step.number - 1
@@ -98,7 +99,6 @@ class Copies:
                 copy.handle.wait()
             self._offload.abandon(copy.moves, is_load=copy.is_load)
         self._in_flight.clear()
-        self._submit_times.clear()
         for moves, is_load in self._planned:
             self._offload.abandon(moves, is_load=is_load)
         self._planned.clear()

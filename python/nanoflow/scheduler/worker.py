@@ -35,6 +35,7 @@ class _StepInFlight:
     step: Step
     handle: StepHandle
     seconds: float  # of planning and submitting
+    submit_time: float  # of time.perf_counter
 
 
 class _EngineFailure(Exception):
@@ -179,7 +180,8 @@ class Worker:
             batch = self._make_batch(**build_batch(self._state.slots, step))
             handle = self._submit(step, batch)
             assert handle.step == step.number, f"step {step.number} became {handle.step}"
-            self._in_flight.append(_StepInFlight(step, handle, perf_counter() - begin))
+            now = perf_counter()
+            self._in_flight.append(_StepInFlight(step, handle, now - begin, now))
         elif not self._in_flight:
             if self._copies.wait_for_reads():
                 return
@@ -210,7 +212,8 @@ class Worker:
             result = oldest.handle.wait()
             time_done = perf_counter()
             self._idle.waited(time_done)
-            self._copies.after_wait(oldest.step, is_last=not self._in_flight)
+            is_last = not self._in_flight
+            self._copies.after_wait(oldest.step, oldest.submit_time, is_last=is_last)
         self._switch.complete(time_done)
         self._state.complete_step(oldest.step, result, time_done)
         seconds = oldest.seconds + perf_counter() - time_done

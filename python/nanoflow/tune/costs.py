@@ -102,19 +102,15 @@ class CostModel:
     def costs(self, schedule: Schedule, load: Load) -> list[Cost]:
         """Of the tasks of `program_of(schedule)`."""
         bounds = [0.0, *schedule.cuts(), 1.0]
-        widths = {lane.name: lane.width for lane in schedule.lanes}
         costs = []
         for part in parts_of(schedule):
-            spec = schedule.stages.get(part.stage)
-            name = schedule.lanes[0].name if spec is None or not spec.lane else spec.lane
+            lane = schedule.lanes[schedule.lane_of(part.stage, part.number)]
             share = bounds[part.end] - bounds[part.begin]
-            costs.append(self.stage(part.stage, share, widths[name], load))
+            costs.append(self.stage(part.stage, share, lane.width, load))
         return costs
 
     def head(self, schedule: Schedule, load: Load) -> Cost:
-        spec = schedule.stages.get("head")
-        name = schedule.lanes[0].name if spec is None or not spec.lane else spec.lane
-        width = next(lane.width for lane in schedule.lanes if lane.name == name)
+        width = schedule.lanes[schedule.lane_of("head", 0)].width
         return self.table.product(
             max(1, load.decodes), self.spec.vocab_size, self.spec.hidden_size, width
         )

@@ -76,12 +76,10 @@ def parts_of(schedule: Schedule) -> list[Part]:
 
 def program_of(schedule: Schedule) -> Program:
     """What the planner makes of a schedule that has passed `Schedule.check`."""
-    lanes = [lane.name for lane in schedule.lanes]
     parts = parts_of(schedule)
     tasks = []
     for part in parts:
-        spec = schedule.stages.get(part.stage)
-        lane = 0 if spec is None or not spec.lane else lanes.index(spec.lane)
+        lane = schedule.lane_of(part.stage, part.number)
         before = STAGES[STAGES.index(part.stage) - 1]  # of qkv: mlp, in the layer before
         after = tuple(
             (other.name, int(part.stage == "qkv"))
