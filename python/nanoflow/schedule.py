@@ -12,7 +12,7 @@ from nanoflow._core import EngineError, LaneSpec, Schedule, StageSpec
 BUILT_IN = ("sequential", "nano", "overlap")
 FOR_RANKS = ("tp-overlap",)  # built in, too
 AUTO = "auto"  # chosen by nanoflow.tune.auto
-_MEMORY_SHARE = 32 / 132  # of the device: what was fastest for Llama 8B on an H200
+_MEMORY_SHARE = 28 / 132  # of the device: what was fastest for Llama 8B on an H200
 _NETWORK_SHARE = 16 / 132
 
 
