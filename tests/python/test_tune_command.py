@@ -16,7 +16,7 @@ from made_up_table import made_up_table
 from nanoflow import _core
 from nanoflow.cli import main
 from nanoflow.config import EngineArgs
-from nanoflow.mixed_step import StepMix, capacities, deal_step
+from nanoflow.mixed_step import StepMix, capacities, deal_step, filling
 from nanoflow.schedule import built_in_schedule, load_schedule
 from nanoflow.tune.auto import choose_schedules
 from nanoflow.tune.command import MOST_CUTS
@@ -112,6 +112,23 @@ def test_a_profile_finds_what_ops_do_to_each_other() -> None:
     found = profiled(oracle).slowdown
     assert found["compute", "memory"] == pytest.approx(1.2, abs=0.06)
     assert found["memory", "compute"] == pytest.approx(1.5, abs=0.06)
+
+
+@pytest.mark.parametrize(("rows", "requests", "context"), [(96, 3, 130), (40, 8, 40), (64, 1, 64)])
+def test_a_cache_is_filled_to_its_last_page(rows: int, requests: int, context: int) -> None:
+    config = _core.EngineConfig(
+        max_num_batched_tokens=rows,
+        max_num_seqs=requests,
+        max_model_len=context,
+        page_size=64,
+        num_pages=11,
+    )
+    written = set()
+    for step, first in filling(config):
+        assert step.rows.sum() <= rows and len(step.rows) <= requests
+        assert set(step.kv_len) == {min(context, 64)}
+        written |= set(range(first, first + step.pages().sum()))
+    assert written == set(range(11))
 
 
 @given(st.lists(st.integers(1, 99), max_size=15, unique=True))
