@@ -23,7 +23,7 @@ TRIAL_SECONDS = 3.0  # of measured steps; a GPU's power and clock have settled b
 SETTLE_STEPS = 8  # of a trial that are not measured: plans are made and graphs captured
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
-STANDING = 3  # at most
+STANDING = 4  # at most: three that were searched, and sequential
 
 
 @dataclass(frozen=True, slots=True)
