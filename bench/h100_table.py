@@ -23,6 +23,7 @@ OUT = ROOT / "python" / "nanoflow" / "tune" / "tables" / "h100.json"
 SMS = 132
 MAX_MHZ = 1980.0
 IDLE_WATTS, CAP_WATTS = 116.0, 695.0
+ENERGY_EXPONENT = 0.77  # measured on an H200, which has the same die
 LAYER_US = {  # rows: SMs: the four products
     640: {132: 447, 116: 462, 108: 500, 100: 512, 92: 534, 84: 541},
     1024: {132: 699, 116: 711, 108: 757, 100: 765, 92: 828, 84: 862},
@@ -136,6 +137,7 @@ def main() -> None:
         prefill=prefill(attention),
         rows=row_work(),
         steps=steps(),
+        energy_exponent=ENERGY_EXPONENT,
         origin={
             "command": "python bench/h100_table.py",
             "from": "bench/results/h100/cuda-gemm.json, cuda-attention.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +57,11 @@ class MixedStep:
         """Capacities for this step and no more."""
         return capacities([self])
 
-    def batch(self, vocab_size: int, *, want_timings: bool = True) -> _core.Batch:
-        """The keys before its rows are whatever the cache holds: for measuring, not for reading the
-        tokens."""
+    def batch(
+        self, vocab_size: int, *, want_timings: bool = True, first_page: int = 0
+    ) -> _core.Batch:
+        """On pages from `first_page` on. The keys before its rows are whatever the cache holds: for
+        measuring, not for reading the tokens."""
         requests, total = len(self.rows), int(self.rows.sum())
         ends = np.cumsum(self.rows)
         first_position = self.kv_len - self.rows
@@ -79,7 +81,7 @@ class MixedStep:
             request_indptr=ints(np.concatenate([[0], ends])),
             kv_len=ints(self.kv_len),
             page_indptr=ints(np.concatenate([[0], np.cumsum(pages)])),
-            page_indices=ints(np.arange(pages.sum())),
+            page_indices=ints(first_page + np.arange(pages.sum())),
             segment_requests=ints(self.segment_requests),
             sample_rows=ints(ends - 1),
             slots=ints(np.arange(requests)),
@@ -108,6 +110,19 @@ def capacities(steps: Sequence[MixedStep], divided: int = 0) -> _core.EngineConf
         page_size=PAGE_SIZE,
         num_pages=max(int(step.pages().sum()) for step in steps) + divided,
     )
+
+
+def filling(config: _core.EngineConfig) -> Iterator[tuple[MixedStep, int]]:
+    """Steps, with their first pages, that write keys and values to all pages of an engine: a GPU
+    takes less time and energy for the zeros that are there before."""
+    length = min(config.max_model_len, config.max_num_batched_tokens)
+    length -= length % PAGE_SIZE if length > PAGE_SIZE else 0
+    prompts = min(config.max_num_batched_tokens // length, config.max_num_seqs)
+    pages = -(-length // PAGE_SIZE)
+    prompts = max(1, min(prompts, config.num_pages // pages))
+    step = deal_step(StepMix(0, length, prompts * length), [])
+    for first in range(0, config.num_pages, prompts * pages):
+        yield step, min(first, config.num_pages - prompts * pages)
 
 
 def deal_step(mix: StepMix, cuts: list[float]) -> MixedStep:

@@ -113,17 +113,16 @@ def predicted_panel(
     """The simulator's layers around one in the middle, which stands for `layer`."""
     load = load_of(mix)
     prediction = model.predict(schedule, load)
-    stretch = prediction.step_us / prediction.clock_us
-    program = program_of(schedule)
+    program, costs = program_of(schedule), model.costs(schedule, load, prediction.clock)
     middle = LAYERS // 2
     timings = [
         PredictedTiming(
             f"layers.{layer + span.layer - middle}.{program.tasks[span.task].name} predicted",
             schedule.lanes[program.tasks[span.task].lane].name,
-            span.begin_us * stretch,
-            span.end_us * stretch,
+            span.begin_us,
+            span.end_us,
         )
-        for span in simulate(program, model.costs(schedule, load), LaneWidths(model.table.slowdown))
+        for span in simulate(program, costs, LaneWidths(model.table.slowdown))
         if layer + span.layer >= middle
     ]
     return Panel(f"predicted: {prediction.layer_us:.0f} µs a layer", timings), prediction

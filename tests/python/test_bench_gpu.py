@@ -28,6 +28,14 @@ def test_power_is_energy_by_time():
     assert power(samples, 0.5, 1.5) is None
 
 
+def test_power_is_told_between_moments_at_which_energy_was_counted():
+    """By a board that counts ten times a second, at any time of the window's."""
+    samples = [Sample(t / 100, 50.0 * (t // 10), 1500) for t in range(300)]
+    for begin in (0.513, 0.55, 0.588):
+        assert power(samples, begin, begin + 1.0) == Power(pytest.approx(500), 1500)
+    assert power(samples, 0.513, 0.65) is None
+
+
 BUS_IDS = ("0000:3B:00.0", "0000:19:00.0")  # of CUDA's devices, in the order CUDA has chosen
 
 

@@ -87,6 +87,17 @@ def test_a_step_now_and_then_that_captures_a_graph_decides_nothing() -> None:
     assert chooser.choose(FULL) == 1
 
 
+def test_full_steps_are_of_one_kind() -> None:
+    """Whether their last rows are taken or not: what is tried in one holds for all of them."""
+    chooser = Chooser(options(2), predict)
+    for step in range(400):
+        mix = Mix(2048 - step % 9, 1024 - step % 5, 780_000 + 1000 * (step % 10))
+        number = chooser.choose(mix)
+        chooser.observe(number, mix, STEP * (0.9 if number == 1 else 1.0))
+        if step * STEP > 2 * TRIAL_SECONDS + (2 * SETTLE_STEPS + 2) * STEP:
+            assert number == 1
+
+
 def test_loads_that_take_turns_are_tried_side_by_side() -> None:
     chooser = Chooser(options(2), predict)
     other = Mix(300, 300, 200_000)

@@ -189,6 +189,19 @@ def test_the_least_recently_used_content_goes_first() -> None:
     assert tier.reserve(b"f") is None  # the one slot left is being read
 
 
+def test_the_end_of_a_conversation_goes_before_its_beginning() -> None:
+    """A page is of no use without those before it."""
+    service = serve(host_slots=9)
+    first = service.request(1, 20, 32, ignore_eos=True)  # 8 pages
+    service.loop.submit([first])
+    service.wait(1)
+    service.loop.submit([service.request(2, 12, 13)])  # takes 3 slots, of which 1 is free
+    service.wait(1)
+    check_nothing_leaked(service)
+    assert service.state.offload is not None
+    assert len(service.state.offload.find(first.page_keys)) >= 5
+
+
 def test_loading_is_compared_with_computing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     cost = CostModel(page_bytes=1000, page_size=10)

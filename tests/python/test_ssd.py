@@ -89,7 +89,7 @@ def test_pages_of_another_model_are_not_found(tmp_path: Path, other: str) -> Non
 def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     tier = make_tier(tmp_path, pages=4)
     write(tier, [0, 1, 2, 3])
-    assert not read(tier, 0, 7).error  # used again
+    tier.touch([key_of(0), key_of(7)])  # used again
     write(tier, [4, 5])
     assert [n for n in range(6) if key_of(n) in tier] == [0, 3, 4, 5]
     tier.close()
@@ -100,6 +100,15 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     tier.close()
     tier = make_tier(tmp_path, pages=4)
     assert tier.num_used == 0
+    tier.close()
+
+
+def test_the_end_of_a_conversation_goes_before_its_beginning(tmp_path: Path) -> None:
+    tier = make_tier(tmp_path, pages=3)
+    write(tier, [0, 1, 2])
+    tier.touch([key_of(0), key_of(1), key_of(2)])
+    write(tier, [3])
+    assert [n for n in range(4) if key_of(n) in tier] == [0, 1, 3]
     tier.close()
 
 

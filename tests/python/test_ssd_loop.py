@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from faulty_file import FaultyFile
+from nanoflow.offload import offload
 from nanoflow.offload.cost import CostModel
 from nanoflow.offload.page_file import PageFile
 from nanoflow.offload.ssd import SsdTier
@@ -108,6 +109,26 @@ def test_a_slow_disk_is_not_waited_for(
     counts = two_rounds(tmp_path, Slow)
     assert counts["found"] == 0
     assert time.monotonic() - begin < 8  # all reads, one behind the other, take 10 s
+
+
+def test_nobody_waits_for_room_that_nobody_gives_up(
+    tmp_path: Path, patient: None, blind: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if requests wait forever for what they want read, and the host is too small for it."""
+    monkeypatch.setattr(offload, "MOST_READ_SECONDS", 1000.0)
+    rng = np.random.default_rng(0)
+    service = serve(
+        (0.5,),
+        host_slots=6,
+        make_ssd=lambda pool: SsdTier(tmp_path, 300 * 64, pool, "model"),
+    )
+    for turn in range(4):
+        requests = [service.request(100 * turn + n, max_len=36) for n in range(40)]
+        for n, request in zip(rng.permutation(40).tolist(), requests, strict=True):
+            request.prompt_token_ids = service.request(n, 1 + n % 30).prompt_token_ids
+        service.loop.submit(requests)
+        service.wait(40)
+    check_nothing_leaked(service)
 
 
 @pytest.mark.parametrize("host_slots", [3, 12, 40])

@@ -16,7 +16,7 @@ from made_up_table import made_up_table
 from nanoflow import _core
 from nanoflow.cli import main
 from nanoflow.config import EngineArgs
-from nanoflow.mixed_step import StepMix, capacities, deal_step
+from nanoflow.mixed_step import StepMix, capacities, deal_step, filling
 from nanoflow.schedule import built_in_schedule, load_schedule
 from nanoflow.tune.auto import choose_schedules
 from nanoflow.tune.command import MOST_CUTS
@@ -49,22 +49,23 @@ class Oracle:
     def measure(self, schedule: _core.Schedule, mix: StepMix) -> Run:
         self.runs += 1
         load = load_of(mix)
-        program, costs = program_of(schedule), self.model.costs(schedule, load)
         prediction = self.model.predict(schedule, load)
+        clock = prediction.clock
+        program, costs = program_of(schedule), self.model.costs(schedule, load, clock)
         op_us = {}
         for span in simulate(program, costs, LaneWidths(self.table.slowdown)):
             if span.layer == 4:
                 name = program.tasks[span.task].name
                 alone = costs[span.task].us
-                for op, us in self.ops(name, alone, schedule, load).items():
+                for op, us in self.ops(name, alone, schedule, load, clock).items():
                     stage, part = name.split(".")
                     op_us[stage, int(part), op] = us * (span.end_us - span.begin_us) / alone
-        op_us["head", 0, "gemm"] = self.model.head(schedule, load).us
-        watts = prediction.joules / prediction.clock_us * 1e6 + self.table.idle_watts
-        return Run(prediction.clock_us, watts, 1000.0, op_us)
+        op_us["head", 0, "gemm"] = self.model.head(schedule, load, clock).us
+        watts = prediction.joules / prediction.step_us * 1e6 + self.table.idle_watts
+        return Run(prediction.step_us, watts, 1000.0 * clock, op_us)
 
     def ops(
-        self, name: str, alone: float, schedule: _core.Schedule, load: Load
+        self, name: str, alone: float, schedule: _core.Schedule, load: Load, clock: float
     ) -> dict[str, float]:
         """How a part's time is shared out among its ops."""
         stage = name.split(".")[0]
@@ -75,7 +76,7 @@ class Oracle:
         shapes = {"qkv": [(6144, 4096)], "mlp": [(28672, 4096), (4096, 14336)]}[stage]
         gemms = [op for op in OPS[stage] if op.startswith("gemm")]
         times = {
-            op: self.table.product(rows, *shape, width).us
+            op: self.table.product(rows, *shape, width, clock).us
             for op, shape in zip(gemms, shapes, strict=True)
         }
         others = [op for op in OPS[stage] if op not in gemms]
@@ -84,13 +85,18 @@ class Oracle:
 
 
 def profiled(oracle: Oracle) -> OpTable:
-    device = Device("made up", 4, 1, oracle.table.idle_watts)
-    return profile(oracle.measure, llama_8b(), device, GRID, "a test")
+    device = Device("made up", 4, 1, oracle.table.idle_watts, oracle.table.cap_watts)
+    return profile(oracle.measure, llama_8b(), device, GRID, {})
 
 
-def test_a_profile_finds_the_times_that_runs_were_made_with() -> None:
-    oracle = Oracle(made_up_table(pj_per_flop=0.8))
+@pytest.mark.parametrize("cap_watts", [0.0, 200.0])
+def test_a_profile_finds_the_times_that_runs_were_made_with(cap_watts: float) -> None:
+    table = made_up_table(pj_per_flop=0.8, cap_watts=cap_watts)
+    oracle = Oracle(dataclasses.replace(table, energy_exponent=0.8))
     found = profiled(oracle)
+    assert found.cap_watts == pytest.approx(cap_watts, rel=0.01)
+    if cap_watts > 0:
+        assert found.energy_exponent == pytest.approx(0.8, abs=0.05)
     assert oracle.runs == GRID.runs
     model = CostModel(found, llama_8b())
     for load in (Load(256, 512), Load(128, 512), Load(128, 512, 128, 64)):
@@ -103,6 +109,7 @@ def test_a_profile_finds_the_times_that_runs_were_made_with() -> None:
             predicted = model.predict(schedule, load)
             assert predicted.clock_us == pytest.approx(expected.clock_us, rel=0.05)
             assert predicted.joules == pytest.approx(expected.joules, rel=0.1)
+            assert predicted.step_us == pytest.approx(expected.step_us, rel=0.05)
     assert list(found.slowdown.values()) == pytest.approx([1, 1], abs=0.02)
 
 
@@ -112,6 +119,23 @@ def test_a_profile_finds_what_ops_do_to_each_other() -> None:
     found = profiled(oracle).slowdown
     assert found["compute", "memory"] == pytest.approx(1.2, abs=0.06)
     assert found["memory", "compute"] == pytest.approx(1.5, abs=0.06)
+
+
+@pytest.mark.parametrize(("rows", "requests", "context"), [(96, 3, 130), (40, 8, 40), (64, 1, 64)])
+def test_a_cache_is_filled_to_its_last_page(rows: int, requests: int, context: int) -> None:
+    config = _core.EngineConfig(
+        max_num_batched_tokens=rows,
+        max_num_seqs=requests,
+        max_model_len=context,
+        page_size=64,
+        num_pages=11,
+    )
+    written = set()
+    for step, first in filling(config):
+        assert step.rows.sum() <= rows and len(step.rows) <= requests
+        assert set(step.kv_len) == {min(context, 64)}
+        written |= set(range(first, first + step.pages().sum()))
+    assert written == set(range(11))
 
 
 @given(st.lists(st.integers(1, 99), max_size=15, unique=True))
@@ -133,9 +157,9 @@ def test_a_model_that_is_not_dense_is_refused() -> None:
         op_us = {(*name[:2], routed.get(name, name[2])): us for name, us in run.op_us.items()}
         return dataclasses.replace(run, op_us=op_us)
 
-    device = Device("made up", 4, 1, 0.0)
+    device = Device("made up", 4, 1, 0.0, 0.0)
     with pytest.raises(ValueError, match="mlp of this model has no gemm_silu_mul but experts"):
-        profile(measure, llama_8b(), device, GRID, "a test")
+        profile(measure, llama_8b(), device, GRID, {})
 
 
 def test_the_first_layer_is_left_out_of_the_means() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from nanoflow.energy import open_boards
 from nanoflow.errors import EngineError
 
-SAMPLES_PER_SECOND = 10
+SAMPLES_PER_SECOND = 50  # a board counts its energy up about ten times a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,19 @@ class Power:
 
 
 def power(samples: Sequence[Sample], begin: float, end: float) -> Power | None:
-    """Between two times of time.perf_counter; None with fewer than two samples there."""
+    """Between two times of time.perf_counter; None where the energy was not counted up twice there.
+
+    From one such moment to another, for the counter stands still between them.
+    """
     inside = [sample for sample in samples if begin <= sample.time <= end]
-    if len(inside) < 2:
+    counted = [
+        sample
+        for before, sample in itertools.pairwise(samples)
+        if begin <= sample.time <= end and sample.joules != before.joules
+    ]
+    if len(counted) < 2:
         return None
-    first, last = inside[0], inside[-1]
+    first, last = counted[0], counted[-1]
     watts = (last.joules - first.joules) / (last.time - first.time)
     return Power(watts, sum(sample.sm_mhz for sample in inside) / len(inside))
 

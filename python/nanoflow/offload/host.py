@@ -55,9 +55,10 @@ class HostTier:
             slots.append(slot)
         return slots
 
-    def touch(self, keys: Iterable[bytes]) -> None:
-        """Content of these keys, where it is held, has just been used."""
-        for key in keys:
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Content of these keys, where it is held, has just been used. The last goes first: what
+        follows a page is of no use without it."""
+        for key in reversed(keys):
             slot = self._slot_of.get(key)
             if slot is not None and slot in self._held:
                 self._held.move_to_end(slot)

@@ -100,6 +100,7 @@ class Offload:
         """
         if self._ssd is None:
             return True
+        refused = [self._refused.pop(key) for key in keys if key in self._refused]
         wanted = []
         for key in keys:
             if key not in self._host:
@@ -113,7 +114,7 @@ class Offload:
         deadline = perf_counter() + (MOST_READ_SECONDS if compute is None else 2 * compute)
         held = len(self._awaited) + len(self._read_slots)
         if held > 0 and held + len(wanted) > READ_SHARE * self._host.num_slots:
-            self._refused.setdefault(wanted[0], deadline)
+            self._refused[wanted[0]] = min(refused, default=deadline)
             return False
         for key in wanted:
             slot = self._host.reserve(key)
@@ -122,6 +123,7 @@ class Offload:
             self._read_slots.discard(slot)
             self._ssd.read(key, slot)
             self._awaited[key] = deadline
+        self._ssd.touch(wanted)
         return True
 
     def release(self, keys: Sequence[bytes]) -> None:
@@ -198,10 +200,16 @@ class Offload:
         self._write_ahead(self._ssd)
 
     def wait(self, seconds: float) -> None:
-        """Sleeps until something has been read or written."""
-        if self._ssd is not None:
-            for done in self._ssd.wait(seconds):
-                self._take(done)
+        """Sleeps until something has been read or written, or lets those have the room that wait
+        for it, when nothing is being read for those that hold it."""
+        if self._ssd is None:
+            return
+        if self._refused and not self._ssd.num_reading:
+            self._read_slots.clear()
+            self._refused.clear()
+            return
+        for done in self._ssd.wait(seconds):
+            self._take(done)
 
     def forget(self) -> None:
         """Requests from now on find nothing here."""

@@ -122,10 +122,15 @@ class SsdTier:
 
     def read(self, key: bytes, slot: int) -> None:
         """Begins to read a page that is_readable() into a slot that waits for it."""
-        self._entries.move_to_end(key)
         entry = self._entries[key]
         self._reading[key] = entry.place
         self._readers.submit(lambda: self._read(key, entry, slot))
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Pages of these keys have just been used. The last goes first, as from the host."""
+        for key in reversed(keys):
+            if key in self._entries:
+                self._entries.move_to_end(key)
 
     def write(self, pages: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, int]]:
         """Begins to write pages from slots that stay as they are; those for which there is room."""

@@ -23,7 +23,7 @@ TRIAL_SECONDS = 3.0  # of measured steps; a GPU's power and clock have settled b
 SETTLE_STEPS = 8  # of a trial that are not measured: plans are made and graphs captured
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
-STANDING = 3  # at most
+STANDING = 4  # at most: three that were searched, and sequential
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,10 @@ class Chooser:
             )
 
     def _key(self, mix: Mix) -> tuple[int, int, int]:
-        """Of its group, which is there then."""
-        decoding = 4 * mix.decodes // max(1, mix.rows)
-        key = (mix.rows.bit_length(), mix.keys.bit_length(), decoding)
+        """Of its group, which is there then. Full steps have as many rows as a power of two or a
+        few less, and about half of them decode: neither lies at a border of groups."""
+        decoding = round(4 * mix.decodes / max(1, mix.rows))
+        key = (max(0, mix.rows - 1).bit_length(), mix.keys.bit_length(), decoding)
         if key not in self._groups:
             times = {number: self._expected(number, mix) for number in range(len(self.options))}
             limit = NEAR * min(times.values())

@@ -139,9 +139,12 @@ class PrefixCache:
 
     def release(self, slot: int) -> None:
         """A running request is about to give up its pages."""
-        if self.is_on:
-            first = int(self._slots.num_shared[slot])
-            self._filling.difference_update(self._slots.request(slot).page_keys[first:])
+        if not self.is_on:
+            return
+        keys = self._slots.request(slot).page_keys
+        self._filling.difference_update(keys[int(self._slots.num_shared[slot]) :])
+        if self._offload is not None:
+            self._offload.touch(keys)
 
     def register_full_pages(self, step: int) -> None:
         """Lets later steps find the pages that the steps up to this one fill with known tokens."""

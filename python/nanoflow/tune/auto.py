@@ -127,7 +127,7 @@ def _searched(
     path = key.path("searched")
     result = load_result(path, key)
     if result is None:
-        candidates = search(CostModel(table, spec), load, TRIED)
+        candidates = search(CostModel(table, spec), load, TRIED + 1)
         result = {"schedules": [schedule_to_json(c.schedule) for c in candidates]}
         try:
             save_result(path, key, result)

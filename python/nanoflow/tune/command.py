@@ -50,11 +50,11 @@ class _Defaults:
     context: int
     seconds: float
     width_step: int
-    most_widths: int
+    most_widths: int  # those of an eighth to a third of the device, evenly
 
 
 DEFAULTS = {
-    "cuda": _Defaults((256, 512, 768, 1024, 1536, 2048), (256, 512), 768, 2.5, 8, 8),
+    "cuda": _Defaults((256, 512, 768, 1024, 1536, 2048), (256, 512), 768, 4.0, 8, 8),
     "cpu": _Defaults((8, 16, 32), (8, 16), 64, 0.4, 1, 3),
 }
 
@@ -95,6 +95,7 @@ def run_tune(options: argparse.Namespace) -> None:
         engine = _core.Engine(_capacities(grid), weights, sequential)
         default = DEFAULTS[backend.device.partition(":")[0]]
         runner = Runner(engine, spec.vocab_size, telemetry, options.seconds or default.seconds)
+        runner.fill(_capacities(grid))
         tuned = _tune(options, runner, telemetry, backend, spec, grid)
     _report(tuned, grid)
     key = key_of(backend, spec)
@@ -152,12 +153,12 @@ def make_grid(
     pages = int(CACHE_SHARE * backend.free_memory) // (spec.kv_bytes_per_token * PAGE_SIZE)
     fitting = pages // -(-context // PAGE_SIZE)
     decodes = options.decodes or [min(count, fitting) for count in default.decodes]
-    widths = options.widths or memory_widths(backend.width, default.width_step)
+    widths = options.widths or default_widths(backend.width, default)
     grid = Grid(
         rows=sorted(set(options.rows or default.rows)),
         decodes=sorted(set(decodes)),
         context=context,
-        widths=sorted(set(widths))[: default.most_widths] if not options.widths else sorted(widths),
+        widths=sorted(set(widths)),
     )
     if grid.rows[0] < 1 or grid.decodes[0] < 1:
         raise ValueError(f"rows {grid.rows} and decodes {grid.decodes} must be at least 1")
@@ -166,6 +167,13 @@ def make_grid(
             raise ValueError(f"--widths {width} must be below the device's {backend.width}")
     grid.full.check(positions)
     return grid
+
+
+def default_widths(width: int, default: _Defaults) -> list[int]:
+    possible = memory_widths(width, default.width_step)
+    likely = [one for one in possible if width <= 8 * one and 3 * one <= width] or possible
+    count = min(len(likely), default.most_widths)
+    return [likely[i * len(likely) // count] for i in range(count)]
 
 
 def _capacities(grid: Grid) -> _core.EngineConfig:
@@ -191,8 +199,10 @@ def _tune(
             return run
 
         step = DEFAULTS[backend.device.partition(":")[0]].width_step
-        device = Device(device_name(backend), backend.width, step, _idle_watts(telemetry))
-        table = profile(measure, spec, device, grid, environment.command_line())
+        limit = float(telemetry.board.get("power_limit_watts", 0.0))
+        idle = _idle_watts(telemetry)
+        device = Device(device_name(backend), backend.width, step, idle, limit)
+        table = profile(measure, spec, device, grid, _origin(telemetry))
         if options.table is not None:
             save_table(table, options.table)  # should what follows fail
         candidates = search(CostModel(table, spec), load_of(grid.full), options.candidates)
@@ -204,6 +214,14 @@ def _tune(
         for r in results
     )
     return Tuned(replace(table, steps=steps), results)
+
+
+def _origin(telemetry: Telemetry) -> dict[str, str]:
+    origin = {"command": environment.command_line()}
+    if "driver" in telemetry.board:
+        origin["driver"] = str(telemetry.board["driver"])
+    commit = environment.commit()
+    return origin if commit is None else {**origin, "commit": commit}
 
 
 def _idle_watts(telemetry: Telemetry) -> float:

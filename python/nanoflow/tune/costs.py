@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from nanoflow._core import Schedule
 from nanoflow.tune.program import Program, parts_of, program_of
-from nanoflow.tune.simulate import Cost, LaneWidths, Steady, steady
+from nanoflow.tune.simulate import Cost, LaneWidths, steady
 from nanoflow.tune.table import OpTable
 
 _SHAPE = (
@@ -23,6 +22,11 @@ _SHAPE = (
     "vocab_size",
     "dtype",
 )
+# Of the full clock. A step is simulated at both; between them its time is on a straight line over
+# the length of a cycle.
+_LOW_CLOCK = 0.7
+_LEAST_CLOCK = 0.01
+_HALVINGS = 30  # of what is between the least and the full one
 
 
 class Spec(Protocol):
@@ -77,9 +81,19 @@ class Prediction:
     layer_us: float  # of a layer in the middle
     clock_us: float  # what the step would take at full clock; less where power is what limits
     joules: float  # above idle
+    clock: float = 1.0  # of the full one: as high as power lets it be
 
     def tokens_per_second(self, load: Load) -> float:
         return load.rows / self.step_us * 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """At one clock."""
+
+    us: float
+    layer_us: float
+    joules: float
 
 
 class CostModel:
@@ -90,29 +104,32 @@ class CostModel:
         self.spec = spec
         self._interference = LaneWidths(table.slowdown)
         self._bytes = 4 if spec.dtype == "float32" else 2
-        self._memo: dict[tuple[str, float, int, Load], Cost] = {}
+        self._memo: dict[tuple[str, float, int, Load, float], Cost] = {}
 
-    def stage(self, stage: str, share: float, width: int, load: Load) -> Cost:
-        """Of a nano-batch with this share of the step's rows and keys, on a lane of this width."""
-        key = (stage, share, width, load)
+    def stage(self, stage: str, share: float, width: int, load: Load, clock: float = 1.0) -> Cost:
+        """Of a nano-batch with this share of the step's rows and keys, on a lane of this width.
+
+        `clock`, here and below: of the full one.
+        """
+        key = (stage, share, width, load, clock)
         if key not in self._memo:
-            self._memo[key] = self._stage(stage, share, width, load)
+            self._memo[key] = self._stage(*key)
         return self._memo[key]
 
-    def costs(self, schedule: Schedule, load: Load) -> list[Cost]:
+    def costs(self, schedule: Schedule, load: Load, clock: float = 1.0) -> list[Cost]:
         """Of the tasks of `program_of(schedule)`."""
         bounds = [0.0, *schedule.cuts(), 1.0]
         costs = []
         for part in parts_of(schedule):
             lane = schedule.lanes[schedule.lane_of(part.stage, part.number)]
             share = bounds[part.end] - bounds[part.begin]
-            costs.append(self.stage(part.stage, share, lane.width, load))
+            costs.append(self.stage(part.stage, share, lane.width, load, clock))
         return costs
 
-    def head(self, schedule: Schedule, load: Load) -> Cost:
+    def head(self, schedule: Schedule, load: Load, clock: float = 1.0) -> Cost:
         width = schedule.lanes[schedule.lane_of("head", 0)].width
         return self.table.product(
-            max(1, load.decodes), self.spec.vocab_size, self.spec.hidden_size, width
+            max(1, load.decodes), self.spec.vocab_size, self.spec.hidden_size, width, clock
         )
 
     def predict(self, schedule: Schedule, load: Load, program: Program | None = None) -> Prediction:
@@ -120,43 +137,59 @@ class CostModel:
 
         `program` stands for the schedule's own, with another order.
         """
-        costs = self.costs(schedule, load)
-        found = steady(program or program_of(schedule), costs, self._interference)
-        return self._predict(found, costs, self.head(schedule, load))
+        program = program or program_of(schedule)
+        full = self._step(schedule, load, program, 1.0)
+        if self.table.lets_through(full.us, full.joules):
+            return Prediction(full.us, full.layer_us, full.us, full.joules)
+        low = self._step(schedule, load, program, _LOW_CLOCK)
 
-    def _predict(self, found: Steady, costs: Sequence[Cost], head: Cost) -> Prediction:
-        layers = self.spec.num_layers
-        clock_us = found.layers_us(layers) + head.us
+        def at(clock: float) -> _Step:
+            part = (1 / clock - 1) / (1 / _LOW_CLOCK - 1)
+            return _Step(
+                full.us + (low.us - full.us) * part,
+                full.layer_us + (low.layer_us - full.layer_us) * part,
+                full.joules * clock**self.table.energy_exponent,
+            )
+
+        below, above = _LEAST_CLOCK, 1.0
+        for _ in range(_HALVINGS):
+            clock = (below + above) / 2
+            step = at(clock)
+            if self.table.lets_through(step.us, step.joules):
+                below = clock
+            else:
+                above = clock
+        step = at(below)
+        return Prediction(step.us, step.layer_us, full.us, step.joules, below)
+
+    def _step(self, schedule: Schedule, load: Load, program: Program, clock: float) -> _Step:
+        costs = self.costs(schedule, load, clock)
+        head = self.head(schedule, load, clock)
+        found, layers = steady(program, costs, self._interference), self.spec.num_layers
         joules = sum(cost.joules for cost in costs) * layers + head.joules
-        layer_joules = sum(cost.joules for cost in costs)
-        return Prediction(
-            step_us=self.table.sustained_us(clock_us, joules),
-            layer_us=self.table.sustained_us(found.period_us, layer_joules),
-            clock_us=clock_us,
-            joules=joules,
-        )
+        return _Step(found.layers_us(layers) + head.us, found.period_us, joules)
 
-    def _stage(self, stage: str, share: float, width: int, load: Load) -> Cost:
+    def _stage(self, stage: str, share: float, width: int, load: Load, clock: float) -> Cost:
         spec, table = self.spec, self.table
         hidden = spec.hidden_size
         heads = spec.num_heads * spec.head_dim
         qkv = heads + 2 * spec.num_kv_heads * spec.head_dim
         rows = max(1, round(share * load.rows))
         row_bytes = rows * self._bytes
-        norm = table.row_work(2 * row_bytes * hidden, width)
+        norm = table.row_work(2 * row_bytes * hidden, width, clock)
         if stage == "qkv":
-            rotation = table.row_work(2 * row_bytes * qkv, width)
-            return _sum(norm, table.product(rows, qkv, hidden, width), rotation)
+            rotation = table.row_work(2 * row_bytes * qkv, width, clock)
+            return _sum(norm, table.product(rows, qkv, hidden, width, clock), rotation)
         if stage == "o":
-            return table.product(rows, hidden, heads, width)
+            return table.product(rows, hidden, heads, width, clock)
         if stage == "mlp":
-            return _sum(norm, self._mlp(rows, width))
+            return _sum(norm, self._mlp(rows, width, clock))
         keys = 2 * spec.num_kv_heads * spec.head_dim * self._bytes
         read = share * load.decodes * load.context * keys
         flops = 4 * share * load.prefill_rows * load.prefill_context * heads
-        return table.attention(read, flops, width)
+        return table.attention(read, flops, width, clock)
 
-    def _mlp(self, rows: int, width: int) -> Cost:
+    def _mlp(self, rows: int, width: int, clock: float) -> Cost:
         """With experts, those that rows reach multiply one after another, each an equal share."""
         spec, table = self.spec, self.table
         hidden, wide = spec.hidden_size, spec.intermediate_size
@@ -165,11 +198,12 @@ class CostModel:
         if spec.num_experts > 0:
             pairs = rows * spec.experts_per_token
             reached = min(spec.num_experts, pairs)
-            moved = [table.row_work(4 * pairs * hidden * self._bytes, width)]  # out, and back again
+            out_and_back = 4 * pairs * hidden * self._bytes
+            moved = [table.row_work(out_and_back, width, clock)]
         share = max(1, round(pairs / reached))
         products = (
-            table.product(share, 2 * wide, hidden, width),
-            table.product(share, hidden, wide, width),
+            table.product(share, 2 * wide, hidden, width, clock),
+            table.product(share, hidden, wide, width, clock),
         )
         return _sum(*moved, *(Cost(p.us * reached, p.joules * reached) for p in products))
 

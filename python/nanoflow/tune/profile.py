@@ -2,14 +2,17 @@
 
 Products and attention are timed alone, on lanes that part the device between them: a step that is
 not cut runs one after the other, whatever lanes it uses. What they do to each other is seen in
-steps of two halves in ping-pong. The energy of attention is what a step of decodes takes beyond a
-step of as many prompt rows.
+steps of two halves in ping-pong, which do the same work at several clocks and so show what the
+clock does to its energy. The energy of attention is what a step of decodes takes beyond a step of
+as many prompt rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import exp, log
+from statistics import linear_regression, mean
 
 from nanoflow import _core
 from nanoflow.mixed_step import StepMix, deal_step
@@ -22,6 +25,8 @@ from nanoflow.tune.table import Entry, OpTable, Product
 
 Measure = Callable[[_core.Schedule, StepMix], Run]
 STAGES_OF_PRODUCTS = ("qkv", "o", "mlp")
+_THROTTLED = 0.97  # of the full clock: below it the power limit is what counts
+_EXPONENT = 1.0  # of the clock, in the energy of the same work, where steps do not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +86,17 @@ class Device:
     width: int
     width_step: int
     idle_watts: float
+    limit_watts: float  # 0: none is known
 
 
-def profile(measure: Measure, spec: Spec, device: Device, grid: Grid, origin: str) -> OpTable:
+def profile(
+    measure: Measure, spec: Spec, device: Device, grid: Grid, origin: Mapping[str, str]
+) -> OpTable:
     """Runs the grid. Raises EngineError on widths that the device does not have, ValueError on a
     model whose layers are not dense."""
     profiler = _Profiler(spec)
     runs: list[Run] = []
-    decodes: list[tuple[StepMix, int, Run]] = []  # width of attention
+    whole: list[tuple[StepMix, Run]] = []  # decodes on all of the device
     sequential = built_in_schedule("sequential", device.width)
     for mix in grid.prefills:
         runs.append(run := measure(sequential, mix))
@@ -97,23 +105,26 @@ def profile(measure: Measure, spec: Spec, device: Device, grid: Grid, origin: st
     for mix in grid.decode_steps:
         runs.append(run := measure(sequential, mix))
         profiler.add_head(run, mix, device.width)
-        decodes.append((mix, device.width, run))
+        whole.append((mix, run))
     for width in grid.widths:
         apart = parted((1, 1, 1, 1), 0.5, width, device.width)
         for mix in grid.decode_steps:
             runs.append(run := measure(apart, mix))
             profiler.add_products(run, mix, device.width - width)
-            decodes.append((mix, width, run))
+            profiler.add_decode(run, mix, width, run.watts)
         runs.append(run := measure(apart, grid.prefills[-1]))
         profiler.add_products(run, grid.prefills[-1], device.width - width)
         profiler.add_prefill(run, grid.prefills[-1], width)
+    pairs = [(width, measure(ping_pong(width, device.width), grid.full)) for width in grid.widths]
+    runs += [run for _, run in pairs]
+    max_mhz = max(run.mhz for run in runs)
     table = OpTable(
         device=device.name,
         width=device.width,
         width_step=device.width_step,
         idle_watts=device.idle_watts,
-        cap_watts=max(run.watts for run in runs),
-        max_mhz=max(run.mhz for run in runs),
+        cap_watts=_cap_watts(runs, max_mhz, device.limit_watts),
+        max_mhz=max_mhz,
         products=tuple(
             Product(features, depth, tuple(entries))
             for (features, depth), entries in profiler.found.products.items()
@@ -121,10 +132,12 @@ def profile(measure: Measure, spec: Spec, device: Device, grid: Grid, origin: st
         decode=(),
         prefill=tuple(profiler.found.prefill),
         rows=tuple(profiler.found.rows),
-        origin={"command": origin},
+        origin=origin,
+        energy_exponent=_energy_exponent([run for _, run in pairs], device.idle_watts),
     )
-    table = replace(table, decode=tuple(profiler.decode_entry(table, *one) for one in decodes))
-    pairs = [(width, measure(ping_pong(width, device.width), grid.full)) for width in grid.widths]
+    for mix, run in whole:
+        profiler.add_decode(run, mix, device.width, profiler.watts_of_decode(table, mix, run))
+    table = replace(table, decode=tuple(profiler.found.decode))
     return replace(table, slowdown=_slowdown(table, spec, grid.full, pairs))
 
 
@@ -173,20 +186,23 @@ class _Profiler:
         us = run.op_us["attn", 0, "attention"]
         self.found.prefill.append(Entry(flops, width, us, run.watts, run.mhz))
 
-    def decode_entry(self, table: OpTable, mix: StepMix, width: int, run: Run) -> Entry:
-        """Attention does not stretch with the clock where memory is what it waits for; a lower one
-        is therefore not taken off."""
-        model, load = CostModel(table, self._spec), load_of(mix)
-        layers = self._spec.num_layers
-        rest = sum(
-            model.stage(stage, 1.0, table.width, load).joules for stage in STAGES_OF_PRODUCTS
-        )
-        rest = rest * layers + model.head(built_in_schedule("sequential", table.width), load).joules
-        us = run.op_us["attn", 0, "attention"]
-        own = run.joules - table.idle_watts * run.us * 1e-6 - rest
-        watts = table.idle_watts + max(0.0, own) / layers / us * 1e6
+    def add_decode(self, run: Run, mix: StepMix, width: int, watts: float) -> None:
         read = 2 * mix.decodes * mix.context * self._spec.num_kv_heads * self._spec.head_dim
-        return Entry(read * self._bytes, width, us, watts, table.max_mhz)
+        us = run.op_us["attn", 0, "attention"]
+        self.found.decode.append(Entry(read * self._bytes, width, us, watts, run.mhz))
+
+    def watts_of_decode(self, table: OpTable, mix: StepMix, run: Run) -> float:
+        """While attention runs on all of the device: what a step takes beyond all else in it."""
+        model, load = CostModel(table, self._spec), load_of(mix)
+        clock, layers = _clock(run, table.max_mhz), self._spec.num_layers
+        rest = sum(
+            model.stage(stage, 1.0, table.width, load, clock).joules for stage in STAGES_OF_PRODUCTS
+        )
+        sequential = built_in_schedule("sequential", table.width)
+        rest = rest * layers + model.head(sequential, load, clock).joules
+        own = run.joules - table.idle_watts * run.us * 1e-6 - rest
+        us = run.op_us["attn", 0, "attention"]
+        return table.idle_watts + max(0.0, own) / layers / us * 1e6
 
     def _add_product(
         self, run: Run, us: float, shape: tuple[int, int], rows: int, width: int
@@ -195,11 +211,36 @@ class _Profiler:
         self.found.products.setdefault(shape, []).append(entry)
 
 
+def _clock(run: Run, max_mhz: float) -> float:
+    return run.mhz / max_mhz if max_mhz else 1.0
+
+
+def _cap_watts(runs: Sequence[Run], max_mhz: float, limit: float) -> float:
+    """What the device takes at its limit, in the mean: a little less than that."""
+    capped = [run.watts for run in runs if run.mhz < _THROTTLED * max_mhz]
+    return min(limit, mean(capped)) if capped else limit
+
+
+def _energy_exponent(runs: Sequence[Run], idle_watts: float) -> float:
+    """Of the clock, in what the same work takes above idle. Energy goes with the square of the
+    voltage, which falls with the clock, but not as far: more than 2 is an error of measurement."""
+    points = [
+        (log(run.mhz), log(run.joules - idle_watts * run.us * 1e-6))
+        for run in runs
+        if run.mhz > 0 and run.watts > idle_watts
+    ]
+    clocks = [clock for clock, _ in points]
+    if not points or exp(max(clocks) - min(clocks)) * _THROTTLED < 1:
+        return _EXPONENT
+    slope, _ = linear_regression(clocks, [joules for _, joules in points])
+    return min(2.0, max(0.0, slope))
+
+
 def _slowdown(
     table: OpTable, spec: Spec, mix: StepMix, pairs: Sequence[tuple[int, Run]]
 ) -> dict[tuple[str, str], float]:
-    """Mean over pairs of widths: what ops take beside each other over what they take alone, both
-    at full clock.
+    """Mean over pairs of widths: what ops take beside each other over what they take alone at the
+    same clock. Below 1 where at a lower clock memory answers in fewer cycles than it did alone.
 
     All of a shorter attention is beside products, but only as much of them is beside it.
     """
@@ -213,7 +254,7 @@ def _slowdown(
     for width, run in pairs:
         schedule = ping_pong(width, table.width)
         alone, beside = {"attn": 0.0, "rest": 0.0}, {"attn": 0.0, "rest": 0.0}
-        costs = model.costs(schedule, load)
+        costs = model.costs(schedule, load, _clock(run, table.max_mhz))
         for part, cost in zip(parts_of(schedule), costs, strict=True):
             kind = "attn" if part.stage == "attn" else "rest"
             alone[kind] += cost.us
@@ -222,9 +263,8 @@ def _slowdown(
                 for (stage, number, _), us in run.op_us.items()
                 if (stage, number) == (part.stage, part.number)
             )
-        clock = run.mhz / table.max_mhz if table.max_mhz else 1.0
-        factors["memory", "compute"].append(max(1.0, beside["attn"] / alone["attn"]))
-        shared = min(beside["attn"], beside["rest"]) * clock
-        lost = min(max(0.0, beside["rest"] * clock - alone["rest"]), 0.8 * shared)
+        factors["memory", "compute"].append(beside["attn"] / alone["attn"])
+        shared = min(beside["attn"], beside["rest"])
+        lost = min(beside["rest"] - alone["rest"], 0.8 * shared)
         factors["compute", "memory"].append(shared / (shared - lost))
-    return {pair: sum(found) / len(found) for pair, found in factors.items()}
+    return {pair: mean(found) for pair, found in factors.items()}

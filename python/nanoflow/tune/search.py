@@ -24,7 +24,7 @@ _ROWS = 64  # the first cut falls on a multiple: what a bucket of rows is made o
 _CUTS = (0.35, 0.65)  # between which it is moved
 _FINALISTS = 6  # structures whose orders are improved
 _ORDERS = 60  # evaluated for each of them
-_CLOCK_WEIGHT = 0.05  # at the power cap, what would end sooner at full clock runs at a lower one
+_NEAR = 1.1  # times what the fastest takes: as far as predictions may be wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +40,46 @@ class _Structure:
 
 
 def search(model: CostModel, load: Load, count: int = 5) -> list[Candidate]:
-    """The `count` best, the fastest first, no two of them of one structure. Sequential is among
-    them, last if nowhere else."""
+    """The `count` best, the fastest first: the best one of each width of the lane of attention, as
+    far as those come near the fastest, then of each structure. Sequential is among them, last if
+    nowhere else."""
     width = model.table.width
     sequential = _candidate(model, built_in_schedule("sequential", width), load)
     found: list[tuple[float, _Structure, int]] = []
     for structure in _structures():
-        for memory in memory_widths(width, model.table.width_step):
+        for memory in memory_widths(width, model.table.width_step)[::2]:  # all, for the best ones
             schedule = _schedule(structure, 0.5, memory, width)
             if schedule is not None:
-                found.append((_value(model.predict(schedule, load)), structure, memory))
+                found.append((model.predict(schedule, load).step_us, structure, memory))
     found.sort(key=lambda item: item[0])
-    candidates = [sequential]
+    candidates: dict[tuple[tuple[int, ...], int], Candidate] = {}  # by structure and width
     seen: set[tuple[int, ...]] = set()
     for _, structure, memory in found:
         if structure.counts not in seen and len(seen) < _FINALISTS:
             seen.add(structure.counts)
-            candidates.append(_improved(model, load, structure, memory))
-    candidates.sort(key=lambda candidate: _value(candidate.prediction))
-    best = candidates[:count]
-    return best if sequential in best else [*best[: count - 1], sequential]
+            for at, candidate in _improved(model, load, structure, memory).items():
+                candidates[structure.counts, at] = candidate
+    best = _varied(candidates, count - 1)
+    return sorted([*best, sequential], key=_rank)
+
+
+def _varied(
+    candidates: Mapping[tuple[tuple[int, ...], int], Candidate], count: int
+) -> list[Candidate]:
+    ranked = sorted(candidates, key=lambda key: _rank(candidates[key]))
+    limit = _NEAR * _rank(candidates[ranked[0]]) if ranked else 0.0
+    near = [key for key in ranked if _rank(candidates[key]) <= limit]
+    of_width = list({at: (counts, at) for counts, at in reversed(near)}.values())
+    of_structure = list({counts: (counts, at) for counts, at in reversed(ranked)}.values())
+    order = [key for group in (of_width, of_structure) for key in sorted(group, key=ranked.index)]
+    return [candidates[key] for key in list(dict.fromkeys(order))[:count]]
 
 
 def memory_widths(width: int, step: int) -> list[int]:
-    """Of the lane of attention: multiples of `step`, half of the device at most."""
-    return list(range(step, max(step, width // 2) + 1, step)) if width >= 2 * step else []
+    """Of the lane of attention, from `step` to half of the device. It or the rest of the device is
+    a multiple of `step`: a GPU parts its SMs in groups and leaves the remainder to one lane."""
+    widths = range(step, max(step, width // 2) + 1) if width >= 2 * step else []
+    return [one for one in widths if one % step == 0 or (width - one) % step == 0]
 
 
 def _structures() -> Iterator[_Structure]:
@@ -74,36 +89,37 @@ def _structures() -> Iterator[_Structure]:
             yield _Structure(counts, starts=True)
 
 
-def _improved(model: CostModel, load: Load, structure: _Structure, memory: int) -> Candidate:
-    """The structure with the best order found, and then the best widths and cut for that."""
+def _improved(
+    model: CostModel, load: Load, structure: _Structure, memory: int
+) -> dict[int, Candidate]:
+    """The structure with the best order found, on lanes of all widths with the best cut for the
+    best of them."""
     table = model.table
     start = _schedule(structure, 0.5, memory, table.width)
     assert start is not None
     program, _ = improve(
-        program_of(start), lambda p: _value(model.predict(start, load, p)), _ORDERS
+        program_of(start), lambda p: model.predict(start, load, p).step_us, _ORDERS
     )
 
     def build(settings: Mapping[str, float]) -> Schedule:
         schedule = parted(structure.counts, settings["cut"], round(settings["memory"]), table.width)
         return ordered(schedule, program)
 
+    widths = memory_widths(table.width, table.width_step)
     settings, _ = descend(
         {"cut": 0.5, "memory": float(memory)},
-        {
-            "memory": [float(w) for w in memory_widths(table.width, table.width_step)],
-            "cut": _first_cuts(load.rows),
-        },
-        lambda settings: _value(model.predict(build(settings), load)),
+        {"memory": [float(w) for w in widths], "cut": _first_cuts(load.rows)},
+        lambda settings: model.predict(build(settings), load).step_us,
     )
-    return _candidate(model, build(settings), load)
+    return {w: _candidate(model, build({**settings, "memory": w}), load) for w in widths}
 
 
 def _candidate(model: CostModel, schedule: Schedule, load: Load) -> Candidate:
     return Candidate(schedule, model.predict(schedule, load))
 
 
-def _value(prediction: Prediction) -> float:
-    return prediction.step_us + _CLOCK_WEIGHT * prediction.clock_us
+def _rank(candidate: Candidate) -> float:
+    return candidate.prediction.step_us
 
 
 def _first_cuts(rows: int) -> list[float]:

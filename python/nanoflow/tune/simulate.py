@@ -23,7 +23,7 @@ _SETTLED = 3  # periods that the steady state is the mean of
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a task alone on its lane, at full clock."""
+    """Of a task alone on its lane."""
 
     us: float
     joules: float = 0.0  # above idle

@@ -1,10 +1,13 @@
 """What ops take on one device, alone and sustained: measured by `nanoflow tune`, kept as JSON.
 
 A GPU under load sits at its power cap with its clock lowered, so every entry says at which power
-and clock it was measured. From these come the time at full clock, which stretches with the clock,
-and the energy above idle, which the cap is shared out of. A product on a part of the device takes
-the energy that it takes on all of it: the same is switched. (Alone there it runs at a higher clock,
-where more is lost; beside other work it does not.)
+and clock it was measured. From these come, at any clock,
+
+- the time: of what computes it stretches as the clock falls, of what waits for memory it does not;
+- the energy above idle, which the cap is shared out of: at a lower clock the voltage is lower, so
+  the same work takes less, by a power of the clock.
+
+An op on a part of the device takes the energy that it takes on all of it: the same is switched.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class OpTable:
     width: int
     width_step: int  # lanes are as wide as multiples of it
     idle_watts: float
-    cap_watts: float  # 0: nothing limits the clock
+    cap_watts: float  # what the device takes when its limit lowers the clock; 0: nothing does
     max_mhz: float
     products: tuple[Product, ...]
     decode: tuple[Entry, ...]  # by bytes of keys and values read
@@ -69,70 +72,94 @@ class OpTable:
     slowdown: Mapping[tuple[str, str], float] = field(default_factory=dict)  # see LaneWidths
     steps: tuple[MeasuredStep, ...] = ()  # with these kernels: what predictions are held against
     origin: Mapping[str, str] = field(default_factory=dict)  # how it was measured
+    energy_exponent: float = 0.0  # the same work takes joules in proportion to the clock to this
 
-    def product(self, rows: int, features: int, depth: int, width: int) -> Cost:
-        """By the measured shape most like this one, in proportion to their weights."""
+    def product(self, rows: int, features: int, depth: int, width: int, clock: float = 1.0) -> Cost:
+        """By the measured shape most like this one, in proportion to their weights.
+
+        `clock`, here and below: of the full one.
+        """
 
         def unlike(product: Product) -> float:
             return _ratio(product.features, features) * _ratio(product.depth, depth)
 
         nearest = min(self.products, key=unlike)
         scale = features * depth / (nearest.features * nearest.depth)
-        return self._cost(nearest.entries, rows, width, "compute", scale=scale)
+        us, joules = self._computed(nearest.entries, rows, width, clock)
+        return Cost(us * scale, joules * scale, "compute")
 
-    def attention(self, kv_bytes: float, flops: float, width: int) -> Cost:
+    def attention(self, kv_bytes: float, flops: float, width: int, clock: float = 1.0) -> Cost:
         """Of decodes that read so many bytes, and prompts of so many FLOPs, one after the other."""
-        parts = [
-            self._cost(entries, size, width, "memory", floor_us=_LAUNCH_US)
-            for entries, size in ((self.decode, kv_bytes), (self.prefill, flops))
-            if size > 0
-        ]
-        return Cost(sum(p.us for p in parts), sum(p.joules for p in parts), "memory")
+        us = joules = 0.0
+        if kv_bytes > 0:
+            us, joules = self._read(kv_bytes, width, clock)
+        if flops > 0:
+            more = self._computed(self.prefill, flops, width, clock, floor_us=_LAUNCH_US)
+            us, joules = us + more[0], joules + more[1]
+        return Cost(us, joules, "memory")
 
-    def row_work(self, moved: float, width: int) -> Cost:
-        return self._cost(self.rows, moved, width, "compute", floor_us=_LAUNCH_US)
+    def row_work(self, moved: float, width: int, clock: float = 1.0) -> Cost:
+        us, joules = self._computed(self.rows, moved, width, clock, floor_us=_LAUNCH_US)
+        return Cost(us, joules, "compute")
 
-    def sustained_us(self, us: float, joules: float) -> float:
-        """Of work that takes `us` at full clock and so many joules above idle: the cap lets no
-        more than its power through."""
+    def lets_through(self, us: float, joules: float) -> bool:
+        """Whether the cap leaves the clock to work of so many joules above idle in that time."""
         if self.cap_watts <= self.idle_watts:
-            return us
-        return max(us, joules * 1e6 / (self.cap_watts - self.idle_watts))
+            return True
+        return joules * 1e6 <= us * (self.cap_watts - self.idle_watts)
 
-    def _cost(
+    def _computed(
         self,
         entries: Sequence[Entry],
         size: float,
         width: int,
-        kind: str,
+        clock: float,
         *,
-        scale: float = 1.0,
         floor_us: float | None = None,
-    ) -> Cost:
+    ) -> tuple[float, float]:
+        """µs and joules of what stretches as the clock falls."""
         points = [
             (at, *self._at_size([e for e in entries if e.width == at], size, floor_us))
             for at in sorted({entry.width for entry in entries})
         ]
-        us, joules = _between(points, width)
-        if kind == "compute":
-            joules = points[-1][2]
+        us, _ = _between(points, width)
+        joules = points[-1][2]
         if width < points[0][0]:  # narrower than measured: time in proportion
             us *= points[0][0] / width
-        return Cost(us * scale, joules * scale, kind)
+        return us / clock, joules * clock**self.energy_exponent
+
+    def _read(self, size: float, width: int, clock: float) -> tuple[float, float]:
+        """µs and joules of decodes. On all of the device they wait for memory, at any clock. On a
+        part of it each SM takes so many bytes a cycle at most: what the narrowest lanes show."""
+        widths = sorted({entry.width for entry in self.decode})
+        whole = [entry for entry in self.decode if entry.width == widths[-1]]
+        memory_us, joules = self._at_size(whole, size, _LAUNCH_US, stretches=False)
+        busy = [  # SMs x µs at full clock
+            at * self._at_size([e for e in self.decode if e.width == at], size, _LAUNCH_US)[0]
+            for at in widths[:-1]
+            if at <= max(width, widths[0])
+        ]
+        if not busy:
+            return memory_us * max(1.0, widths[-1] / width), joules * clock**self.energy_exponent
+        us = max(memory_us, min(busy) / (width * clock))
+        return us, joules * clock**self.energy_exponent
 
     def _at_size(
-        self, entries: Iterable[Entry], size: float, floor_us: float | None
+        self,
+        entries: Iterable[Entry],
+        size: float,
+        floor_us: float | None,
+        *,
+        stretches: bool = True,
     ) -> tuple[float, float]:
-        """µs at full clock and joules. Above what was measured both grow in proportion; below, they
+        """µs and joules at full clock. Above what was measured both grow in proportion; below, they
         go down to a floor, or stay where there is none: few rows read all weights too."""
-        points = sorted(
-            (
-                e.size,
-                e.us * (e.mhz / self.max_mhz if self.max_mhz else 1.0),
-                (e.watts - self.idle_watts) * e.us * 1e-6,
-            )
-            for e in entries
-        )
+        points = []
+        for e in entries:
+            clock = e.mhz / self.max_mhz if self.max_mhz else 1.0
+            joules = (e.watts - self.idle_watts) * e.us * 1e-6 / clock**self.energy_exponent
+            points.append((e.size, e.us * clock if stretches else e.us, joules))
+        points.sort()
         if floor_us is not None:
             points.insert(0, (0.0, floor_us, 0.0))
         us, joules = _between(points, size)
