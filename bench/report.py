@@ -1,27 +1,31 @@
-"""Print the results tables of README.md from the JSON files under bench/results.
+"""Makes the tables of README.md and bench/results/README.md from the JSON files under bench/results.
 
-python bench/report.py            # print it
-python bench/report.py --update   # and put it into README.md
+python bench/report.py            # print README.md's
+python bench/report.py --update   # and put both in their places
+
+README.md has what matters most; the other everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("bench/results")
-CPU = RESULTS / "cpu"
 BEGIN = "<!-- results: python bench/report.py -->\n"
 END = "<!-- end of results -->\n"
+USUAL = ("sequential", "nano")  # schedules with columns of their own
 
 Result = Mapping[str, Any]
+Rows = list[tuple[str, str]]
 
 
-def throughput_rows(result: Result) -> list[tuple[str, str]]:
+def throughput_rows(result: Result) -> Rows:
     load = (
         f"{result['num_requests']} requests, {result['input_len']} tokens in, "
         f"{result['output_len']} out"
@@ -32,7 +36,7 @@ def throughput_rows(result: Result) -> list[tuple[str, str]]:
     ] + [("best nanoflow beside best transformers", f"{result['ratio']:.2f} times")]
 
 
-def overhead_rows(result: Result) -> list[tuple[str, str]]:
+def overhead_rows(result: Result) -> Rows:
     return [
         (
             f"scheduler's work on a step of {row['running']} running requests, "
@@ -43,12 +47,12 @@ def overhead_rows(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def cold_start_rows(result: Result) -> list[tuple[str, str]]:
+def cold_start_rows(result: Result) -> Rows:
     median = result["median_seconds"]
     return [("process start to first token, files cached", f"{median['total']:.2f} s")]
 
 
-def compare_rows(result: Result) -> list[tuple[str, str]]:
+def compare_rows(result: Result) -> Rows:
     load = (
         f"{result['num_requests']} requests, {result['mean_input_len']:.0f} tokens in, "
         f"{result['mean_output_len']:.0f} out, each in its own environment"
@@ -62,21 +66,24 @@ def compare_rows(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def round_rows(result: Result) -> list[tuple[str, str]]:
+def round_rows(result: Result) -> Rows:
     load = f"{result['conversations']} conversations of {result['rounds']} rounds"
     cost = result.get("without_reuse")
     rows = [
         (
             f"{load}, tiers of the KV cache: {row['mode']}",
             f"{row['prefill_tokens_computed']:,} prompt tokens computed, "
-            f"{row['cpu_seconds']:.0f} s of CPU time",
+            f"{row['total_tokens_per_second']:,.0f} total tok/s, {row['cpu_seconds']:.0f} s of CPU",
         )
         for row in result["results"]
     ]
     if cost is not None:
         what = f"beside none, {cost['requests']} requests with nothing in common"
         for mode in sorted(cost.keys() - {"requests"}):
-            rows.append((f"{mode} {what}", f"{cost[mode]['cpu_seconds_added']:+.1%} CPU time"))
+            one = cost[mode]
+            on_cpu = f"{one['cpu_seconds_added']:+.1%} CPU time"
+            lost = f"{-one['lost']:+.1%} throughput"
+            rows.append((f"{mode} {what}", on_cpu if "gpu" not in result else lost))
     return rows
 
 
@@ -92,30 +99,33 @@ def rate_and_share(engine: Result) -> str:
     return f"{engine['total_tok_s']:.0f} total tok/s{peak}"
 
 
-# The rows of each file, as far as it is there.
-ROWS: Mapping[str, Callable[[Result], list[tuple[str, str]]]] = {
+# The rows of each file, as far as a folder has it.
+ROWS: Mapping[str, Callable[[Result], Rows]] = {
     "compare.json": compare_rows,
     "transformers.json": throughput_rows,
     "cold_start.json": cold_start_rows,
     "scheduler_overhead.json": overhead_rows,
     "multi_round.json": round_rows,
+    "without_reuse.json": round_rows,
 }
+HIGHLIGHTS = ("cpu/compare.json", "h200/cold_start.json", "h200/multi_round.json")
 
 
-def cpu_table(root: Path) -> str:
-    """With what it was measured on and the command behind every row."""
-    lines = ["| what | result | JSON, command |", "| --- | --- | --- |"]
-    devices = {}
-    for name, rows_of in ROWS.items():
-        if not (root / CPU / name).exists():
-            continue
-        result = json.loads((root / CPU / name).read_text())
-        devices[result["device"]] = None
-        source = f"[{name}]({CPU / name}), `{result['command']}`"
-        for what, value in rows_of(result):
+def others(root: Path, names: Sequence[str] | None = None) -> str:
+    """A row for each of their results, with what it was measured on. None: of all files."""
+    paths = sorted((root / RESULTS).glob("*/*.json"))
+    found = [path for path in paths if path.name in ROWS]
+    if names is not None:
+        found = [path for path in found if f"{path.parent.name}/{path.name}" in names]
+    lines = ["| what | result | where, JSON with its command |", "| --- | --- | --- |"]
+    for path in found:
+        result = json.loads(path.read_text())
+        model = result.get("model", result.get("model_id", "SmolLM2-135M-Instruct"))
+        source = f"{model}, {result['device']}: [{path.name}]({path.relative_to(root)})"
+        for what, value in ROWS[path.name](result):
             lines.append(f"| {what} | {value} | {source} |")
             source = "″"
-    return f"SmolLM2-135M-Instruct on {'; '.join(devices)}.\n\n" + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if found else ""
 
 
 def gpu_results(root: Path) -> dict[str, Result]:
@@ -125,67 +135,94 @@ def gpu_results(root: Path) -> dict[str, Result]:
     return {path: result for path, result in found.items() if "workload" in result}
 
 
-def is_peer(result: Result) -> bool:
-    return "engine" in result
-
-
 def gpu_table(root: Path) -> str:
-    """A row for every steady state, with the whole run and the peers on the same GPU beside it."""
-    results = gpu_results(root)
-    peers = sorted({r["schedule"] for r in results.values() if is_peer(r)})
-    head = ["workload, schedule", "total tok/s", "whole run", *peers, "W", "MHz", "mJ/token"]
-    head += ["step ms", "kernels ms", "GPU idle %", "of GEMM peak %"]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    gpus = {}
-    for path, result in results.items():
-        if is_peer(result) or result["measured"] == "whole run":
-            continue
-        gpus[result["gpu"]] = None
-        beside = {
-            "whole run" if other["measured"] == "whole run" else other["schedule"]: other
-            for other in results.values()
-            if all(other[key] == result[key] for key in ("gpu", "model", "workload"))
-            and (is_peer(other) or other["schedule"] == result["schedule"])
-        }
-        lines.append(gpu_row(path, result, beside, peers))
+    """A row for every workload of a model: its schedules beside each other, and beside peers."""
+    lines = [
+        "| model, workload | sequential | nano-batches alone | overlap | beside sequential | vLLM "
+        "| W | MHz | mJ/token | step, its kernels in turn (ms) | GPU idle | of GEMM peak |",
+        "| --- " * 12 + "|",
+    ]
+    gpus: dict[str, None] = {}
+    for (gpu, model, workload), group in _groups(gpu_results(root)):
+        gpus[gpu] = None
+        lines.append(gpu_row(f"{model} {workload}", group))
     if not gpus:
         return ""
     return (
-        f"Random weights of the named shape on one {' or '.join(gpus)}: steady state, in tokens of "
-        "prompt and output, as [steady.py](python/nanoflow/bench/steady.py) defines it. Each JSON "
-        "has its command.\n\n" + "\n".join(lines) + "\n"
+        f"Total tokens (of prompts and outputs) a second on one {' or '.join(gpus)}, random weights "
+        "of the named shape, in a steady state as "
+        "[steady.py](python/nanoflow/bench/steady.py) defines it; W to mJ/token are the "
+        "overlap's, the rest sequential's. Each JSON has its command.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 
-def gpu_row(path: str, result: Result, beside: Mapping[str, Result], peers: Sequence[str]) -> str:
-    def number(value: float | None, digits: int, scale: float = 1.0) -> str:
-        return "" if value is None else f"{value * scale:.{digits}f}"
+def _groups(
+    results: Mapping[str, Result],
+) -> Iterator[tuple[tuple[str, str, str], dict[str, tuple[str, Result]]]]:
+    """By GPU, model and workload: paths and results by schedule."""
 
-    ceiling = result["gemm_ceiling_tflops"]
-    peak = result["matrix_tflops"] / ceiling if ceiling else None
-    others = [("whole run", "total_tok_s"), *((peer, "steady_total_tok_s") for peer in peers)]
+    def key(item: tuple[str, Result]) -> tuple[str, str, str]:
+        return item[1]["gpu"], item[1]["model"], item[1]["workload"]
+
+    steady = [item for item in results.items() if item[1]["measured"] != "whole run"]
+    for found, items in itertools.groupby(sorted(steady, key=key), key):
+        yield found, {result["schedule"]: (path, result) for path, result in items}
+
+
+def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
+    peers = [name for name, (_, result) in group.items() if "engine" in result]
+    overlaps = [name for name in group if name not in (*USUAL, *peers)]
+    best = max(overlaps, key=lambda name: _rate(group[name]), default=None)
+    sequential, overlap = group.get("sequential"), group.get(best or "")
+    basis = (sequential or overlap or next(iter(group.values())))[1]
+    power = (overlap or sequential or next(iter(group.values())))[1]
+    ratio = _rate(overlap) / _rate(sequential) if overlap and sequential else None
+    ceiling = power["gemm_ceiling_tflops"]
+    steps = (_number(basis["step_ms"], 1), _number(basis["kernel_sum_ms"], 1))
     cells = [
-        f"[{result['model']} {result['workload']}, {result['schedule']}]({path})",
-        f"**{number(result['steady_total_tok_s'], 0)}**",
-        *(number(beside[name][key] if name in beside else None, 0) for name, key in others),
-        number(result["watts"], 0),
-        number(result["sm_mhz"], 0),
-        number(result["j_per_token"], 1, 1e3),
-        number(result["step_ms"], 2),
-        number(result["kernel_sum_ms"], 2),
-        number(result["gpu_idle_pct"], 1),
-        number(peak, 0, 100),
+        what,
+        _linked(sequential),
+        _linked(group.get("nano")),
+        _linked(overlap),
+        "" if ratio is None else f"**{ratio:.3f}**",
+        ", ".join(f"{_linked(group[name])} ({name.removeprefix('vllm-')})" for name in peers),
+        _number(power["watts"], 0),
+        _number(power["sm_mhz"], 0),
+        _number(power["j_per_token"], 1, 1e3),
+        ", ".join(filter(None, steps)),
+        _number(basis["gpu_idle_pct"], 1, unit=" %"),
+        _number(power["matrix_tflops"] / ceiling if ceiling else None, 0, 100, " %"),
     ]
     return f"| {' | '.join(cells)} |"
 
 
+def _rate(found: tuple[str, Result]) -> float:
+    return float(found[1]["steady_total_tok_s"])
+
+
+def _linked(found: tuple[str, Result] | None) -> str:
+    return "" if found is None else f"[{_rate(found):,.0f}]({found[0]})"
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0, unit: str = "") -> str:
+    return "" if value is None else f"{value * scale:.{digits}f}{unit}"
+
+
 def table(root: Path = ROOT) -> str:
-    """Both tables in Markdown."""
-    return "\n".join(filter(None, (gpu_table(root), cpu_table(root))))
+    """Those of README.md, in Markdown."""
+    return "\n".join(filter(None, (gpu_table(root), others(root, HIGHLIGHTS))))
+
+
+def everything(root: Path = ROOT) -> str:
+    """Those of bench/results/README.md, whose links start there."""
+    text = "\n".join(filter(None, (gpu_table(root), others(root))))
+    return text.replace(f"]({RESULTS}/", "](").replace("](python/", "](../../python/")
 
 
 def replace(readme: str, fresh: str) -> str:
-    """README's text with the part between its two marks replaced."""
+    """The text of a README with the part between its two marks replaced."""
     before, _, rest = readme.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
@@ -195,12 +232,13 @@ def replace(readme: str, fresh: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--update", action="store_true", help="put the table into README.md")
+    parser.add_argument("--update", action="store_true", help="put the tables into the READMEs")
     options = parser.parse_args()
     print(table(), end="")
     if options.update:
-        readme = ROOT / "README.md"
-        readme.write_text(replace(readme.read_text(), table()))
+        for readme, fresh in ((ROOT, table()), (ROOT / RESULTS, everything())):
+            path = readme / "README.md"
+            path.write_text(replace(path.read_text(), fresh))
 
 
 if __name__ == "__main__":

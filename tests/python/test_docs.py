@@ -20,6 +20,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "third_party/README.md",
+    "bench/results/README.md",
     EMBEDDING,
 )
 
@@ -79,14 +80,16 @@ def test_readme_maps_every_source_folder():
     assert mapped == sources | {"python/nanoflow", "tests", "bench", "third_party"}
 
 
-def test_readme_shows_the_results_of_the_json_files():
+def test_readmes_show_the_results_of_the_json_files():
     report = load(ROOT / "bench" / "report.py")
     assert report.replace(read("README.md"), report.table()) == read("README.md")
+    every = read("bench/results/README.md")
+    assert report.replace(every, report.everything()) == every
 
 
 def test_results_keep_the_command_that_made_them():
     report = load(ROOT / "bench" / "report.py")
-    paths = list((ROOT / report.CPU).glob("*.json"))
+    paths = list((ROOT / report.RESULTS / "cpu").glob("*.json"))
     assert all(json.loads(path.read_text())["command"] for path in paths)
     assert {path.name for path in paths} & set(report.ROWS)
 
@@ -106,10 +109,10 @@ def test_report_shows_peers_of_their_own_environments(tmp_path):
         "device": "a CPU",
         "command": "python bench/compare.py",
     }
-    folder = tmp_path / report.CPU
+    folder = tmp_path / report.RESULTS / "cpu"
     folder.mkdir(parents=True)
     (folder / "compare.json").write_text(json.dumps(result))
-    table = report.cpu_table(tmp_path)
+    table = report.others(tmp_path)
     load_text = "64 requests, 128 tokens in, 128 out, each in its own environment"
     rate = "2000 total tok/s, 51% of the GEMM peak"
     assert f"| {load_text}: nanoflow-overlap 0.1.0, bfloat16 | {rate} |" in table
@@ -136,26 +139,30 @@ GPU_RESULT = {
 }
 
 
-def test_report_shows_gpus_beside_whole_runs_and_peers(tmp_path):
+def test_report_shows_schedules_and_peers_of_a_workload_in_a_row(tmp_path):
     report = load(ROOT / "bench" / "report.py")
     folder = tmp_path / report.RESULTS / "h100"
     folder.mkdir(parents=True)
     assert report.gpu_table(tmp_path) == ""
-    whole = GPU_RESULT | {"measured": "whole run", "total_tok_s": 23100.0}
-    peer = GPU_RESULT | {"schedule": "vllm-0.26.0", "steady_total_tok_s": 22900.0, "engine": "x"}
-    other = GPU_RESULT | {"workload": "chats", "watts": None, "gemm_ceiling_tflops": None}
-    for name, result in (("a", GPU_RESULT), ("b", whole), ("c", peer), ("d", other)):
-        (folder / f"{name}.json").write_text(json.dumps(result))
+    overlap = {"schedule": "overlap", "steady_total_tok_s": 26000.0, "step_ms": 39.0}
+    slower = {"schedule": "overlap-4", "steady_total_tok_s": 25000.0}
+    peer = {"schedule": "vllm-0.26.0", "steady_total_tok_s": 22900.0, "engine": "x"}
+    other = {"workload": "chats", "watts": None, "gemm_ceiling_tflops": None}
+    whole = {"measured": "whole run", "steady_total_tok_s": None}
+    changes = {"a": {}, "b": overlap, "c": slower, "d": peer, "e": other, "f": whole}
+    for name, change in changes.items():
+        (folder / f"{name}.json").write_text(json.dumps(GPU_RESULT | change))
     (folder / "cuda-gemm.json").write_text("{}")
-    table = report.gpu_table(tmp_path)
-    assert "vllm-0.26.0 | W |" in table
-    first, second = [line for line in table.splitlines() if "json)" in line]
-    assert first.endswith(
-        "(bench/results/h100/a.json) | **24321** | 23100 | 22900 | 690 | 1701 | 28.4 | 42.10 "
-        "| 41.80 | 0.4 | 50 |"
+    first, second = [line for line in report.gpu_table(tmp_path).splitlines() if "json)" in line]
+    at = "(bench/results/h100"
+    assert first == (
+        f"| llama-3.1-8b 512x512 | [24,321]{at}/a.json) |  | [26,000]{at}/b.json) | **1.069** "
+        f"| [22,900]{at}/d.json) (0.26.0) | 690 | 1701 | 28.4 | 42.1, 41.8 | 0.4 % | 50 % |"
     )
-    assert "llama-3.1-8b chats, sequential" in second
-    assert "| **24321** |  |  |  | 1701 |" in second and second.endswith("| 0.4 |  |")
+    assert second == (
+        f"| llama-3.1-8b chats | [24,321]{at}/e.json) |  |  |  |  |  | 1701 | 28.4 | 42.1, 41.8 "
+        "| 0.4 % |  |"
+    )
 
 
 def test_report_needs_its_marks():
