@@ -1,4 +1,4 @@
-"""Makes the tables of README.md and bench/results/README.md from the JSON files under bench/results.
+"""Makes the tables of README.md and bench/results/README.md from the JSON files of bench/results.
 
 python bench/report.py            # print README.md's
 python bench/report.py --update   # and put both in their places
@@ -149,12 +149,10 @@ def gpu_table(root: Path) -> str:
     if not gpus:
         return ""
     return (
-        f"Total tokens (of prompts and outputs) a second on one {' or '.join(gpus)}, random weights "
-        "of the named shape, in a steady state as "
+        f"Total tokens (of prompts and outputs) a second on one {' or '.join(gpus)}, random "
+        "weights of the named shape, in a steady state as "
         "[steady.py](python/nanoflow/bench/steady.py) defines it; W to mJ/token are the "
-        "overlap's, the rest sequential's. Each JSON has its command.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        "overlap's, the rest sequential's. Each JSON has its command.\n\n" + "\n".join(lines) + "\n"
     )
 
 
