@@ -138,12 +138,13 @@ def test_any_schedules_are_compared(model, tmp_path, capsys):
     content = schedule_to_json(built_in_schedule("overlap", 2))
     file.write_text(json.dumps(content | {"id": "mine"}))
     load = ("--input-len", "12", "--output-len", "6", "--num-prompts", "8")
-    compared = ("--compare", "overlap", file, "--output-json", path)
+    compared = ("--compare", "auto", "overlap", file, "--output-json", path)
     assert bench("throughput", "--model", model, *load, *compared) == 0
     found = json.loads(path.read_text())
-    assert list(found["relative"]) == list(found["runs"]) == ["overlap", "mine"]
-    assert found["relative"]["overlap"] == 1
-    assert [found["runs"][name]["schedule"] for name in ("overlap", "mine")] == ["overlap", "mine"]
+    names = ["auto", "overlap", "mine"]
+    assert list(found["relative"]) == list(found["runs"]) == names
+    assert found["relative"]["auto"] == 1
+    assert [found["runs"][name]["schedule"] for name in names] == names
 
 
 def test_a_schedule_of_a_file_is_ablated_with_its_own_nano_batches(model, tmp_path):
@@ -195,6 +196,7 @@ def test_steady_rates_are_compared_where_there_are_some():
         (("--ablate", "--compare", "nano"), "both say which schedules to run: give one of them"),
         (("--compare", "nano", "nano"), "schedules of different ids, not nano, nano"),
         (("--compare", "nano", "best"), "schedule 'best' is unknown"),
+        (("--compare", "nano", "auto"), "--compare nano auto: auto can only be the first"),
         (
             ("--ablate", "--schedule", "nano"),
             "--ablate needs a schedule of several lanes; 'nano' has 1, so nothing overlaps",

@@ -15,7 +15,7 @@ from nanoflow._core import Schedule
 from nanoflow.bench import environment
 from nanoflow.config import EngineArgs
 from nanoflow.devices import make_backends
-from nanoflow.schedule import built_in_schedule, find_schedule, without_overlap
+from nanoflow.schedule import AUTO, built_in_schedule, find_schedule, without_overlap
 
 Result = dict[str, Any]
 
@@ -38,14 +38,17 @@ def ablation_schedules(arguments: Mapping[str, Any]) -> list[Schedule]:
     return [built_in_schedule("sequential", width), without_overlap(schedule, width), schedule]
 
 
-def find_schedules(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Schedule]:
-    """By name or from files, for the device of an LLM with these arguments.
+def find_schedules(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Schedule | str]:
+    """By name or from files, for the device of an LLM with these arguments; "auto" as it is.
 
-    Raises ValueError on one that there is not, or two of one id.
+    Raises ValueError on one that there is not, two of one id, or an "auto" that is not the first:
+    an LLM chooses no more once it has been told a schedule.
     """
+    if AUTO in names[1:]:
+        raise ValueError(f"--compare {' '.join(names)}: auto can only be the first")
     width = make_backends(EngineArgs(**arguments))[0].width
-    schedules = [find_schedule(name, width) for name in names]
-    ids = [schedule.id for schedule in schedules]
+    schedules = [name if name == AUTO else find_schedule(name, width) for name in names]
+    ids = [schedule if isinstance(schedule, str) else schedule.id for schedule in schedules]
     if len(set(ids)) < len(ids):
         raise ValueError(f"--compare needs schedules of different ids, not {', '.join(ids)}")
     return schedules

@@ -82,7 +82,8 @@ def _add_throughput(commands: Any) -> None:
         "--compare",
         nargs="+",
         metavar="SCHEDULE",
-        help="run these schedules, names or files, and compare them with the first",
+        help="run these schedules, names or files, and compare them with the first; that may be "
+        "auto",
     )
     add("--plot", type=Path, metavar="PNG", help="draw what --ablate or --compare finds")
     add(

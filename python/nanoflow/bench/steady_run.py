@@ -116,9 +116,12 @@ class SteadyBatch:
     def __exit__(self, *exception: object) -> None:
         self._end()
 
+    def wait(self, seconds: float) -> None:
+        self._log.wait_for_time(perf_counter() + seconds)
+
     def settle(self) -> None:
         """Until power and clock are those of what runs now."""
-        self._log.wait_for_time(perf_counter() + SETTLE_SECONDS)
+        self.wait(SETTLE_SECONDS)
 
     def measure(self, seconds: float) -> SteadyMeasurement:
         """Raises ValueError when the stream or the time was too short."""

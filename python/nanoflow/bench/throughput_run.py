@@ -23,6 +23,10 @@ from nanoflow.bench.workload import Target, Workload
 from nanoflow.config import EngineArgs
 from nanoflow.llm import LLM
 from nanoflow.metrics import Counter
+from nanoflow.schedule import AUTO
+from nanoflow.scheduler.choose import STANDING, TRIAL_SECONDS
+
+CHOICE_SECONDS = (STANDING + 1) * TRIAL_SECONDS  # until "auto" has tried what it chooses from
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +44,19 @@ def measure_workload(
     options: argparse.Namespace,
     workload: Workload,
     arguments: dict[str, Any],
-    schedules: Sequence[Schedule] = (),
+    schedules: Sequence[Schedule | str] = (),
 ) -> list[tuple[dict[str, Any], list[str]]]:
     """A result, and lines to print of it. `arguments` are the LLM's.
 
     With `schedules`, one for each of them: they take turns on one engine, in the steady state of
-    one batch or for the same requests over again.
+    one batch or for the same requests over again. The first may be "auto".
 
     Raises ValueError when the workload does not fit the LLM, or does not last.
     """
     device = str(arguments.get("device", "auto"))
     profiler, no_profile = _profiler(options, device)
-    if schedules:  # weights are laid out for the one that the LLM starts with
-        arguments = arguments | {"schedule": max(schedules, key=lambda one: one.gathers)}
+    if schedules:
+        arguments = arguments | {"schedule": _first(schedules)}
     begin = perf_counter()
     with (
         LLM(**arguments) as llm,
@@ -60,7 +64,7 @@ def measure_workload(
     ):
         phases = {"load": perf_counter() - begin}
         say(f"loaded in {phases['load']:.1f} s")
-        turns: Sequence[Schedule | None] = schedules or [None]
+        turns: Sequence[Schedule | str | None] = schedules or [None]
         runner = _Runner(llm, options, turns)
         requests = runner.draw(workload, workload.num_prompts)
         if options.num_warmups > 0:
@@ -78,7 +82,7 @@ def measure_workload(
             power = telemetry.power(done.begin, done.begin + done.seconds)
             found = {
                 **circumstances,
-                **({} if schedule is None else {"schedule": schedule.id}),
+                **({} if schedule is None else {"schedule": _name(schedule)}),
                 "steps_by_schedule": _steps_by_schedule(llm),
                 "workload": workload.name,
                 "dataset": options.dataset_name,
@@ -96,6 +100,17 @@ def measure_workload(
             }
             results.append((found, [*done.text, llm.memory.table()]))
     return results
+
+
+def _first(schedules: Sequence[Schedule | str]) -> Schedule | str:
+    """What the LLM starts with; weights are laid out for it."""
+    if schedules[0] == AUTO:
+        return AUTO
+    return max(schedules, key=lambda one: isinstance(one, Schedule) and one.gathers)
+
+
+def _name(schedule: Schedule | str) -> str:
+    return schedule.id if isinstance(schedule, Schedule) else schedule
 
 
 def say(text: str) -> None:
@@ -118,7 +133,7 @@ class _Runner:
     """Draws requests and runs them."""
 
     def __init__(
-        self, llm: LLM, options: argparse.Namespace, schedules: Sequence[Schedule | None]
+        self, llm: LLM, options: argparse.Namespace, schedules: Sequence[Schedule | str | None]
     ) -> None:
         """`schedules`: to run with; None for the LLM's own."""
         self._llm = llm
@@ -175,6 +190,8 @@ class _Runner:
             say(f"{len(fill)} requests prefilled in {batch.fill_seconds:.1f} s")
             for schedule in self._schedules:
                 self._use(schedule)
+                if schedule == AUTO and _steps_by_schedule(self._llm):  # there is a choice
+                    batch.wait(CHOICE_SECONDS)
                 runs.append(batch.measure(self._steady_seconds))
                 say(throughput.steady_line(runs[-1].state))
             if profiler is not None:
@@ -186,8 +203,10 @@ class _Runner:
         ]
 
     def _profile(
-        self, schedule: Schedule | None, batch: SteadyBatch, profiler: Profiler
+        self, schedule: Schedule | str | None, batch: SteadyBatch, profiler: Profiler
     ) -> tuple[Profile | None, str | None]:
+        if schedule == AUTO and len(self._schedules) > 1:
+            return None, "another schedule was set before"
         self._use(schedule)
         return batch.profile(profiler)
 
@@ -205,9 +224,11 @@ class _Runner:
             phases={"fill": batch.fill_seconds, "window": run.state.seconds},
         )
 
-    def _use(self, schedule: Schedule | None) -> None:
-        if schedule is not None:
-            say(f"schedule {schedule.id}")
+    def _use(self, schedule: Schedule | str | None) -> None:
+        if schedule is None:
+            return
+        say(f"schedule {_name(schedule)}")
+        if isinstance(schedule, Schedule):
             self._llm.set_schedule(schedule)
 
 
