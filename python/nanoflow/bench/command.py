@@ -118,7 +118,7 @@ def run_throughput(options: argparse.Namespace) -> None:
     arguments = {"model": default_model()} if not hasattr(options, "model") else {}
     arguments |= engine_arguments(options)
 
-    schedules: Sequence[Schedule] = []
+    schedules: Sequence[Schedule | str] = []
     if options.ablate:
         schedules = ablation_schedules(arguments)
     elif options.compare:
@@ -141,7 +141,7 @@ def _run(
     options: argparse.Namespace,
     workload: Workload,
     arguments: dict[str, Any],
-    schedules: Sequence[Schedule],
+    schedules: Sequence[Schedule | str],
 ) -> list[dict[str, Any]]:
     """Measures and prints."""
     results = []
