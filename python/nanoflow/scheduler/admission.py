@@ -17,8 +17,7 @@ from nanoflow.scheduler.waiting import WaitingQueue
 # then the time that it takes to get to a steady flow is made up for.
 LONG_QUEUE = 2.5
 # Of all pages, kept back: the forecast guesses how full the last pages will be, and where lengths
-# are drawn, others may come. The sum of n draws strays from the likely one by a share of itself that
-# falls with the root of n.
+# are drawn, others may come. The share by which the sum of n draws strays falls with the root of n.
 RESERVE, SPREAD = 0.005, 0.25
 
 
