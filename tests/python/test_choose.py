@@ -87,6 +87,18 @@ def test_a_step_now_and_then_that_captures_a_graph_decides_nothing() -> None:
     assert chooser.choose(FULL) == 1
 
 
+def test_one_option_is_tried_whatever_is_predicted() -> None:
+    def predict(number: int, mix: Mix) -> float:
+        return mix.rows * (1 + number / 100 + (number == 6 and mix.rows < 100))
+
+    speed = {**dict.fromkeys(range(6), 1.0), 6: 0.9}
+    for mix in (FULL, FEW):
+        chooser = Chooser(options(7), predict, always=6)
+        chosen = serve(chooser, mix, speed, 600)
+        assert set(chosen) == {0, 1, 2, 6}
+        assert chosen[-1] == 6
+
+
 def test_full_steps_are_of_one_kind() -> None:
     """Whether their last rows are taken or not: what is tried in one holds for all of them."""
     chooser = Chooser(options(2), predict)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import admission
 from nanoflow.request import Request
+from nanoflow.scheduler import admission as pacing
 from nanoflow.scheduler.forecast import COHORT, PRIOR_TOKENS, Fate, Forecast, Outlook
 from nanoflow.scheduler.slots import Slots
 from test_policy import Setup, request
@@ -161,12 +162,22 @@ def test_running_requests_end_at_all_lengths_that_others_had() -> None:
     assert np.array_equal(again._left, outlook._left)
 
 
-@pytest.mark.parametrize("workload", ["512/512:eos", "512/1024", "512/1024:eos"])
+@pytest.mark.parametrize("workload", ["512/512", "512/512:eos", "512/1024", "512/1024:eos"])
 def test_a_full_cache_stays_full_and_hardly_preempts(workload: str) -> None:
     """Simulated with the sizes of an H100; see bench/admission.py for more."""
     row = admission.measure(workload, argparse.Namespace(**SIZES))
     assert row.preempted < 0.005
     assert row.steady_pages_granted > 0.95
+
+
+def test_more_is_kept_back_the_fewer_lengths_are_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some thirty of them, whose sum strays by more than that of a thousand."""
+    few = argparse.Namespace(**SIZES | {"num_prompts": 300, "kv_tokens": 16_384})
+    row = admission.measure("chat", few)
+    monkeypatch.setattr(pacing, "SPREAD", 0.0)
+    none_kept_back = admission.measure("chat", few)
+    assert row.preempted < 0.6 * none_kept_back.preempted
+    assert row.total_tokens_per_second > 0.97 * none_kept_back.total_tokens_per_second
 
 
 @settings(max_examples=20, deadline=None)

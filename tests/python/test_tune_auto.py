@@ -15,7 +15,7 @@ from nanoflow.config import EngineArgs
 from nanoflow.schedule import built_in_schedule, schedule_to_json
 from nanoflow.scheduler.choose import Mix
 from nanoflow.tune import auto
-from nanoflow.tune.auto import Choice, choose_schedules, full_load, load_of
+from nanoflow.tune.auto import Choice, choose_schedules, full_loads, load_of
 from nanoflow.tune.costs import Load
 from nanoflow.tune.results import device_name, key_of, load_result, save_result
 from nanoflow.tune.table import table_to_json
@@ -48,7 +48,7 @@ def test_a_known_gpu_starts_from_the_tables(
 ) -> None:
     found = chosen(gpu(name))
     ids = [schedule.id for schedule in found.schedules]
-    assert "sequential" in ids and 3 <= len(ids) <= 4
+    assert "sequential" in ids and 3 <= len(ids) <= 6
     times = [found.predict(number, FULL) for number in range(len(ids))]
     assert min(times) > 0
     few = [found.predict(number, FEW) for number in range(len(ids))]
@@ -73,7 +73,9 @@ def test_what_was_tuned_goes_first() -> None:
     table = made_up_table(width=132, width_step=8)
     save_result(key.path("tuned"), key, {"table": table_to_json(table), "measured": measured})
     found = choose_schedules(EngineArgs(model="m"), backend, spec)
-    assert [schedule.id for schedule in found.schedules] == ["nano", "overlap", "sequential"]
+    ids = [schedule.id for schedule in found.schedules]
+    assert ids[:3] == ["nano", "overlap", "sequential"]
+    assert len(set(ids)) == len(ids) > 3  # and what its op times say for other loads
     assert found.predict(2, FULL) > 0
     newer = dataclasses.replace(key, version="next")
     assert load_result(key.path("tuned"), newer) is None
@@ -117,9 +119,14 @@ def test_names_of_devices() -> None:
 
 
 def test_loads() -> None:
-    assert full_load(EngineArgs(model="m")) == Load(512, 768, 512, 256)
+    assert full_loads(EngineArgs(model="m")) == [
+        Load(512, 768, 512, 256),
+        Load(512, 1024, 256, 256),
+        Load(512, 1280, 1024, 512),
+    ]
     small = EngineArgs(model="m", max_num_seqs=96, max_num_batched_tokens=128)
-    assert full_load(small) == Load(96, 768, 32, 256)
+    assert full_loads(small)[0] == Load(64, 768, 64, 256)
+    assert full_loads(small)[2] == Load(42, 1280, 84, 512)
     assert load_of(Mix(100, 100, 50_000)) == Load(100, 500, 0, 1)
     assert load_of(Mix(300, 100, 40_400)) == Load(100, 400, 200, 100)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -16,8 +17,8 @@ from nanoflow.scheduler.waiting import WaitingQueue
 # then the time that it takes to get to a steady flow is made up for.
 LONG_QUEUE = 2.5
 # Of all pages, kept back: the forecast guesses how full the last pages will be, and where lengths
-# are drawn, others may come.
-RESERVE, RESERVE_OF_DRAWN = 0.005, 0.01
+# are drawn, others may come. The share by which the sum of n draws strays falls with the root of n.
+RESERVE, SPREAD = 0.005, 0.25
 
 
 class Admission:
@@ -95,8 +96,8 @@ def fitting(
     share counts n times on both sides. Nothing is computed before somebody asks for the first.
     """
     outlook = forecast.outlook(slots, running)
-    drawn = np.count_nonzero(~slots.is_length_certain[running]) / max(1, len(running))
-    reserve = RESERVE + RESERVE_OF_DRAWN * drawn
+    drawn = np.count_nonzero(~slots.is_length_certain[running])
+    reserve = RESERVE + SPREAD * math.sqrt(drawn) / max(1, len(running))
     num_pages = room + int(slots.num_pages[running].sum())
     for request, prefix in waiting:
         is_alone = len(outlook) == 0

@@ -23,7 +23,7 @@ TRIAL_SECONDS = 3.0  # of measured steps; a GPU's power and clock have settled b
 SETTLE_STEPS = 8  # of a trial that are not measured: plans are made and graphs captured
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
-STANDING = 4  # at most: three that were searched, and sequential
+STANDING = 4  # at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,13 @@ class _Group:
 class Chooser:
     """Chooses among options. Not thread-safe: it belongs to the scheduler's thread."""
 
-    def __init__(self, options: Sequence[Option], predict: Predict) -> None:
+    def __init__(
+        self, options: Sequence[Option], predict: Predict, always: int | None = None
+    ) -> None:
+        """`always`: an option that stands whatever is predicted."""
         self.options = list(options)
         self._predict = predict
+        self._always = always
         self._memo: dict[tuple[int, Mix], float] = {}
         self._groups: dict[tuple[int, int, int], _Group] = {}
 
@@ -124,6 +128,8 @@ class Chooser:
             limit = NEAR * min(times.values())
             near = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
             standing = near[:STANDING]
+            if self._always is not None and self._always not in standing:
+                standing = [*standing[: STANDING - 1], self._always]
             self._groups[key] = _Group(standing, chosen=standing[0] if len(standing) == 1 else None)
         return key
 

@@ -1,9 +1,10 @@
 """schedule="auto": which schedules an engine starts with, and what each is predicted to take.
 
-On a GPU they come from a run of `nanoflow tune`, else from a search in the op times that the
-package has for it; while serving, `scheduler.choose` tries the best ones and keeps the fastest. A
-GPU without op times tries the built-in overlap. A CPU runs everything in turn, or with the one
-schedule that `nanoflow tune` found fastest; several GPUs run everything in turn.
+On a GPU they come from a run of `nanoflow tune` and a search in its op times, else in those that
+the package has; while serving, `scheduler.choose` tries the ones that are predicted to be best for
+the load and keeps the fastest. A GPU without op times tries the built-in overlap. A CPU runs
+everything in turn, or with the one schedule that `nanoflow tune` found fastest; several GPUs run
+everything in turn.
 """
 
 from __future__ import annotations
@@ -34,9 +35,26 @@ from nanoflow.tune.table import OpTable, shipped_table, table_from_json, table_t
 
 logger = logging.getLogger(__name__)
 
-TRIED = 3  # schedules, beside sequential
-_CONTEXT = 768  # keys of a request on the average, as when 512 tokens follow 512
+TRIED = 3  # schedules for the first of the workloads, beside sequential; one for each other
 _FULL_ROWS = 512  # of a step, from which overlap is tried where nothing predicts it
+
+
+@dataclass(frozen=True, slots=True)
+class _Workload:
+    """Requests that begin and end at the same rate, at all stages."""
+
+    prompt: int  # tokens
+    output: int
+
+    def load(self, decodes: int, rows: int) -> Load:
+        """Of full steps: so many requests decode, unless more rows are for prompts then."""
+        ratio = self.prompt / self.output
+        decodes = max(1, min(decodes, int(rows / (1 + ratio))))
+        prompts = min(round(ratio * decodes), rows - decodes)
+        return Load(decodes, self.prompt + self.output // 2, prompts, self.prompt // 2)
+
+
+_WORKLOADS = (_Workload(512, 512), _Workload(512, 1024), _Workload(1024, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +69,8 @@ class Choice:
         if len(self.schedules) == 1:
             return None
         options = [Option(s.id, s, Dealer(s.cuts(), max_num_seqs)) for s in self.schedules]
-        return Chooser(options, self.predict)
+        in_turn = next((i for i, s in enumerate(self.schedules) if s.id == "sequential"), None)
+        return Chooser(options, self.predict, in_turn)
 
 
 def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
@@ -64,17 +83,20 @@ def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
     tuned = _tuned(backend, spec)
     if backend.device == "cpu":
         return _only(sequential if tuned is None else tuned[1][0])
-    found = tuned or _searched(args, backend, spec)
-    if found is None:
+    table = shipped_table(device_name(backend)) if tuned is None else tuned[0]
+    if table is None or table.width != backend.width:
         logger.info(
             "there are no op times of %s: a built-in schedule is tried; 'nanoflow tune' measures "
             "them and finds better ones",
             device_name(backend),
         )
         return Choice([sequential, built_in_schedule("overlap", backend.width)], _by_rows)
-    table, schedules = found
-    if sequential not in schedules:
-        schedules = [*schedules, sequential]
+    measured = [] if tuned is None else tuned[1]
+    searched = _searched(table, full_loads(args), backend, spec)
+    schedules: list[Schedule] = []
+    for schedule in (*measured, *searched, sequential):
+        if schedule.id not in {other.id for other in schedules}:
+            schedules.append(schedule)
     logger.info("schedules to choose from: %s", ", ".join(s.id for s in schedules))
     return Choice(schedules, _predictor(CostModel(table, spec), schedules))
 
@@ -85,12 +107,11 @@ def known_table(backend: Backend, spec: Spec) -> OpTable | None:
     return shipped_table(device_name(backend)) if tuned is None else tuned[0]
 
 
-def full_load(args: EngineArgs) -> Load:
-    """A step of an engine that has as many requests as it runs at once: as many rows of prompts
-    as of decodes, as far as a step has rows for them."""
+def full_loads(args: EngineArgs) -> list[Load]:
+    """Steps of an engine that has as many requests as it runs at once, of several workloads."""
     decodes = args.max_num_seqs or DEFAULT_MAX_NUM_SEQS["cuda"]
     rows = max(args.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS, decodes)
-    return Load(decodes, _CONTEXT, min(decodes, rows - decodes), _CONTEXT // 3)
+    return [workload.load(decodes, rows) for workload in _WORKLOADS]
 
 
 def _only(schedule: Schedule) -> Choice:
@@ -114,26 +135,25 @@ def _tuned(backend: Backend, spec: Spec) -> tuple[OpTable, list[Schedule]] | Non
 
 
 def _searched(
-    args: EngineArgs, backend: Backend, spec: Spec
-) -> tuple[OpTable, list[Schedule]] | None:
-    """From the package's op times; remembered, for a search takes a few seconds."""
-    table = shipped_table(device_name(backend))
-    if table is None or table.width != backend.width:
-        return None
-    load = full_load(args)
-    basis = {"load": asdict(load), "table": _digest(table_to_json(table))}
+    table: OpTable, loads: Sequence[Load], backend: Backend, spec: Spec
+) -> list[Schedule]:
+    """The best for the first of the loads, and the best one for each other; remembered, for the
+    searches take seconds."""
+    basis = {"loads": [asdict(load) for load in loads], "table": _digest(table_to_json(table))}
     key = key_of(backend, spec)
     key = replace(key, model={**key.model, **basis})
     path = key.path("searched")
     result = load_result(path, key)
     if result is None:
-        candidates = search(CostModel(table, spec), load, TRIED + 1)
+        model = CostModel(table, spec)
+        candidates = search(model, loads[0], TRIED + 1)
+        candidates += [search(model, load, 2)[0] for load in loads[1:]]
         result = {"schedules": [schedule_to_json(c.schedule) for c in candidates]}
         try:
             save_result(path, key, result)
         except OSError as error:
             logger.info("the search is not remembered: %s", error)
-    return table, [schedule_from_json(schedule) for schedule in result["schedules"]]
+    return [schedule_from_json(schedule) for schedule in result["schedules"]]
 
 
 def _predictor(model: CostModel, schedules: Sequence[Schedule]) -> Callable[[int, Mix], float]:
