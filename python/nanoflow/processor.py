@@ -94,24 +94,25 @@ class Processor:
         output_len = self._max_model_len if params.max_tokens is None else params.max_tokens
         prompt_token_ids = np.asarray(ids, np.int32)
         seed = _mix(self._seed, number)
+        samplings = [
+            params.resolve(
+                self._eos_token_ids, self._vocab_size, _mix(seed, index) if index else seed, index
+            )
+            for index in range(params.n)
+        ]
         masks = self._masks.make(params)
         return [
             Request(
                 id=str(number) if index == 0 else f"{number}_{index}",
                 index=index,
                 prompt_token_ids=prompt_token_ids,
-                sampling=params.resolve(
-                    self._eos_token_ids,
-                    self._vocab_size,
-                    _mix(seed, index) if index else seed,
-                    index,
-                ),
+                sampling=sampling,
                 max_len=min(len(ids) + output_len, self._max_model_len),
                 on_finish=on_finish,
                 stop_watcher=self._stop_watcher(ids, params),
                 token_mask=masks(),
             )
-            for index in range(params.n)
+            for index, sampling in enumerate(samplings)
         ]
 
     def _truncated(self, ids: Sequence[int], params: SamplingParams) -> Sequence[int]:

@@ -16,6 +16,7 @@ from nanoflow.structured import StructuredOutputsParams
 
 MAX_BANNED_TOKENS = 64  # end-of-sequence and stop tokens of a request with min_tokens
 MAX_LOGPROBS = 20  # of a token, beside it
+MAX_SAMPLES = 16384  # of a prompt, as in vLLM
 MAX_BIASES = 512  # of a request
 _MOST_BIAS = 100.0  # and least, negative
 _LEAST_REPETITION, _MOST_REPETITION = 1e-30, 1e30  # what float32 has room for
@@ -115,8 +116,8 @@ class SamplingParams:
             raise ValueError(f"min_p={self.min_p} must be from 0 to 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or None")
-        if self.n < 1:
-            raise ValueError(f"n={self.n} must be at least 1")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n={self.n} must be at least 1, at most {MAX_SAMPLES}")
         if self.n > 1 and self.temperature < _GREEDY_TEMPERATURE:
             raise ValueError(
                 f"n={self.n} must be 1 when sampling is greedy (temperature={self.temperature}): "
@@ -191,7 +192,9 @@ class SamplingParams:
             isinstance(word, str) for word in self.bad_words or ()
         ):
             raise TypeError(f"bad_words={self.bad_words!r} must be a list of strings")
-        if not all(isinstance(stop, str) for stop in self.stop_strings):
+        if not isinstance(self.stop, str | Sequence | None) or not all(
+            isinstance(stop, str) for stop in self.stop_strings
+        ):
             raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
 
     def resolve(

@@ -186,6 +186,7 @@ def test_preempted_requests_keep_their_limits(model: Path, blind: None) -> None:
     [
         ({"logit_bias": {400_000: 1.0}}, r"logit_bias \[400000\] are outside the vocabulary"),
         ({"allowed_token_ids": [1, -1]}, r"allowed_token_ids \[-1\] are outside the vocabulary"),
+        ({"allowed_token_ids": [400_000]}, r"allowed_token_ids \[400000\] are outside the vocab"),
         (
             {"allowed_token_ids": [3], "bad_words": ["the"], "logit_bias": {-2: 0}},
             r"logit_bias \[-2\] are outside",
