@@ -17,7 +17,14 @@ from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
 from nanoflow.processor import Processor
-from nanoflow.prompts import Messages, Prompt, PromptLike, parse_conversations, parse_prompts
+from nanoflow.prompts import (
+    Messages,
+    Prompt,
+    PromptLike,
+    check_variables,
+    parse_conversations,
+    parse_prompts,
+)
 from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler.stats import StepListener
@@ -85,17 +92,19 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation or many, written as prompts by the model's chat template.
 
+        A content is a text, or a list of parts {"type": "text", "text": ...}.
         `chat_template_kwargs` are handed to the template. Errors as generate(); ValueError also
         without a chat template, or when it refuses a conversation.
         """
         conversations = parse_conversations(messages)
+        variables = check_variables(chat_template_kwargs)
         tokenizer = self.get_tokenizer()
         prompts = []
         for conversation in conversations:
             text = tokenizer.apply_chat_template(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
             assert isinstance(text, str)
             prompts.append(Prompt(text=text, add_special_tokens=False))

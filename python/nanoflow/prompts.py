@@ -38,14 +38,55 @@ def parse_conversations(messages: Messages | Sequence[Messages]) -> list[Message
         raise TypeError(f"messages are a {type(messages).__name__}; pass a list of messages")
     is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
     conversations: list[Any] = [messages] if is_one else list(messages)
-    for conversation in conversations:
-        if not isinstance(conversation, Sequence) or not all(
-            isinstance(message, Mapping) for message in conversation
-        ):
-            raise TypeError('a conversation is a list of messages {"role": ..., "content": ...}')
-        if not conversation:
-            raise ValueError("a conversation has no messages")
-    return conversations
+    return [parse_conversation(conversation) for conversation in conversations]
+
+
+def parse_conversation(conversation: Any) -> Messages:
+    """With contents as texts: of parts, as OpenAI has them, each is a line, as in vLLM.
+
+    Raises TypeError, or ValueError on no message and on parts that are no texts.
+    """
+    if not isinstance(conversation, Sequence) or not all(
+        isinstance(message, Mapping) for message in conversation
+    ):
+        raise TypeError('a conversation is a list of messages {"role": ..., "content": ...}')
+    if not conversation:
+        raise ValueError("a conversation has no messages")
+    return [_with_text(message) for message in conversation]
+
+
+def check_variables(variables: Any) -> Mapping[str, Any]:
+    """What is handed to a chat template. Raises TypeError, or ValueError on names of its own."""
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise TypeError(f"chat_template_kwargs={variables!r} must map names to values")
+    if own := {"messages", "add_generation_prompt", "tokenize"} & variables.keys():
+        raise ValueError(f"chat_template_kwargs holds {min(own)!r}, which is set otherwise")
+    return variables
+
+
+def _with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise TypeError(f"a message has role={role!r}; it must be a text such as 'user'")
+    if content is None or isinstance(content, str):  # with tool calls there may be none
+        return message
+    if not isinstance(content, Sequence):
+        raise TypeError(f"a message has content={content!r}; it must be a text or a list of parts")
+    return {**message, "content": "\n".join(map(_text_of_part, content))}
+
+
+def _text_of_part(part: Any) -> str:
+    match part:
+        case str():
+            return part
+        case {"type": "text", "text": str(text)}:
+            return text
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    raise ValueError(
+        f'a message has a part {kind!r}; only texts are understood: {{"type": "text", "text": ...}}'
+    )
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
@@ -82,6 +82,9 @@ def parse_structured(body: Mapping[str, Any]) -> StructuredOutputsParams | None:
     if structured is not None:
         if not isinstance(structured, Mapping):
             raise TypeError(f"structured_outputs={structured!r} must be an object")
+        known = [field.name for field in fields(StructuredOutputsParams)]
+        if unknown := sorted(structured.keys() - known):
+            raise ValueError(f"structured_outputs has no {unknown[0]!r}; it has {', '.join(known)}")
         return StructuredOutputsParams(**structured)
     match form:
         case None | {"type": "text"}:

@@ -104,6 +104,8 @@ def test_answers_are_those_of_the_llm(model: Path, tmp_path: Path) -> None:
 
 
 def test_bad_lines_fail_alone(model: Path, tmp_path: Path, capsys: Any) -> None:
+    text, image = ({"role": "user", "content": [{"type": kind}]} for kind in ("text", "image_url"))
+    text["content"] = "hello"
     bad = {
         "no json": ("{nonsense", 400, "the line is no JSON"),
         "url": (entry(1, "/v1/embeddings"), 404, "is not served"),
@@ -114,19 +116,51 @@ def test_bad_lines_fail_alone(model: Path, tmp_path: Path, capsys: Any) -> None:
         "chat": (entry(6, CHAT), 400, "messages must be a list"),
         "format": (entry(10, response_format={"type": "xml"}), 400, "must have the type text"),
         "stream": (entry(7, stream=True), 400, "stream=True is not supported"),
+        "tokens": (entry(11, allowed_token_ids=[9999]), 400, "[9999] are outside the vocabulary"),
+        "bias": (entry(12, logit_bias=[1]), 400, "logit_bias=[1] must map token ids"),
+        "bias of": (entry(13, logit_bias={"the": 1}), 400, "logit_bias={'the': 1} must map"),
+        "image": (entry(14, CHAT, messages=[image]), 400, "part 'image_url'; only texts are"),
+        "template": (
+            entry(15, CHAT, messages=[text], chat_template_kwargs=[1]),
+            400,
+            "chat_template_kwargs=[1] must map names",
+        ),
     }
     good = [entry(8), entry(9)]
     source = write(tmp_path / "in.jsonl", [good[0], *(one[0] for one in bad.values()), good[1]])
     target = tmp_path / "out.jsonl"
     assert main(command(model, source, target)) == 0
-    assert "11 requests answered" in capsys.readouterr().out
+    assert f"{len(bad) + 2} requests answered" in capsys.readouterr().out
     by_line = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
-    assert len(by_line) == 11
+    assert len(by_line) == len(bad) + 2
     for number, (_, status, message) in enumerate(bad.values(), start=1):
         answer = by_line[line_id(number)]
         assert answer["response"]["status_code"] == answer["error"]["code"] == status
         assert message in answer["error"]["message"]
-    assert by_line[line_id(0)]["error"] is None and by_line[line_id(10)]["error"] is None
+    for number in (0, len(bad) + 1):
+        assert by_line[line_id(number)]["error"] is None
+
+
+def test_a_line_that_fails_by_our_mistake_is_answered(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoflow.run_batch.driver.make_body", lambda *_: {}["nothing"])
+    source = write(tmp_path / "in.jsonl", [entry(0)])
+    assert main(command(model, source, tmp_path / "out.jsonl")) == 0
+    answer = read(tmp_path / "out.jsonl")["request-0"]
+    assert answer["error"]["code"] == 500 and "KeyError: 'nothing'" in answer["error"]["message"]
+
+
+def test_an_output_that_cannot_be_written_ends_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OutputFile, "append", full)
+    source = write(tmp_path / "in.jsonl", [entry(number) for number in range(3)])
+    assert main(command(model, source, tmp_path / "out.jsonl")) == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def start(model: Path, source: Path, target: Path, *more: str) -> subprocess.Popen[str]:

@@ -269,6 +269,7 @@ def test_bodies_of_batches_ask_for_it(body: dict[str, Any], expected: dict[str, 
         ({"response_format": {"type": "json_schema"}}, ValueError, "a json_schema with a schema"),
         ({"structured_outputs": "json"}, TypeError, "structured_outputs='json' must be an object"),
         ({"structured_outputs": {"choice": []}}, ValueError, "must hold texts"),
+        ({"structured_outputs": {"xml": "a"}}, ValueError, "has no 'xml'; it has json, regex"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
             ValueError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from nanoflow.outputs import RequestOutput
 from nanoflow.run_batch.files import OutputFile, custom_id_of, line_id, read_lines
 from nanoflow.run_batch.openai import CHAT_URL, COMPLETIONS_URL, make_body, parse_body
 from nanoflow.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -45,7 +48,7 @@ class BatchRun:
         self._tally = Tally()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: EngineError | None = None
+        self._failure: EngineError | OSError | None = None
 
     def stop(self) -> None:
         """Begins no more requests; at the second time gives those up that run."""
@@ -58,7 +61,7 @@ class BatchRun:
         """Answers what has no answer yet. `most_open` requests are read ahead at most.
 
         After stop(), those that run have `drain_seconds` to end; what then has no answer is left to
-        the next run. Raises EngineError when the engine fails.
+        the next run. Raises EngineError when the engine fails, OSError when the output does.
         """
         for number, line in read_lines(path):
             if self._output.is_done(number, line):
@@ -106,7 +109,14 @@ class BatchRun:
         except EngineError as error:
             self._failure = error
             return
-        self._output.append(number, {"custom_id": custom_id_of(line), **answer})
+        except Exception as error:  # a mistake of ours: the line is answered all the same
+            logger.exception("line %d cannot be answered", number + 1)
+            answer = self._error(number, 500, f"{type(error).__name__}: {error}")
+        try:
+            self._output.append(number, {"custom_id": custom_id_of(line), **answer})
+        except OSError as error:
+            self._failure = error
+            return
         self._tally.answered += 1
         self._tally.failed += answer["error"] is not None
         self._on_answer()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nanoflow.outputs import CompletionOutput, Logprob, RequestOutput
+from nanoflow.prompts import check_variables, parse_conversation
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
 from nanoflow.structured import parse_structured
 from nanoflow.tokenizer import Tokenizer
@@ -59,8 +60,8 @@ def parse_body(
     for name in _PARAMS & body.keys():
         if body[name] is not None:
             setattr(params, name, body[name])
-    if params.logit_bias is not None:  # JSON has no other keys than texts
-        params.logit_bias = {int(token): bias for token, bias in params.logit_bias.items()}
+    if isinstance(body.get("logit_bias"), dict):
+        params.logit_bias = _by_number(body["logit_bias"])
     if is_chat:
         if body.get("max_completion_tokens") is not None:
             params.max_tokens = body["max_completion_tokens"]
@@ -73,6 +74,14 @@ def parse_body(
     return Work(url, _chat(body, tokenizer) if is_chat else _prompts(body), params)
 
 
+def _by_number(bias: Mapping[str, float]) -> dict[int, float]:
+    """With numbers as keys, where JSON has texts."""
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError as error:
+        raise ValueError(f"logit_bias={bias!r} must map token ids to numbers") from error
+
+
 def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[Any]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -80,9 +89,9 @@ def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[Any]:
     if tokenizer is None:
         raise ValueError("chats need a tokenizer, which skip_tokenizer_init=True left out")
     text = tokenizer.apply_chat_template(
-        messages,
+        parse_conversation(messages),
         add_generation_prompt=body.get("add_generation_prompt", True),
-        **(body.get("chat_template_kwargs") or {}),
+        **check_variables(body.get("chat_template_kwargs")),
     )
     assert isinstance(text, str)
     return [{"prompt_token_ids": tokenizer.encode(text, False)}]
