@@ -26,7 +26,7 @@ ModelSpec ModelSpec::shard(int own_rank, int num_ranks) const {
            ranks);
   const auto divide = [&](const char* name, int value) {
     NF_CHECK(value % num_ranks == 0, "tensor_parallel_size ", num_ranks, " does not divide ", name,
-             " ", value);
+             " ", value, "; choose one that does");
     return value / num_ranks;
   };
   ModelSpec part = *this;

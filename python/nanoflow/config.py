@@ -6,9 +6,11 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_type_hints
 
 from nanoflow._core import Schedule
 
@@ -18,6 +20,18 @@ NOT_INVARIANT = (
     "keeps it, and the CPU with any number of ranks"
 )
 AUTO = -1  # of max_model_len: what the cache holds, at most what the model allows
+MAX_SIZE = 2**31 - 1  # the engine counts in 32 bits
+_WORDS: Mapping[Any, str] = MappingProxyType(
+    {
+        bool: "True or False",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        Path: "a path",
+        Schedule: "a Schedule",
+        NoneType: "None",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +77,19 @@ class EngineArgs:
     disable_log_stats: bool = False  # no status line every few seconds
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_supported()
-        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            _check_positive(name, getattr(self, name))
-        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
-            _check_positive(name, getattr(self, name))
-        for name in ("num_gpu_blocks_override", "block_size", "tensor_parallel_size"):
-            _check_positive(name, getattr(self, name))
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_queued_reqs",
+            "max_num_queued_tokens",
+            "num_gpu_blocks_override",
+            "block_size",
+            "tensor_parallel_size",
+        ):
+            _check_positive(name, getattr(self, name), MAX_SIZE)
+        _check_positive("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
         is_on_gpus = self.device.startswith("cuda") and self.tensor_parallel_size > 1
         if self.batch_invariant and is_on_gpus:
             raise ValueError(
@@ -81,16 +101,20 @@ class EngineArgs:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
             )
-        if type(self.cpu_threads) is not int or self.cpu_threads < 0:
-            raise ValueError(f"cpu_threads={self.cpu_threads!r} must be an integer of at least 0")
-        if type(self.seed) is not int:
-            raise TypeError(f"seed={self.seed!r} must be an integer")
-        if not isinstance(self.model, str | Path):
-            raise TypeError(f"model={self.model!r} must be a path or the name of a repository")
+        if not 0 <= self.cpu_threads <= MAX_SIZE:
+            raise ValueError(f"cpu_threads={self.cpu_threads} must be at least 0")
         parse_length("max_model_len", self.max_model_len)
         self._check_offloading()
         if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
             self._check_rows(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(EngineArgs).items():
+            value, types = getattr(self, name), get_args(hint) or (hint,)
+            fitting = (*types, int) if float in types else types
+            if not isinstance(value, fitting) or (isinstance(value, bool) and bool not in types):
+                what = " or ".join(_WORDS[one] for one in types)
+                raise TypeError(f"{name}={value!r} must be {what}")
 
     def _check_supported(self) -> None:
         supported: dict[str, tuple[Any, ...]] = {
@@ -121,8 +145,6 @@ class EngineArgs:
                 raise ValueError("kv_offloading_ssd needs kv_offloading_size: pages go through it")
         if size is None:
             return
-        if isinstance(size, bool) or not isinstance(size, int | float):
-            raise TypeError(f"kv_offloading_size={size!r} must be a number of GiB")
         if not 0 < size < float("inf"):
             raise ValueError(f"kv_offloading_size={size} must be a number of GiB above 0")
         if self.enable_prefix_caching is False:
@@ -132,10 +154,8 @@ class EngineArgs:
 
     def _check_simulated(self) -> None:
         size = self.simulated_tensor_parallel_size
-        if type(size) is not int or size < 0:
-            raise ValueError(
-                f"simulated_tensor_parallel_size={size!r} must be an integer, 0 or more"
-            )
+        if size < 0:
+            raise ValueError(f"simulated_tensor_parallel_size={size} must be at least 0")
         if size and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"simulated_tensor_parallel_size={size} is for one rank of them, not for "
@@ -237,10 +257,10 @@ def parse_ssd(argument: str) -> tuple[Path, int]:
     return Path(path).expanduser(), int(float(match[1]) * (1 << unit))
 
 
-def _check_positive(name: str, value: int | None) -> None:
+def _check_positive(name: str, value: int | None, most: int | None = None) -> None:
     if value is None:
         return
-    if type(value) is not int:
-        raise TypeError(f"{name}={value!r} must be an integer")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={value} must be at most {most}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from nanoflow.config import AUTO, EngineArgs, EngineLimits, parse_length
+from nanoflow.config import AUTO, MAX_SIZE, EngineArgs, EngineLimits, parse_length
 from nanoflow.memory import MemoryUse
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30
@@ -46,6 +46,11 @@ def derive_limits(
     page_bytes = kv_bytes_per_token * args.block_size
     cache_bytes, source = _cache_bytes(args, memory, page_bytes)
     pages = cache_bytes // page_bytes
+    if pages > MAX_SIZE:
+        raise ValueError(
+            f"the KV cache has {pages} pages of {args.block_size} tokens ({source}), but at most "
+            f"{MAX_SIZE} are possible; lower it to {MAX_SIZE * page_bytes} bytes"
+        )
     held = pages * args.block_size
     max_len = max(min(model_max_len, held), 2) if asked in (None, AUTO) else asked
     if held < max_len:

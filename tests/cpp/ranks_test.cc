@@ -174,7 +174,8 @@ TEST_CASE("a rank that never comes does not hold the others once the group is ab
 
 TEST_CASE("what does not divide among ranks is refused by name") {
   ModelSpec spec = tiny_spec(1);
-  CHECK_THROWS_WITH_AS(spec.shard(0, 3), "tensor_parallel_size 3 does not divide num_heads 4",
+  CHECK_THROWS_WITH_AS(spec.shard(0, 3),
+                       "tensor_parallel_size 3 does not divide num_heads 4; choose one that does",
                        Error);
   spec.intermediate_size = 40;
   CHECK_THROWS_WITH_AS(
