@@ -298,7 +298,10 @@ def test_greedy_tokens(subject: Subject) -> None:
         check_greedy(subject, sequence.tokens, prompt)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "mixtral", "qwen3-moe-raw"])
+@pytest.mark.parametrize(
+    "variant",
+    ["gqa", "mistral", "qwen2-d64", "qwen3", "gemma3", "mixtral", "qwen3-moe-raw"],
+)
 def test_a_sharded_checkpoint_gives_the_same_logits(tmp_path: Path, variant: str) -> None:
     config = VARIANTS[variant]
     whole = write_tiny_llama(tmp_path / "whole", **config)
