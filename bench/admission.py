@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -23,18 +23,16 @@ from time import perf_counter
 
 import numpy as np
 
+from blind import AdmitWhatFits
 from nanoflow.bench import environment
 from nanoflow.ordering import ORDERS, order_prompts
 from nanoflow.request import Request, Sampling
-from nanoflow.scheduler.admission import Admission
 from nanoflow.scheduler.deal import Dealer
-from nanoflow.scheduler.forecast import Forecast, Outlook
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
-from nanoflow.scheduler.slots import Ints, Slots
+from nanoflow.scheduler.slots import Slots
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.step import Step
-from nanoflow.scheduler.waiting import WaitingQueue
 
 PAGE_SIZE = 64
 EOS = 1
@@ -124,25 +122,6 @@ def make_requests(workload: Workload) -> Iterable[Request]:
         max_len = prompt + (output if certain else MAX_TOKENS)
         tokens = rng.integers(2, 1000, prompt, dtype=np.int32)
         yield Request(str(number), tokens, sampling, max_len, lambda request: None)
-
-
-class NoForecast(Forecast):
-    def outlook(self, slots: Slots, running: Ints) -> Outlook:
-        return NoOutlook(slots.page_size, running, running)
-
-
-class NoOutlook(Outlook):
-    def peak(self) -> int:
-        return 0
-
-
-class AdmitWhatFits(Admission):
-    def __init__(self, num_pages: int, num_slots: int, page_size: int) -> None:
-        super().__init__(num_pages, num_slots, page_size)
-        self.forecast = NoForecast()
-
-    def offer(self, waiting: WaitingQueue, running: int) -> Iterator[Request]:
-        return iter(waiting)
 
 
 class Simulation:

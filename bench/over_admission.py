@@ -20,7 +20,8 @@ from time import perf_counter
 
 import numpy as np
 
-from admission import FULL, AdmitWhatFits
+from admission import FULL
+from blind import AdmitWhatFits
 from nanoflow import LLM
 from nanoflow.bench import environment
 from nanoflow.bench.result import gpu_name

@@ -4,9 +4,9 @@ python bench/soak.py --device cuda --output-json soak.json  # two layers of Llam
 python bench/soak.py --model tiny --steps 4000              # on a CPU
 
 Prompts and outputs of random lengths, some beginning alike, every way of sampling, aborts at random
-moments, and a KV cache so small that requests are preempted. The scheduler's books are checked as
-it goes; at the end all slots and pages must be free, and the memory of process and GPU as after
-the first quarter of the steps, but for 1 %.
+moments, and a KV cache so small, half of the time filled so blindly, that requests are preempted.
+The scheduler's books are checked as it goes; at the end all slots and pages must be free, and the
+memory of process and GPU as after the first quarter of the steps, but for 1 %.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from blind import ForecastNowAndThen
 from gpu_memory import GpuMemory
 from nanoflow.bench import environment
 from nanoflow.config import make_args
@@ -185,6 +186,7 @@ def start(options: argparse.Namespace) -> Watch:
                 }
             )
         )
+    runtime.state.admission.forecast = ForecastNowAndThen()
     watch = Watch(runtime, gpu, max(1, round(options.steps * READ_EVERY)))
     runtime.loop.step_listener = watch
     return watch

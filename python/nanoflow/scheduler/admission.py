@@ -16,9 +16,12 @@ from nanoflow.scheduler.waiting import WaitingQueue
 # A queue is long when it holds this many times what the cache holds of requests at their ends:
 # then the time that it takes to get to a steady flow is made up for.
 LONG_QUEUE = 2.5
-# Of all pages, kept back: the forecast guesses how full the last pages will be, and where lengths
-# are drawn, others may come. The share by which the sum of n draws strays falls with the root of n.
-RESERVE, SPREAD = 0.005, 0.25
+# Of all pages, kept back; in a small cache, what the forecast does not know of last pages is more:
+# how full they will be is a guess, whose sum over n requests strays by a part of a page times the
+# root of n.
+RESERVE, LAST_PAGES = 0.005, 0.5
+# Where lengths are drawn, others may come: their sum strays by this share over the root of n.
+SPREAD = 0.25
 
 
 class Admission:
@@ -97,12 +100,13 @@ def fitting(
     """
     outlook = forecast.outlook(slots, running)
     drawn = np.count_nonzero(~slots.is_length_certain[running])
-    reserve = RESERVE + SPREAD * math.sqrt(drawn) / max(1, len(running))
+    stray = SPREAD * math.sqrt(drawn) / max(1, len(running))
     num_pages = room + int(slots.num_pages[running].sum())
     for request, prefix in waiting:
         is_alone = len(outlook) == 0
         outlook.add(request.num_tokens, forecast.steps_left(request))
         num_pages += prefix.num_held
-        if not is_alone and outlook.peak() > num_pages - int(reserve * num_pages):
+        reserve = max(RESERVE * num_pages, LAST_PAGES * math.sqrt(len(outlook)))
+        if not is_alone and outlook.peak() > num_pages - int(reserve + stray * num_pages):
             return
         yield request, prefix
