@@ -191,8 +191,9 @@ TEST_CASE("what does not divide among ranks is refused by name") {
   spec.vocab_size = 96;
   CHECK_THROWS_WITH_AS(spec.shard(0, 6).shard(0, 1),
                        "model spec: rank 0 of 1, of a part for rank 0 of 6", Error);
-  CHECK_THROWS_WITH_AS(spec.shard(1, 2), "tensor_parallel_size 2 does not divide num_kv_heads 3",
-                       Error);
+  CHECK_THROWS_WITH_AS(
+      spec.shard(1, 2),
+      "tensor_parallel_size 2 does not divide num_kv_heads 3; choose one that does", Error);
   CHECK(spec.shard(4, 6).kv_replicas == 2);
 }
 
