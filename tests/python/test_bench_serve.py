@@ -16,7 +16,7 @@ from nanoflow.async_llm import AsyncLLM
 from nanoflow.bench.command import add_bench_arguments
 from nanoflow.bench.datasets import Request
 from nanoflow.bench.serve_metrics import Served, details, lines, summary
-from nanoflow.bench.serve_run import arrival_times, serve
+from nanoflow.bench.serve_run import Ramp, arrival_times, ramp_times, serve
 from nanoflow.cli import run_command
 from nanoflow.sampling_params import SamplingParams
 from tiny_models import write_tiny_llama
@@ -33,6 +33,17 @@ def test_gaps_between_arrivals_have_the_rate_and_the_burstiness(burstiness, vari
 
 def test_an_infinite_rate_is_all_at_once():
     assert arrival_times(3, math.inf, 1.0, np.random.default_rng(0)) == [0.0] * 3
+
+
+def test_rates_grow_from_the_first_request_to_the_last():
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(Ramp("linear", 2.0, 8.0).rates(4), [2, 4, 6, 8])
+    np.testing.assert_allclose(Ramp("exponential", 2.0, 16.0).rates(4), [2, 4, 8, 16])
+    times = np.array(ramp_times(Ramp("linear", 1.0, 100.0), 20_000, 1.0, rng))
+    assert times[0] > 0 and np.diff(times).min() >= 0
+    first, last = np.diff(times[:2000]).mean(), np.diff(times[-2000:]).mean()
+    assert first == pytest.approx(np.mean(1 / np.linspace(1, 11, 2000)), rel=0.1)
+    assert last == pytest.approx(1 / 95, rel=0.1)
 
 
 def test_metrics_are_those_of_each_request():
@@ -124,6 +135,7 @@ def bench(*arguments: str | Path) -> int:
     return run_command(parser, [str(argument) for argument in arguments])
 
 
+RAMP = ("--ramp-up-start-rps", "50", "--ramp-up-end-rps", "200")
 LOAD = ("--input-len", "8", "--output-len", "5", "--num-prompts", "6", "--ignore-eos")
 
 
@@ -171,6 +183,21 @@ def test_serve_runs_every_rate(model, tmp_path, capsys):
     assert appended == found["runs"]
 
 
+def test_serve_ramps_up_and_counts_who_found_the_queue_full(model, tmp_path):
+    path = tmp_path / "ramp.json"
+    flags = ("--ramp-up-strategy", "linear", *RAMP, "--output-json", path)
+    flags += ("--repetition-penalty", "1.2")
+    assert bench("serve", "--model", model, *LOAD, *flags) == 0
+    run = json.loads(path.read_text())
+    assert (run["completed"], run["failed"], run["request_rate"]) == (6, 0, "inf")
+    assert (run["ramp_up_strategy"], run["ramp_up_end_rps"]) == ("linear", 200.0)
+    assert run["repetition_penalty"] == 1.2
+    few = ("--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--output-json", path)
+    assert bench("serve", "--model", model, *LOAD, *few) == 0
+    run = json.loads(path.read_text())
+    assert run["failed"] > 0 and run["completed"] + run["failed"] == 6
+
+
 def test_a_duration_gives_each_rate_its_number_of_requests(model, tmp_path):
     path = tmp_path / "rates.json"
     flags = ("--request-rate", "20", "60", "--duration", "0.2", "--output-json", path)
@@ -190,6 +217,12 @@ def test_a_duration_gives_each_rate_its_number_of_requests(model, tmp_path):
         ),
         (("--request-rate", "0"), "request rate 0.0 and burstiness 1.0 must be above 0"),
         (("--burstiness", "-1"), "burstiness -1.0 must be above 0"),
+        (("--ramp-up-end-rps", "9"), "--ramp-up-end-rps need --ramp-up-strategy"),
+        (("--ramp-up-strategy", "linear"), "in this order, not None and None"),
+        (
+            ("--ramp-up-strategy", "exponential", "--request-rate", "3", *RAMP),
+            "--ramp-up-strategy and --request-rate both say the rate: give one",
+        ),
         (("--top-p", "2"), "top_p"),
         (("--max-concurrency", "0"), "--max-concurrency 0 must be at least 1"),
         (("--goodput", "ttft"), "--goodput ttft must be METRIC:MILLISECONDS"),

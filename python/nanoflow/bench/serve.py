@@ -20,11 +20,27 @@ from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.async_llm import AsyncLLM
 from nanoflow.bench import result, serve_metrics
 from nanoflow.bench.default_model import default_model
-from nanoflow.bench.serve_run import arrival_times, serve
+from nanoflow.bench.serve_flags import (
+    check_duration,
+    parse_goodput,
+    parse_metadata,
+    parse_metrics,
+    parse_percentiles,
+    parse_ramp,
+)
+from nanoflow.bench.serve_run import RAMPS, arrival_times, ramp_times, serve
 from nanoflow.bench.workload import Target, Workload, add_workload_arguments, make_workload
 
 BACKEND = "nanoflow"
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +66,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="shape of the gamma-distributed gaps: below 1 bursts, 1 Poisson, above evener",
     )
+    add("--ramp-up-strategy", choices=RAMPS, help="let the rate grow, instead of --request-rate")
+    add("--ramp-up-start-rps", type=float, help="requests a second at first")
+    add("--ramp-up-end-rps", type=float, help="and at last")
     add("--max-concurrency", type=int, help="requests on their way at once (default: any number)")
     add("--ignore-eos", action="store_true", help="generate all tokens, whatever is sampled")
     for name in SAMPLING:
@@ -94,12 +113,13 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(options: argparse.Namespace) -> None:
     """Raises ValueError on flags that do not fit together, or a workload that does not fit."""
     workload = make_workload(options)
-    metrics, percentiles = _metrics(options), _percentiles(options)
-    goodput, metadata = _goodput(options.goodput), _metadata(options.metadata)
+    metrics, percentiles = parse_metrics(options), parse_percentiles(options)
+    goodput, metadata = parse_goodput(options.goodput), parse_metadata(options.metadata)
     for rate in options.request_rate:
         arrival_times(1, rate, options.burstiness, np.random.default_rng(0))
+    parse_ramp(options)
     if options.duration is not None:
-        _check_duration(options)
+        check_duration(options)
     if options.max_concurrency is not None and options.max_concurrency < 1:
         raise ValueError(f"--max-concurrency {options.max_concurrency} must be at least 1")
     writes_one = options.result_filename is not None and not options.append_result
@@ -157,7 +177,10 @@ async def _measure_rates(
             count = max(1, round(rate * options.duration))
         requests = workload.draw(count, target, rng)
         await llm.reset_prefix_cache()  # which has seen these prompts, where they are few
-        arrivals = arrival_times(len(requests), rate, options.burstiness, rng)
+        if (ramp := parse_ramp(options)) is not None:
+            arrivals = ramp_times(ramp, len(requests), options.burstiness, rng)
+        else:
+            arrivals = arrival_times(len(requests), rate, options.burstiness, rng)
         served, duration = await serve(llm, requests, arrivals, **how)
         found = serve_metrics.summary(
             served, duration, percentiles=percentiles, goodput=goodput, slo_ms=options.slo_ms
@@ -166,15 +189,6 @@ async def _measure_rates(
         identity = _identity(llm, workload, options, rate, len(requests))
         runs.append((identity | sampling | found, served))
     return runs
-
-
-def _check_duration(options: argparse.Namespace) -> None:
-    if options.num_prompts is not None:
-        raise ValueError("--duration and --num-prompts both say how many requests: give one")
-    if options.duration <= 0 or any(math.isinf(rate) for rate in options.request_rate):
-        raise ValueError(
-            f"--duration {options.duration} must be above 0, and needs a --request-rate below inf"
-        )
 
 
 def _identity(
@@ -193,6 +207,9 @@ def _identity(
         "num_prompts": count,
         "request_rate": "inf" if math.isinf(rate) else rate,  # JSON knows no infinity
         "burstiness": options.burstiness,
+        "ramp_up_strategy": options.ramp_up_strategy,
+        "ramp_up_start_rps": options.ramp_up_start_rps,
+        "ramp_up_end_rps": options.ramp_up_end_rps,
         "max_concurrency": options.max_concurrency,
         "traffic": workload.name,
         "warm_up": f"{options.num_warmups} requests at once, not counted",
@@ -232,46 +249,3 @@ def _save(run: dict[str, Any], options: argparse.Namespace) -> None:
     name = f"{run['label'] or BACKEND}-{run['request_rate']}qps{limit}-{model}-{run['date']}.json"
     path = options.result_dir / (options.result_filename or name)
     result.write(path, run, appends=options.append_result)
-
-
-def _metrics(options: argparse.Namespace) -> list[str]:
-    chosen = [word for word in options.percentile_metrics.split(",") if word]
-    for metric in chosen:
-        _check_metric("--percentile-metrics", metric)
-    return chosen
-
-
-def _check_metric(flag: str, metric: str) -> None:
-    known = serve_metrics.METRICS
-    if metric not in known:
-        raise ValueError(f"{flag} has {metric!r}; there are {', '.join(known)}")
-
-
-def _percentiles(options: argparse.Namespace) -> list[float]:
-    text = options.metric_percentiles
-    try:
-        found = [float(word) for word in text.split(",")]
-    except ValueError:
-        found = [-1.0]
-    if not all(0 <= one <= 100 for one in found):
-        raise ValueError(f"--metric-percentiles {text} must be numbers from 0 to 100, as in 50,99")
-    return found
-
-
-def _goodput(words: Sequence[str]) -> dict[str, float]:
-    limits = {}
-    for word in words:
-        metric, _, text = word.partition(":")
-        _check_metric("--goodput", metric)
-        try:
-            limits[metric] = float(text)
-        except ValueError:
-            raise ValueError(f"--goodput {word} must be METRIC:MILLISECONDS") from None
-    return limits
-
-
-def _metadata(words: Sequence[str]) -> dict[str, str]:
-    for word in words:
-        if "=" not in word:
-            raise ValueError(f"--metadata {word} must be KEY=VALUE")
-    return dict(word.split("=", 1) for word in words)

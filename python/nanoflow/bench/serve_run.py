@@ -6,15 +6,33 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanoflow.async_llm import AsyncLLM
 from nanoflow.bench.datasets import Request
 from nanoflow.bench.serve_metrics import Served
+from nanoflow.errors import RequestError
 from nanoflow.sampling_params import RequestOutputKind, SamplingParams
+
+RAMPS = ("linear", "exponential")
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """Requests a second that grow from the first request to the last, as vLLM's flags say."""
+
+    strategy: str  # of RAMPS
+    start: float
+    end: float
+
+    def rates(self, count: int) -> NDArray[np.float64]:
+        if self.strategy == "linear":
+            return np.linspace(self.start, self.end, count)
+        return np.geomspace(self.start, self.end, count)
 
 
 def arrival_times(
@@ -32,6 +50,13 @@ def arrival_times(
         return [0.0] * count
     times = np.cumsum(rng.gamma(burstiness, 1 / (rate * burstiness), count))
     return (times * (count / rate / times[-1])).tolist()  # type: ignore[no-any-return]
+
+
+def ramp_times(ramp: Ramp, count: int, burstiness: float, rng: np.random.Generator) -> list[float]:
+    """The same while the rate grows from request to request; the end is not scaled."""
+    rates = ramp.rates(count)
+    gaps: NDArray[np.float64] = rng.gamma(burstiness, 1 / (rates * burstiness))
+    return np.cumsum(gaps).tolist()  # type: ignore[no-any-return]
 
 
 async def serve(
@@ -70,7 +95,7 @@ async def serve(
                     if completion.token_ids:
                         one.news.append((perf_counter() - begin, len(completion.token_ids)))
                     one.text += completion.text
-            except ValueError as error:
+            except (ValueError, RequestError) as error:  # a full queue, say
                 one.error = str(error)
             return one
 
