@@ -26,11 +26,14 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "gpu_memory_utilization": "share of all of a GPU's memory that this engine may use",
         "enable_sleep_mode": "as in vLLM; an engine can sleep without it",
         "enforce_eager": "run without captured graphs",
-        "max_model_len": "tokens of prompt and output together: 4096, 32k, or auto for what fits",
-        "max_num_seqs": "requests that run at once",
-        "max_num_batched_tokens": "tokens of a step",
+        "max_model_len": "tokens of prompt and output together: 4096, 32k, or auto for what fits "
+        "(default: as many as the model allows, or fit)",
+        "max_num_seqs": "requests that run at once (default: 256 on a CPU, 512 on a GPU)",
+        "max_num_batched_tokens": "tokens of a step (default: 2048, or max_num_seqs if that is "
+        "more)",
         "block_size": "tokens of a page of the KV cache",
-        "kv_cache_memory_bytes": "size of the KV cache",
+        "kv_cache_memory_bytes": "size of the KV cache (default: on a GPU by "
+        "gpu_memory_utilization, on a CPU 40%% of the free memory, at most 4 GiB)",
         "num_gpu_blocks_override": "pages of the KV cache",
         "device": "cpu, cuda, cuda:N, or auto for a GPU that can run the model, else the CPU",
         "cpu_threads": "threads of the CPU backend; 0 for all this process may use",
@@ -38,8 +41,9 @@ _HELP: Mapping[str, str] = MappingProxyType(
         "schedule": "sequential, nano, overlap, tp-overlap, a JSON file, or auto for the "
         "fastest that is found",
         "enable_chunked_prefill": "split long prompts over several steps",
-        "enable_prefix_caching": "share the KV cache of equal beginnings",
-        "kv_offloading_size": "GiB of host memory that keep what the KV cache has no room for",
+        "enable_prefix_caching": "share the KV cache of equal beginnings (default: True)",
+        "kv_offloading_size": "GiB of host memory that keep what the KV cache has no room for "
+        "(default: none)",
         "kv_offloading_backend": "native",
         "kv_offloading_ssd": "PATH:SIZE, a folder on an SSD and GiB, for what the host gives up",
         "async_scheduling": "plan a step while the one before it runs",
@@ -113,7 +117,11 @@ def add_engine_arguments(
         if defaults[name] not in (MISSING, None):
             text += f" (default: {defaults[name]})"
         group.add_argument(
-            *flags, dest=name, default=argparse.SUPPRESS, help=text, **_conversion(hints[name])
+            *flags,
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=text,
+            **_conversion(name, hints[name]),
         )
     for flag, (name, value) in _SWITCHES.items():
         if name in chosen:
@@ -133,14 +141,16 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
-def _conversion(hint: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type."""
+def _conversion(name: str, hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type, and what it calls it."""
     types = set(get_args(hint)) or {hint}
     if bool in types:
         return {"action": argparse.BooleanOptionalAction}
     if str in types:
-        return {"type": _integer_or_text} if int in types else {}
-    return {"type": int if int in types else float}
+        kind: object = _integer_or_text if int in types else str
+    else:
+        kind = int if int in types else float
+    return {"type": kind, "metavar": name.rpartition("_")[2].upper()}
 
 
 def _integer_or_text(text: str) -> int | str:

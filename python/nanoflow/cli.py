@@ -17,23 +17,22 @@ from nanoflow.plan_command import add_plan_arguments
 from nanoflow.run_batch.command import add_run_batch_arguments
 from nanoflow.tune.command import add_tune_arguments
 
+_COMMANDS = (
+    ("bench", add_bench_arguments, "measure throughput, latency, serving and starts"),
+    ("chat", add_chat_arguments, "talk to a model in the terminal"),
+    ("run-batch", add_run_batch_arguments, "answer a file of requests in OpenAI's batch format"),
+    ("plan", add_plan_arguments, "show what a schedule does with a step"),
+    ("export-spec", add_export_arguments, "write a model as programs in C++ read it"),
+    ("tune", add_tune_arguments, "measure the device, and find the fastest schedule for it"),
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="nanoflow", description="LLM serving by overlapped nano-batches.")
     parser.add_argument("--version", action="version", version=f"nanoflow {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="", required=True)
-    add_bench_arguments(commands.add_parser("bench", help="measure throughput"))
-    add_chat_arguments(commands.add_parser("chat", help="talk to a model in the terminal"))
-    add_run_batch_arguments(
-        commands.add_parser("run-batch", help="answer a file of requests in OpenAI's batch format")
-    )
-    add_plan_arguments(commands.add_parser("plan", help="show what a schedule does with a step"))
-    add_export_arguments(
-        commands.add_parser("export-spec", help="write a model as programs in C++ read it")
-    )
-    add_tune_arguments(
-        commands.add_parser("tune", help="measure the device, and find the fastest schedule for it")
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, add_arguments, text in _COMMANDS:
+        add_arguments(commands.add_parser(name, help=text, description=text))
     return parser
 
 

@@ -226,6 +226,7 @@ def test_throughput_of_a_trace(model, tmp_path, capsys):
         ),
         (("--num-prompts", "0"), "--num-prompts 0 must be at least 1"),
         (("--n", "0"), "--n 0 must be at least 1"),
+        (("--steady-start", "--steady-seconds", "0"), "--steady-seconds 0.0 must be above 0"),
         (("--n", "2", "--steady-start"), "--n 2 must be at least 1, and is 1 with --steady-start"),
         (("--input-len", "200", "--output-len", "57"), "up to 257 tokens exceed max_model_len 256"),
         (("--input-len", "0"), "lengths are 0 in, 128 out"),

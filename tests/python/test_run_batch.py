@@ -291,6 +291,8 @@ def test_an_output_of_others_is_refused(model: Path, tmp_path: Path, capsys: Any
     write(source, [entry(1)])
     assert main(command(model, source, target)) == 1
     assert "answers other requests: its answer to line 1" in capsys.readouterr().err
+    assert main(command(model, source, target, "--shutdown-timeout", "-1")) == 1
+    assert "--shutdown-timeout -1.0 must be at least 0" in capsys.readouterr().err
     with OutputFile(target):
         assert main(command(model, source, target)) == 1
     assert "another process writes" in capsys.readouterr().err

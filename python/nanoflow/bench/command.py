@@ -35,22 +35,20 @@ NUM_PROMPTS_STEADY = 4000  # what is left of them at the window's end is dropped
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model and the subcommands; without a subcommand the first run is chosen."""
     parser.set_defaults(run=run_first_run)
+    parser.epilog = "Without a command: answers to three prompts, and what three schedules reach."
     add_engine_arguments(parser, ["model"])
-    commands = parser.add_subparsers(title="commands", metavar="")
-    _add_throughput(commands)
-    add_latency_arguments(
-        commands.add_parser("latency", help="one batch at a time, with vLLM's flags")
-    )
-    add_serve_arguments(
-        commands.add_parser("serve", help="requests that arrive one by one, with vLLM's flags")
-    )
-    add_startup_arguments(
-        commands.add_parser("startup", help="processes that start, with vLLM's flags")
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, add_arguments, what in (
+        ("throughput", add_throughput_arguments, "a workload given at once"),
+        ("latency", add_latency_arguments, "one batch at a time"),
+        ("serve", add_serve_arguments, "requests that arrive one by one"),
+        ("startup", add_startup_arguments, "processes that start"),
+    ):
+        text = f"{what}, with the flags of `vllm bench {name}`"
+        add_arguments(commands.add_parser(name, help=text, description=text))
 
 
-def _add_throughput(commands: Any) -> None:
-    parser = commands.add_parser("throughput", help="a workload given at once, with vLLM's flags")
+def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_throughput)
     add_workload_arguments(parser)
     add = parser.add_argument
@@ -111,6 +109,8 @@ def run_throughput(options: argparse.Namespace) -> None:
     workload = make_workload(options, count)
     if options.n < 1 or (options.n > 1 and options.steady_start):
         raise ValueError(f"--n {options.n} must be at least 1, and is 1 with --steady-start")
+    if not options.steady_seconds > 0:
+        raise ValueError(f"--steady-seconds {options.steady_seconds} must be above 0")
     if options.ablate and options.compare:
         raise ValueError("--ablate and --compare both say which schedules to run: give one of them")
     if options.plot is not None and not (options.ablate or options.compare):

@@ -54,9 +54,10 @@ def add_startup_arguments(parser: argparse.ArgumentParser) -> None:
 def run_startup(options: argparse.Namespace) -> None:
     """Raises ValueError on numbers of starts that make no sense, EngineError where one fails."""
     for name in ("num_iters_cold", "num_iters_warmup", "num_iters_warm"):
-        if getattr(options, name) < (name == "num_iters_warm"):
+        least = int(name == "num_iters_warm")
+        if getattr(options, name) < least:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(options, name)} is too few")
+            raise ValueError(f"--{flag} {getattr(options, name)} must be at least {least}")
     arguments = engine_arguments(options)
     if "model" not in arguments:
         arguments["model"] = default_model()

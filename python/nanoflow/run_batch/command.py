@@ -44,6 +44,8 @@ def run_batch(options: argparse.Namespace) -> None:
     """Exits with 143 when a signal left requests unanswered; the next run continues."""
     if not options.input_file.is_file():
         raise FileNotFoundError(f"--input-file {options.input_file} is no file")
+    if not options.shutdown_timeout >= 0:
+        raise ValueError(f"--shutdown-timeout {options.shutdown_timeout} must be at least 0")
     if options.overwrite:
         options.output_file.unlink(missing_ok=True)
     begin = time.perf_counter()
