@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import nanoflow.metrics as metrics
-from nanoflow import LLM, SamplingParams
+from nanoflow import LLM, SamplingParams, batch_runner
+from nanoflow.cli import main
 from nanoflow.energy import EnergyMeter, open_meter
 from nanoflow.metrics import Counter, Gauge, Histogram, Metric, StatusLine, make_metrics
 from nanoflow.scheduler.idle import IdleMeter
@@ -121,6 +123,40 @@ def test_a_line_of_status_every_few_seconds(
         assert "Preemptions: 0" in tick(15)[0]
         assert tick(100) == [], "an idle time is no time to average over"
         assert len(tick(10)) == 1
+
+
+def was_told(capsys: pytest.CaptureFixture[str]) -> bool:
+    told = capsys.readouterr().err
+    return "Avg generation throughput" in told and "Running: 2 reqs" in told
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_status_is_shown_beside_the_bar_of_a_long_run(
+    shows: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # As in a program that has not set logging up, which pytest has.
+    monkeypatch.setattr(logging.getLogger("nanoflow"), "propagate", False)
+    monkeypatch.setattr(metrics, "STATUS_SECONDS", 0.05)
+    monkeypatch.setattr(batch_runner, "STATUS_SECONDS", 0.01)
+    model = write_tiny_llama(tmp_path, tokenizer=True)
+    params = SamplingParams(max_tokens=40, ignore_eos=True, detokenize=False)
+    with LLM(model, max_model_len=64, block_size=8, max_num_seqs=2, device="cpu") as llm:
+        llm.generate([[1, 2, 3]] * 80, params, use_tqdm=shows)
+    assert was_told(capsys) == shows
+    source = tmp_path / "in.jsonl"
+    body = {"prompt": [1, 2, 3], "max_tokens": 40, "ignore_eos": True}
+    request = {"method": "POST", "url": "/v1/completions", "body": body}
+    lines = [json.dumps({"custom_id": str(number), **request}) for number in range(80)]
+    source.write_text("\n".join(lines))
+    files = ["-i", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", str(model)]
+    sizes = ["--max-model-len", "64", "--block-size", "8", "--max-num-seqs", "2"]
+    bar = [] if shows else ["--no-progress"]
+    assert main(["run-batch", *files, *sizes, *bar, "--device", "cpu"]) == 0
+    assert was_told(capsys) == shows
+    assert not logging.getLogger("nanoflow").handlers
 
 
 class FakeNvml:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from nanoflow.arguments import add_engine_arguments, engine_arguments
 from nanoflow.async_llm import AsyncLLM
 from nanoflow.bench.default_model import default_model
+from nanoflow.progress import logs_beside_bar
 from nanoflow.run_batch.driver import BatchRun, Tally, stop_on_signals
 from nanoflow.run_batch.files import OutputFile
 
@@ -69,9 +70,10 @@ async def _run(options: argparse.Namespace, output: OutputFile) -> Tally:
     try:
         tokenizer = None if llm.args.skip_tokenizer_init else await llm.get_tokenizer()
         names = options.served_model_name or [str(arguments["model"])]
-        with tqdm(
+        bar = tqdm(
             desc="Answered", initial=output.num_done, disable=options.no_progress, unit=" requests"
-        ) as bar:
+        )
+        with bar, logs_beside_bar(not options.no_progress):
             run = BatchRun(llm, tokenizer, names, output, lambda: bar.update(1))
             stop_on_signals(run)
             return await run.run(
