@@ -1,9 +1,10 @@
-"""Fixtures of the kernel tests: backends by instruction set, dtypes and their tolerances."""
+"""Fixtures: backends by instruction set, dtypes and their tolerances, and a tiny model."""
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,14 @@ def tolerance(dtype: str) -> Tolerance:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Numbers of its own for every test and parameter, the same in every run."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama with a tokenizer; nobody changes it."""
+    from tiny_models import write_tiny_llama  # with torch, which takes its time
+
+    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 
 from nanoflow import LLM, AsyncLLM, EngineError, RequestOutput, RequestOutputKind, SamplingParams
 from nanoflow.scheduler.engine import StepHandle
-from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {
     "max_model_len": 64,
@@ -27,11 +26,6 @@ PROMPTS = [f"number {n} again and again" for n in range(24)]
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 TIMEOUT = 60.0
 T = TypeVar("T")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

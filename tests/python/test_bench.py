@@ -21,7 +21,6 @@ from nanoflow.cli import run_command
 from nanoflow.outputs import CompletionOutput, RequestOutput
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.schedule import BUILT_IN
-from tiny_models import write_tiny_llama
 
 
 @dataclass
@@ -117,11 +116,6 @@ def test_json_has_the_fields_of_both_benchmarks():
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (1000, 600)
     assert (result["mean_input_len"], result["mean_output_len"]) == (100, 60)
     assert result["steady_total_tok_s"] is None
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 def bench(*arguments: str | Path) -> int:

@@ -18,14 +18,8 @@ from nanoflow.bench.startup import start_once
 from nanoflow.cli import run_command
 from nanoflow.errors import EngineError
 from nanoflow.schedule import built_in_schedule, schedule_to_json
-from tiny_models import write_tiny_llama
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 def bench(*arguments: str | Path) -> int:

@@ -19,7 +19,6 @@ from nanoflow.bench.serve_metrics import Served, details, lines, summary
 from nanoflow.bench.serve_run import Ramp, arrival_times, ramp_times, serve
 from nanoflow.cli import run_command
 from nanoflow.sampling_params import SamplingParams
-from tiny_models import write_tiny_llama
 
 
 @pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (4.0, 0.5), (0.25, 2.0)])
@@ -90,11 +89,6 @@ def test_one_token_each_has_no_time_per_further_token():
 def test_nothing_completed_is_an_error():
     with pytest.raises(ValueError, match="none of 1 requests completed; the first: too long"):
         summary([Served(1, 0.0, error="too long")], 1.0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)

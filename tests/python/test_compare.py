@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,6 @@ import compare
 import cpu_peak
 from nanoflow.bench.datasets import Request
 from nanoflow.loading import open_checkpoint
-from tiny_models import write_tiny_llama
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 def parse(*flags: str) -> list[compare.Engine]:

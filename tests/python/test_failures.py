@@ -13,16 +13,10 @@ from nanoflow import LLM, AsyncLLM, EngineError, SamplingParams
 from nanoflow.detokenizer import IncrementalDetokenizer
 from nanoflow.errors import StepError, TextError
 from nanoflow.tokenizer import Tokenizer
-from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 64, "block_size": 8, "max_num_seqs": 4, "device": "cpu"}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [f"the quick fox number {n}" for n in range(12)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,10 @@ import pytest
 
 from nanoflow import LLM, EngineError, SamplingParams
 from nanoflow.outputs import RequestOutput
-from tiny_models import write_tiny_llama
 
 MAX_MODEL_LEN = 64
 SIZES: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "block_size": 8, "max_num_seqs": 16}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

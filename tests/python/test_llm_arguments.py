@@ -12,12 +12,6 @@ from nanoflow import LLM
 from nanoflow.config import EngineArgs, make_args, parse_length
 from nanoflow.limits import derive_limits
 from nanoflow.memory import MemoryUse
-from tiny_models import write_tiny_llama
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import reference
 from nanoflow import LLM, SamplingParams, _core
 from nanoflow.outputs import CompletionOutput
-from tiny_models import write_tiny_llama
 
 Rng = np.random.Generator
 POISON = 12345
@@ -139,11 +138,6 @@ def test_more_than_there_is_room_for_is_refused() -> None:
 
 
 SIZES: dict[str, Any] = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

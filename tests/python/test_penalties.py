@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from nanoflow import LLM, SamplingParams, _core
-from tiny_models import write_tiny_llama
 
 Rng = np.random.Generator
 UNTOUCHED = -7
@@ -159,11 +158,6 @@ PENALTIES = [
     {},
 ]
 PROMPTS = [[5, 6, 5, 7] * 5, [9] * 3, [40, 41, 42], [100], list(range(20, 50)), [5, 6, 5, 7]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 def greedy(penalties: dict[str, float]) -> SamplingParams:

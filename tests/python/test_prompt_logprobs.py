@@ -16,15 +16,9 @@ from transformers import AutoModelForCausalLM
 from conftest import DEVICES, SMALL_CACHE
 from nanoflow import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from random_models import SHAPES, write_config
-from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 200, "block_size": 8, "dtype": "float32", "device": "cpu"}
 LENGTHS = (1, 2, 9, 64, 150)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

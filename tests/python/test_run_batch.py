@@ -16,16 +16,10 @@ import pytest
 from nanoflow import LLM, SamplingParams
 from nanoflow.cli import main
 from nanoflow.run_batch.files import OutputFile, line_id
-from tiny_models import write_tiny_llama
 
 FLAGS = ["--device", "cpu", "--cpu-threads", "1", "--max-model-len", "96", "--block-size", "8"]
 MAIN = "from nanoflow.cli import main; raise SystemExit(main())"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 def entry(number: int, url: str = COMPLETIONS, **body: Any) -> dict[str, Any]:

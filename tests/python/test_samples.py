@@ -12,15 +12,9 @@ import pytest
 
 from nanoflow import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from test_policy import Setup, check_output, request
-from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 64, "block_size": 8, "device": "cpu"}
 PROMPT = [3 + i % 40 for i in range(40)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,9 @@ import pytest
 
 from nanoflow import LLM, EngineError, SamplingParams, _core
 from nanoflow.scheduler.stats import StepStats
-from tiny_models import write_tiny_llama
 
 PARAMS = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
 PROMPTS = [[1, 2, 3 + i] for i in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 def tokens(llm: LLM) -> list[list[int]]:

@@ -19,15 +19,9 @@ from nanoflow.token_bits import bits_of, leaves_nothing
 from nanoflow.token_masks import BadWords
 from random_models import SHAPES, write_config
 from test_policy import Setup, check_output, request
-from tiny_models import write_tiny_llama
 
 SIZES: dict[str, Any] = {"max_model_len": 64, "block_size": 8, "dtype": "float32", "device": "cpu"}
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43], [9], [100, 8]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")
