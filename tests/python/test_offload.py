@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_engine import expected_output
+from nanoflow.offload import cost as cost_module
 from nanoflow.offload.cost import CostModel, Rate
 from nanoflow.offload.host import HostTier
 from nanoflow.offload.stats import Transfer
@@ -215,6 +217,13 @@ def test_loading_is_compared_with_computing(monkeypatch: pytest.MonkeyPatch) -> 
     assert cost.is_worth(5, bandwidth, backlog=20)
     for _ in range(20):
         cost.observe_step(1000, 0, 0.05)
+    assert not cost.is_worth(5, bandwidth)
+    now = time.perf_counter()
+    monkeypatch.setattr(cost_module, "perf_counter", lambda: now + 29)
+    assert not cost.is_worth(5, bandwidth)
+    monkeypatch.setattr(cost_module, "perf_counter", lambda: now + 31)
+    assert cost.is_worth(5, bandwidth), "a try, after so long"
+    bandwidth.observe(1e6, 1.0)
     assert not cost.is_worth(5, bandwidth)
 
 

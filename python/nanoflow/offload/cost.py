@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 _WEIGHT = 0.2  # of a new observation
 _MIN_ROWS = 64  # a step with fewer is about other things than prompts
+RETRY_SECONDS = 30.0  # behind the last copy, whose rate says nothing of the next from then on
 
 
 class Rate:
@@ -11,22 +14,30 @@ class Rate:
 
     def __init__(self) -> None:
         self._amount = self._seconds = 0.0
+        self._time = 0.0  # of the last observation
 
     def observe(self, amount: float, seconds: float) -> None:
         if amount > 0 and seconds > 0:
             self._amount += _WEIGHT * (amount - self._amount)
             self._seconds += _WEIGHT * (seconds - self._seconds)
+            self._time = perf_counter()
 
     @property
     def value(self) -> float | None:
         """None before the first observation."""
         return self._amount / self._seconds if self._seconds else None
 
+    @property
+    def is_old(self) -> bool:
+        """Whether nothing has been observed for RETRY_SECONDS, or ever."""
+        return perf_counter() > self._time + RETRY_SECONDS
+
 
 class CostModel:
     """Compares the time to copy pages with the time to compute them again.
 
-    What has not been measured yet is taken to be worth a try.
+    What has not been measured yet, or not for long, is taken to be worth a try: a disk that was
+    slow once is not left alone for ever.
     """
 
     def __init__(self, page_bytes: int, page_size: int) -> None:
@@ -58,6 +69,6 @@ class CostModel:
         `bandwidth`: bytes a second.
         """
         rate, compute = bandwidth.value, self.compute_seconds(pages)
-        if rate is None or compute is None:
+        if rate is None or compute is None or bandwidth.is_old:
             return True
         return (pages + backlog) * self.page_bytes / rate <= compute
