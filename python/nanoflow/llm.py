@@ -38,6 +38,13 @@ class LLM:
     defaults. Close it, or use it as a context manager, to free its memory at a known time.
     `limits` are its sizes, `memory` says where the device's memory went (`memory.table()`), and
     `start_seconds` how long the phases of its start took.
+    On a CPU the same request with the same seed gets the same tokens, to the last bit of their
+    log-probabilities, whatever runs beside it and however it is scheduled, preempted or found in a
+    cache. By default GPUs do not promise that: a step's rows choose the kernels of its products,
+    what else it holds how attention divides a request's keys, and schedule="auto" changes schedules
+    as it runs. So last bits differ, and where two tokens nearly tie, the token and all behind it.
+    `batch_invariant=True` keeps the bits on one GPU as well, with one kernel for all products and
+    attention that divides no request's keys, which costs throughput.
     Raises TypeError on an argument that there is not, ValueError on a value that is wrong or not
     supported, FileNotFoundError when the model is not there, EngineError when the engine fails.
     """
