@@ -11,7 +11,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1  # of the page file and of this list; another one is not read
+LAYOUT = 2  # of the page file and of this list; another one is not read
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from nanoflow.offload.manifest import Entry, Manifest
 from nanoflow.offload.page_file import DamagedPageError, PageFile
 from nanoflow.offload.threads import Threads
 
-READERS = 4  # threads; checksums take one core about 1 GB/s
+READERS = 4  # threads
 MOST_WRITES = 128  # on their way: a disk that is slower is left alone
 PUBLISH_SECONDS = 5.0  # between manifests, while pages are written
 RETRY_SECONDS = 30.0  # without writes, behind one that failed
