@@ -165,6 +165,9 @@ def test_scalings_stretch_the_positions_of_a_model() -> None:
     [
         ({"architectures": "absent"}, "names no architecture"),
         ({"architectures": []}, "names no architecture"),
+        ({"architectures": "LlamaForCausalLM"}, "should list one of"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' .* no number of at least 0"),
+        ({"rope_scaling": 8}, "rope settings 8 .* are no object"),
         ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supported; supp"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),

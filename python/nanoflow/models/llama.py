@@ -139,9 +139,16 @@ def dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "rms_norm_eps": _norm_eps(config),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+
+
+def _norm_eps(config: Mapping[str, Any]) -> float:
+    eps = config.get("rms_norm_eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"rms_norm_eps={eps!r} in the model config is no number of at least 0")
+    return float(eps)
 
 
 def mlp_weights(model: ModelConfig, layer: int) -> dict[str, CheckpointWeight]:

@@ -62,7 +62,7 @@ def model_adapter(config: Mapping[str, Any]) -> ModelAdapter:
     Raises ValueError naming the architecture and the supported ones.
     """
     names = config.get("architectures")
-    if not names:
+    if not names or isinstance(names, str):
         raise ValueError(
             "the model config names no architecture: its 'architectures' should list one of "
             + ", ".join(_ADAPTERS)

@@ -58,7 +58,10 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     type "frequency_factors" is ours: a GGUF file holds one divisor per frequency, no formula.
     Raises ValueError on a type, a key or a partial rotation that is not supported.
     """
-    stated = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"rope settings {found!r} in the model config are no object")
+    stated = dict(found)
     if any(isinstance(value, Mapping) for value in stated.values()):
         raise ValueError(f"rope_parameters per layer type are not supported: {sorted(stated)}")
     rope_type: Any = stated.get("rope_type", stated.get("type", "default"))
