@@ -46,8 +46,7 @@ class GrammarMask:
 
     def _next_bits(self) -> Bits:
         bits = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise ValueError(f"structured outputs: {self._matcher.get_error().strip()}")
+        _check(self._matcher)
         # llguidance's may end in a word too many.
         return np.frombuffer(bits, np.int32)[: num_words(self._vocab_size)]
 
@@ -81,8 +80,7 @@ class GrammarMaker:
         if self._vocabulary is None:
             self._vocabulary = self._make_vocabulary()
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
-        if matcher.is_error():
-            raise ValueError(f"structured outputs: {matcher.get_error().strip()}")
+        _check(matcher)
         return matcher
 
     def _make_vocabulary(self) -> LLTokenizer:
@@ -98,6 +96,13 @@ class GrammarMaker:
             self._tokenizer.backend.to_str(),
             n_vocab=self._vocab_size,
             eos_token=list(self._eos_token_ids),
+        )
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():  # told with all of its state, which helps nobody here
+        raise ValueError(
+            f"structured outputs: {matcher.get_error().partition('<state>')[0].strip()}"
         )
 
 

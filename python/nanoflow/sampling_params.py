@@ -147,8 +147,11 @@ class SamplingParams:
                 raise ValueError(f"logit_bias of token {token} is {value}, not a finite number")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: no token could be sampled")
-        if not all(word.strip() for word in self.bad_words or ()):
-            raise ValueError("bad_words holds an empty string")
+        for word in self.bad_words or ():
+            if not word.strip():
+                raise ValueError("bad_words holds an empty string")
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                raise ValueError(f"bad_words holds {word!r}, which is no valid Unicode text")
 
     def _check_types(self) -> None:
         numbers = ("temperature", "top_p", "min_p")

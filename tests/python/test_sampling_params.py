@@ -60,6 +60,7 @@ def test_defaults_are_those_of_vllm() -> None:
         ("logit_bias", dict.fromkeys(range(513), 1.0), "logit_bias has 513 tokens, at most 512"),
         ("allowed_token_ids", [], "allowed_token_ids is empty: no token could be sampled"),
         ("bad_words", ["x", " "], "bad_words holds an empty string"),
+        ("bad_words", ["\ud800"], r"bad_words holds '\\ud800', which is no valid Unicode text"),
         ("extra_args", {"a": 1}, "extra_args"),
     ],
 )

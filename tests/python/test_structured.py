@@ -184,6 +184,7 @@ def test_limits_go_together(llm: LLM) -> None:
         ({"grammar": "start: nobody"}, "structured outputs: .*nobody"),
         ({"grammar": "nonsense"}, "structured outputs: "),
         ({"json": {"type": "integer", "minimum": 3, "maximum": 2}}, "structured outputs: "),
+        ({"json": {"$ref": "#"}}, "structured outputs: NoExtensionBias$"),
     ],
 )
 def test_what_is_not_valid_fails_alone(llm: LLM, kind: dict[str, Any], message: str) -> None:
