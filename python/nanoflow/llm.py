@@ -12,6 +12,7 @@ from nanoflow._core import Schedule
 from nanoflow.batch_runner import BatchRunner
 from nanoflow.config import make_args
 from nanoflow.energy import open_meter
+from nanoflow.loading.chat_template import ChatTemplate
 from nanoflow.memory import MemoryUse
 from nanoflow.metrics import Metric, StatusLine, make_metrics
 from nanoflow.models.config import ModelConfig
@@ -94,26 +95,35 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, written as prompts by the model's chat template.
 
         A content is a text, or a list of parts {"type": "text", "text": ...}.
+        `chat_template`: Jinja, instead of the model's own. `continue_final_message`: the model goes
+        on with the last message; add_generation_prompt must be False then. `tools` and
         `chat_template_kwargs` are handed to the template. Errors as generate(); ValueError also
         without a chat template, or when it refuses a conversation.
         """
         conversations = parse_conversations(messages)
-        variables = check_variables(chat_template_kwargs)
+        variables = dict(check_variables(chat_template_kwargs))
+        if tools is not None:
+            variables["tools"] = list(tools)
+        template = None if chat_template is None else ChatTemplate(chat_template)
         tokenizer = self.get_tokenizer()
         prompts = []
         for conversation in conversations:
             text = tokenizer.apply_chat_template(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
+                chat_template=template,
+                continue_final_message=continue_final_message,
                 **variables,
             )
-            assert isinstance(text, str)
             prompts.append(Prompt(text=text, add_special_tokens=False))
         return self._runner.run(prompts, sampling_params, use_tqdm)
 

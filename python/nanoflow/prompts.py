@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
+_OWN_VARIABLES = frozenset(
+    ("messages", "add_generation_prompt", "tokenize", "chat_template", "continue_final_message")
+)
 Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": ..., "content": ...} each
 PromptLike: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
@@ -61,7 +64,7 @@ def check_variables(variables: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise TypeError(f"chat_template_kwargs={variables!r} must map names to values")
-    if own := {"messages", "add_generation_prompt", "tokenize"} & variables.keys():
+    if own := _OWN_VARIABLES & variables.keys():
         raise ValueError(f"chat_template_kwargs holds {min(own)!r}, which is set otherwise")
     return variables
 

@@ -165,23 +165,37 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tokenize: bool = False,
+        *,
+        chat_template: ChatTemplate | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str | list[int]:
         """The prompt of a conversation, as text or as ids.
 
-        `variables` are handed to the template. Raises ValueError without a chat template, or when
-        the template refuses the messages.
+        `chat_template`: instead of the model's own. `continue_final_message`: the prompt ends as
+        the last message does, without what a template puts behind it. `variables` are handed to
+        the template. Raises ValueError without a chat template, or when the template refuses the
+        messages, and on a last message that cannot be continued.
         """
-        if self._chat_template is None:
+        template = chat_template or self._chat_template
+        if template is None:
             raise ValueError(
-                "this model has no chat template: pass prompts as text, or use a chat model"
+                "this model has no chat template: pass prompts as text, give a chat_template, or "
+                "use a chat model"
             )
-        prompt = self._chat_template.render(
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message=True needs add_generation_prompt=False: the next words are "
+                "of the last message, or of a new one"
+            )
+        prompt = template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.special_tokens,
             variables=variables,
         )
+        if continue_final_message:
+            prompt = _up_to(prompt, messages[-1].get("content"))
         return self.encode(prompt, add_special_tokens=False) if tokenize else prompt
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -199,6 +213,18 @@ class Tokenizer:
     def _special_id(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
         return None if token is None else self.backend.token_to_id(token)
+
+
+def _up_to(prompt: str, content: Any) -> str:
+    """A prompt as far as the content of its last message, which templates strip or not."""
+    for text in (content, content.strip()) if isinstance(content, str) else ():
+        begin = prompt.rfind(text)
+        if text and begin >= 0:
+            return prompt[: begin + len(text)]
+    raise ValueError(
+        f"the last message's content {content!r} is not found in what the chat template makes of "
+        "it, and cannot be continued"
+    )
 
 
 def _decoder_types(decoder: Mapping[str, Any]) -> list[str]:

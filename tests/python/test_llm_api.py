@@ -173,6 +173,13 @@ def test_chat_writes_the_prompt_by_the_template(llm: LLM) -> None:
     assert len(llm.chat([messages] * 3, GREEDY, use_tqdm=False)) == 3
     [output] = llm.chat(messages, GREEDY, use_tqdm=False, add_generation_prompt=False)
     assert output.prompt == "<|user|>hello</s>\n"
+    template = "{{ tools | length }}{% for m in messages %}{{ m.content }}.{% endfor %}"
+    own: dict[str, Any] = {"chat_template": template, "tools": [{}, {}], "use_tqdm": False}
+    [output] = llm.chat(messages, GREEDY, **own)
+    assert output.prompt == "2hello."
+    own |= {"add_generation_prompt": False, "continue_final_message": True}
+    [output] = llm.chat(messages, GREEDY, **own)
+    assert output.prompt == "2hello"
     for wrong in ("hello", [["hello"]], {"role": "user"}):
         with pytest.raises(TypeError, match="messages"):
             llm.chat(wrong, GREEDY)  # type: ignore[arg-type]

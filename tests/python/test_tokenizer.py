@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from nanoflow.loading.chat_template import ChatTemplate
 from nanoflow.tokenizer import Tokenizer
 from tiny_models import (
     CHAT_TEMPLATE,
@@ -96,6 +98,24 @@ def test_templates_find_what_they_expect() -> None:
     messages = [{"role": "user", "content": "<é>"}, {"role": "user", "content": "b"}]
     expected = f"<s>{datetime.now():%Y}{json.dumps(messages, ensure_ascii=False, indent=1)}<é>"
     assert with_template(template).apply_chat_template(messages, more=7) == expected + "True7</s>"
+
+
+def test_a_last_message_may_be_continued() -> None:
+    tokenizer = with_template("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}!")
+    messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "b \n"}]
+
+    def prompt(messages: list[dict[str, Any]], **options: Any) -> str:
+        options = {"add_generation_prompt": False, "continue_final_message": True, **options}
+        return tokenizer.apply_chat_template(messages, **options)
+
+    assert prompt(messages) == "<b><b"
+    plain = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert prompt(messages, chat_template=plain) == "[b][b \n"
+    with pytest.raises(ValueError, match="needs add_generation_prompt=False"):
+        prompt(messages, add_generation_prompt=True)
+    for content in (None, " "):
+        with pytest.raises(ValueError, match="cannot be continued"):
+            prompt([{"role": "assistant", "content": content}])
 
 
 @pytest.mark.parametrize(
