@@ -87,6 +87,20 @@ def round_rows(result: Result) -> Rows:
     return rows
 
 
+def constrained_rows(result: Result) -> Rows:
+    """Of runs in which some requests carry an option; in the first none does."""
+    load = f"{result['num_requests']} requests, {result['input_len']} tokens in"
+    load += f", {result['output_len']} out"
+    rows = []
+    for row in result["results"][1:]:
+        cost = f"{row['cpu_seconds_of_unconstrained'] - 1:+.1%} CPU time"
+        beside = row["plain_seconds_of_unconstrained"]
+        if beside is not None:
+            cost += f", time of the others {beside - 1:+.1%}"
+        rows.append((f"{load}, {row['share']:.0%} of them with {row['kind']}, beside none", cost))
+    return rows
+
+
 def engine_name(name: str, engine: Result) -> str:
     """With the version of its package, the first after Python's, and the dtype."""
     version = next(v for package, v in engine["versions"].items() if package != "python")
@@ -107,6 +121,7 @@ ROWS: Mapping[str, Callable[[Result], Rows]] = {
     "scheduler_overhead.json": overhead_rows,
     "multi_round.json": round_rows,
     "without_reuse.json": round_rows,
+    "constrained.json": constrained_rows,
 }
 HIGHLIGHTS = ("cpu/compare.json", "h200/cold_start.json", "h200/multi_round.json")
 

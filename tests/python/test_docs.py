@@ -120,6 +120,20 @@ def test_report_shows_peers_of_their_own_environments(tmp_path):
     assert "| best nanoflow beside vllm | 1.23 times |" in table
 
 
+def test_report_shows_what_options_of_requests_cost():
+    report = load(ROOT / "bench" / "report.py")
+    none = {"kind": "none", "share": 0.0}
+    some = {"kind": "json", "share": 0.25, "cpu_seconds_of_unconstrained": 1.0461}
+    some["plain_seconds_of_unconstrained"] = 1.01
+    every = some | {"share": 1.0, "plain_seconds_of_unconstrained": None}
+    result = {"num_requests": 32, "input_len": 64, "output_len": 16, "results": [none, some, every]}
+    of = "32 requests, 64 tokens in, 16 out, {} of them with json, beside none"
+    assert report.constrained_rows(result) == [
+        (of.format("25%"), "+4.6% CPU time, time of the others +1.0%"),
+        (of.format("100%"), "+4.6% CPU time"),
+    ]
+
+
 GPU_RESULT = {
     "gpu": "NVIDIA H100 80GB HBM3",
     "model": "llama-3.1-8b",
