@@ -15,13 +15,9 @@ ROOT = Path(__file__).parents[2]
 MAIN_JOB = "pip install . && python -m nanoflow.bench"
 TESTS = "pip install '.[test]' && pytest"
 EMBEDDING = "tests/cpp/embed/README.md"
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "third_party/README.md",
-    "bench/results/README.md",
-    EMBEDDING,
+FOLDERS = ("", "csrc/**/", "python/**/", "bench/**/", "tests/**/", "third_party/")
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md")
 )
 
 

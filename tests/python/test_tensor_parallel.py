@@ -155,31 +155,43 @@ def test_one_rank_has_no_collectives(tmp_path: Path) -> None:
     assert tokens == run(load_engine(tmp_path, sequential()))[0]
 
 
-def generate(model: Path, **arguments: Any) -> list[tuple[list[int], list[float]]]:
-    """Of every way to sample: tokens and the log-probabilities of what was sampled."""
+OPTIONS: list[dict[str, Any]] = [  # of the prompts: every path of the head
+    {"temperature": 0},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+    {"logit_bias": {5: 4.0, 149: 4.0}},
+    {"allowed_token_ids": [*range(0, 160, 3)]},
+    {"temperature": 0, "prompt_logprobs": 2},
+    {"n": 2, "min_tokens": 6, "stop_token_ids": [*range(40)]},
+]
+
+
+def generate(model: Path, **arguments: Any) -> tuple[list[list[int]], list[float]]:
+    """Tokens of all samples; and log-probabilities of all of them, and of those of prompts."""
     params = [
         SamplingParams(
-            temperature=(0.0, 0.8)[n % 2],
-            seed=n,
-            max_tokens=12,
-            logprobs=2,
-            repetition_penalty=(1.0, 1.3)[n // 2 % 2],
+            **{"temperature": 0.8, "seed": n, "max_tokens": 12, "logprobs": 2, **options},
             detokenize=False,
         )
-        for n in range(len(LENGTHS))
+        for n, options in enumerate(OPTIONS)
     ]
     with LLM(
         model, device="cpu", cpu_threads=4, skip_tokenizer_init=True, block_size=16, **arguments
     ) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
-    found = []
+    tokens, logprobs = [], []
     for output in outputs:
-        completion = output.outputs[0]
-        assert completion.logprobs is not None
-        ids = list(completion.token_ids)
-        steps = zip(ids, completion.logprobs, strict=True)
-        found.append((ids, [step[token].logprob for token, step in steps]))
-    return found
+        scores = [*(output.prompt_logprobs or [])]
+        ids = [*output.prompt_token_ids] if scores else []
+        for completion in output.outputs:
+            assert completion.logprobs is not None
+            tokens.append(list(completion.token_ids))
+            scores += completion.logprobs
+            ids += completion.token_ids
+        pairs = zip(ids, scores, strict=True)
+        logprobs += [entry[token].logprob for token, entry in pairs if entry is not None]
+    return tokens, logprobs
 
 
 @pytest.mark.parametrize(
@@ -197,13 +209,12 @@ def test_an_llm_of_ranks_samples_what_one_samples(
 ) -> None:
     write_tiny_llama(tmp_path, **FAMILIES[family])
     arguments = {"dtype": "float32", "schedule": schedule, "load_format": load_format}
-    expected = generate(tmp_path, **arguments)
-    assert len({tuple(ids) for ids, _ in expected}) > len(LENGTHS) // 2
+    expected, scores = generate(tmp_path, **arguments)
+    assert len(expected) == 9 and len(set(map(tuple, expected))) > 5
     for ranks in (2, 4):
-        found = generate(tmp_path, tensor_parallel_size=ranks, **arguments)
-        assert [ids for ids, _ in found] == [ids for ids, _ in expected]
-        for (_, own), (_, others) in zip(found, expected, strict=True):
-            np.testing.assert_allclose(own, others, rtol=1e-3, atol=1e-3)
+        found, own_scores = generate(tmp_path, tensor_parallel_size=ranks, **arguments)
+        assert found == expected
+        np.testing.assert_allclose(own_scores, scores, rtol=1e-3, atol=1e-3)
 
 
 def test_memory_is_that_of_all_ranks(tmp_path: Path) -> None:
