@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from nanoflow.arguments import add_engine_arguments, engine_arguments
-from nanoflow.bench.default_model import default_model
+from nanoflow.arguments import add_engine_arguments
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.llm import LLM
 from nanoflow.sampling_params import SamplingParams
 
@@ -25,9 +25,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_chat(options: argparse.Namespace) -> None:
-    arguments = engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = llm_arguments(options)
     with LLM(**arguments) as llm:
         params = llm.get_default_sampling_params()
         params.max_tokens = options.max_tokens

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from nanoflow import _core, plan_view
-from nanoflow.arguments import add_engine_arguments, engine_arguments
-from nanoflow.bench.default_model import default_model
+from nanoflow.arguments import add_engine_arguments
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.config import EngineArgs
 from nanoflow.devices import make_backends
@@ -52,9 +52,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     """Raises ValueError on a layer or sizes that the model does not have."""
-    arguments = engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = llm_arguments(options)
     args = EngineArgs(**arguments)
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed

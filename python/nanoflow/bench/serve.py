@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.arguments import add_engine_arguments
 from nanoflow.async_llm import AsyncLLM
 from nanoflow.bench import result, serve_metrics
-from nanoflow.bench.default_model import default_model
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.bench.serve_flags import (
     check_duration,
     parse_goodput,
@@ -125,9 +125,7 @@ def run_serve(options: argparse.Namespace) -> None:
     writes_one = options.result_filename is not None and not options.append_result
     if len(options.request_rate) > 1 and writes_one:
         raise ValueError("--result-filename is one file for several rates: add --append-result")
-    arguments = engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = llm_arguments(options)
     llm = AsyncLLM(**arguments)
     try:
         runs = asyncio.run(_measure_rates(llm, workload, options, percentiles, goodput))

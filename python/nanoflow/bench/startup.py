@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.arguments import add_engine_arguments
 from nanoflow.bench import environment, result
-from nanoflow.bench.default_model import default_model
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.errors import EngineError
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -58,9 +58,7 @@ def run_startup(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(options, name)} must be at least {least}")
-    arguments = engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = llm_arguments(options)
     model = str(arguments["model"])
     starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for _ in range(options.num_iters_cold):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.arguments import add_engine_arguments
 from nanoflow.async_llm import AsyncLLM
-from nanoflow.bench.default_model import default_model
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.progress import logs_beside_bar
 from nanoflow.run_batch.driver import BatchRun, Tally, stop_on_signals
 from nanoflow.run_batch.files import OutputFile
@@ -63,9 +63,7 @@ def run_batch(options: argparse.Namespace) -> None:
 
 
 async def _run(options: argparse.Namespace, output: OutputFile) -> Tally:
-    arguments = engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = llm_arguments(options)
     llm = AsyncLLM(**arguments)
     try:
         tokenizer = None if llm.args.skip_tokenizer_init else await llm.get_tokenizer()

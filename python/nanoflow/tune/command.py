@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from nanoflow import _core
-from nanoflow.arguments import add_engine_arguments, engine_arguments
+from nanoflow.arguments import add_engine_arguments
 from nanoflow.bench import environment
-from nanoflow.bench.default_model import default_model
+from nanoflow.bench.default_model import llm_arguments
 from nanoflow.bench.telemetry import Telemetry
 from nanoflow.config import EngineArgs
 from nanoflow.devices import make_backends
@@ -75,9 +75,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tune(options: argparse.Namespace) -> None:
     """Raises ValueError on sizes that the model or the device do not have."""
-    arguments = engine_arguments(options)
-    if "model" not in arguments:
-        arguments["model"] = default_model()
+    arguments = llm_arguments(options)
     args = EngineArgs(**arguments)
     checkpoint = open_checkpoint(
         args.model, args.load_format, revision=args.revision, seed=args.seed
