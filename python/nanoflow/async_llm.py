@@ -5,27 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanoflow.config import check_timeout, make_args
-from nanoflow.energy import open_meter
-from nanoflow.memory import MemoryUse
-from nanoflow.metrics import Metric, StatusLine, make_metrics
-from nanoflow.models.config import ModelConfig
+from nanoflow.config import check_timeout
+from nanoflow.front import Front
 from nanoflow.outputs import RequestOutput
-from nanoflow.processor import Processor
 from nanoflow.prompts import Prompt, PromptLike, parse_prompts
 from nanoflow.request import Request
-from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.streams import Outbox, OutputStream
 from nanoflow.tokenizer import Tokenizer
 
 
-class AsyncLLM:
+class AsyncLLM(Front):
     """A model with its tokenizer, KV cache and scheduler, for asyncio: vLLM's AsyncLLM.
 
     `AsyncLLM(model, **arguments)` takes the arguments of `nanoflow.config.EngineArgs` and raises as
@@ -33,20 +27,12 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path, **arguments: Any) -> None:
-        self.args = make_args({"model": model, **arguments})
-        self._runtime = start_runtime(self.args)
-        self.limits = self._runtime.limits
-        self._processor = Processor(self._runtime, self.args.seed)
+        super().__init__(model, arguments)
         self._numbers = itertools.count()
-        self._meter = open_meter(self._runtime.memory.device, self.args.tensor_parallel_size)
-        self._status = StatusLine(
-            self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
-        )
         self._outbox = Outbox(self._runtime.loop.abort)
         self._runtime.loop.call_after_turns(self._outbox.flush)
         self._lock = threading.Lock()
         self._streams: dict[str, OutputStream] = {}  # open ones, by request id; guarded by _lock
-        self._finalizer = weakref.finalize(self, self._runtime.loop.close)
 
     async def generate(
         self,
@@ -111,10 +97,6 @@ class AsyncLLM:
         """Raises ValueError when it was left out by skip_tokenizer_init."""
         return self._processor.get_tokenizer()
 
-    def get_metrics(self) -> list[Metric]:
-        """As LLM.get_metrics()."""
-        return make_metrics(self._runtime.state.stats(), str(self.args.model), self._meter)
-
     async def reset_prefix_cache(self) -> bool:
         """Lets requests from now on find nothing of earlier ones in the KV cache. Returns True."""
         self._runtime.loop.forget_prefixes()
@@ -131,25 +113,6 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         """Whether anything sleeps; generate() raises EngineError as long."""
         return bool(self._runtime.loop.asleep)
-
-    @property
-    def memory(self) -> MemoryUse:
-        """Where the device's memory is, without what sleeps."""
-        return self._runtime.current_memory()
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json says, else the defaults; a new object."""
-        return self._processor.default_params()
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The model's dimensions and traits."""
-        return self._runtime.model
-
-    @property
-    def device_description(self) -> str:
-        """The device and how it is used, in words."""
-        return self._runtime.device
 
     @property
     def errored(self) -> bool:

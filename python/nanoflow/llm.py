@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,14 +9,9 @@ from typing import Any
 
 from nanoflow._core import Schedule
 from nanoflow.batch_runner import BatchRunner
-from nanoflow.config import make_args
-from nanoflow.energy import open_meter
+from nanoflow.front import Front
 from nanoflow.loading.chat_template import ChatTemplate
-from nanoflow.memory import MemoryUse
-from nanoflow.metrics import Metric, StatusLine, make_metrics
-from nanoflow.models.config import ModelConfig
 from nanoflow.outputs import RequestOutput
-from nanoflow.processor import Processor
 from nanoflow.prompts import (
     Messages,
     Prompt,
@@ -26,13 +20,12 @@ from nanoflow.prompts import (
     parse_conversations,
     parse_prompts,
 )
-from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler.stats import StepListener
 from nanoflow.tokenizer import Tokenizer
 
 
-class LLM:
+class LLM(Front):
     """A model with its tokenizer, KV cache and scheduler. Its methods may be called by any thread.
 
     `LLM(model, **arguments)` takes the arguments of `nanoflow.config.EngineArgs`: vLLM's names and
@@ -51,17 +44,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **arguments: Any) -> None:
-        self.args = make_args({"model": model, **arguments})
-        self._runtime = start_runtime(self.args)
-        self.limits = self._runtime.limits
-        self.start_seconds = self._runtime.start_seconds
-        self._processor = Processor(self._runtime, self.args.seed)
-        self._meter = open_meter(self._runtime.memory.device, self.args.tensor_parallel_size)
-        status = StatusLine(
-            self._runtime.state.stats, is_on=not self.args.disable_log_stats, meter=self._meter
-        )
-        self._runner = BatchRunner(self.args, self._runtime.loop, self._processor, status)
-        self._finalizer = weakref.finalize(self, self._runtime.loop.close)
+        super().__init__(model, arguments)
+        self._runner = BatchRunner(self.args, self._runtime.loop, self._processor, self._status)
 
     def generate(
         self,
@@ -138,30 +122,6 @@ class LLM:
         """Raises ValueError when it was left out by skip_tokenizer_init."""
         return self._processor.get_tokenizer()
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json says, else the defaults; a new object."""
-        return self._processor.default_params()
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-        return self._runtime.vocab_size
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The model's dimensions and traits."""
-        return self._runtime.model
-
-    @property
-    def device_description(self) -> str:
-        """The device and how it is used, in words."""
-        return self._runtime.device
-
-    @property
-    def memory(self) -> MemoryUse:
-        """Where the device's memory is, without what sleeps."""
-        return self._runtime.current_memory()
-
     @property
     def step_listener(self) -> StepListener | None:
         """Called in the scheduler's thread with a StepStats after every step; must not block."""
@@ -170,10 +130,6 @@ class LLM:
     @step_listener.setter
     def step_listener(self, listener: StepListener | None) -> None:
         self._runtime.loop.step_listener = listener
-
-    def get_metrics(self) -> list[Metric]:
-        """Of this moment: Counter, Gauge and Histogram of `nanoflow.metrics`, with vLLM's names."""
-        return make_metrics(self._runtime.state.stats(), str(self.args.model), self._meter)
 
     def set_schedule(self, schedule: str | Path | Schedule) -> None:
         """Steps run with this schedule from now on, those of open requests too.

@@ -68,9 +68,21 @@ def test_imports_keep_their_place(path: Path) -> None:
     if name != "bench/gpu_profile.py":  # where torch is one way to the GPU's own records
         assert not any(module.split(".")[0] in ("torch", "transformers") for module in found)
     if name.startswith("scheduler/"):
-        forbidden = ["nanoflow.loading", "nanoflow.models", "nanoflow.llm", "nanoflow._core"]
+        forbidden = [
+            "nanoflow.loading",
+            "nanoflow.models",
+            "nanoflow.front",
+            "nanoflow.llm",
+            "nanoflow._core",
+        ]
     elif name.startswith(("models/", "loading/")):
-        forbidden = ["nanoflow.scheduler", "nanoflow.llm", "nanoflow.request", "nanoflow._core"]
+        forbidden = [
+            "nanoflow.scheduler",
+            "nanoflow.front",
+            "nanoflow.llm",
+            "nanoflow.request",
+            "nanoflow._core",
+        ]
     else:
         forbidden = []
     if name in ("scheduler/policy.py", "scheduler/pages.py", "scheduler/deal.py"):
