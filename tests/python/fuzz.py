@@ -20,11 +20,11 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nanoflow import LLM, SamplingParams
+from nanoflow import LLM, SamplingParams, StructuredOutputsParams
 from nanoflow.request import Request
 from tiny_models import write_tiny_llama
 
-VOCAB_SIZE = 160
+VOCAB_SIZE = 400  # of the tokenizer
 MAX_MODEL_LEN = 64
 PER_EXAMPLE = 40  # requests at most
 TIMEOUT = 60.0  # seconds until a hanging run fails
@@ -45,6 +45,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
     {"kv_offloading_size": 0.001},
     {"kv_offloading_size": 0.0001, "kv_offloading_ssd": "ssd:0.0005"},  # in the folder of the run
     {"schedule": "nano", "max_num_queued_reqs": 20},
+    {"schedule": "tp-overlap", "tensor_parallel_size": 2, "cpu_threads": 4},
 )
 
 
@@ -60,8 +61,28 @@ class Asked:
     aborts: int | None = None
     bad_token: int | None = None
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether it must be refused."""
+        given = dict(self.params)
+        return (
+            not 0 < self.length < MAX_MODEL_LEN
+            or self.bad_token is not None
+            or VOCAB_SIZE in given.get("allowed_token_ids", ())
+            or (given.get("temperature") == 0.0 and given.get("n", 1) > 1)
+        )
 
-params = st.fixed_dictionaries(
+
+LIMITS: tuple[dict[str, Any], ...] = (  # on what may be sampled, one for a request
+    *[{}] * 6,
+    {"logit_bias": {5: 3.0, 99: -100.0, VOCAB_SIZE - 1: 3.0}},
+    {"allowed_token_ids": [*range(3, VOCAB_SIZE, 7)]},
+    {"bad_words": ["the", "of their", "e"]},
+    {"structured_outputs": StructuredOutputsParams(choice=["the fox", "a dog again and again"])},
+    {"structured_outputs": StructuredOutputsParams(regex="([a-z]{3} )+")},
+    {"allowed_token_ids": [5, VOCAB_SIZE]},  # which it has not
+)
+options = st.fixed_dictionaries(
     {"max_tokens": st.integers(1, 30), "seed": st.integers(0, 2)},
     optional={
         "temperature": st.sampled_from([0.0, 0.7, 1.0]),
@@ -73,11 +94,14 @@ params = st.fixed_dictionaries(
         "stop_token_ids": st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=3),
         "stop": st.sampled_from(["e", "th", "no such string"]),
         "presence_penalty": st.sampled_from([0.0, 1.5]),
+        "frequency_penalty": st.sampled_from([0.0, 0.5]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
         "logprobs": st.integers(0, 3),
+        "prompt_logprobs": st.integers(0, 3),
         "n": st.integers(1, 3),
     },
 )
+params = st.builds(lambda given, limit: given | limit, options, st.sampled_from(LIMITS))
 asked = st.builds(
     Asked,
     prompt=st.integers(0, 4),
@@ -146,17 +170,9 @@ class Fuzzer:
                 self.number, tokens.tolist(), given, self.done.put
             )
         except ValueError:
-            is_bad = one.bad_token is not None and one.length > 0
-            is_long = not 0 < one.length < MAX_MODEL_LEN
-            is_greedy = dict(one.params).get("temperature") == 0.0
-            assert (
-                is_bad
-                or is_long
-                or (is_greedy and dict(one.params).get("n", 1) > 1)
-                or (dict(one.params).get("min_tokens", 0) > dict(one.params)["max_tokens"])
-            ), "a good request is refused"
+            assert one.is_bad, "a good request is refused"
             return []
-        assert one.bad_token is None
+        assert not one.is_bad, "a bad request is accepted"
         for request in made:
             request.priority = one.priority
             if one.timeout is not None:
@@ -199,7 +215,7 @@ def make_llm(model: Path, options: dict[str, Any]) -> LLM:
 
 def fuzz(requests: int, folder: Path) -> list[Fuzzer]:
     """Fires at least so many requests at all engines together."""
-    model = write_tiny_llama(folder, tokenizer=True, vocab_size=VOCAB_SIZE)
+    model = write_tiny_llama(folder, tokenizer=True)
     fuzzers = [Fuzzer(make_llm(model, options)) for options in ENGINES]
     examples = max(1, 2 * requests // (len(fuzzers) * PER_EXAMPLE))
     for fuzzer in fuzzers:
