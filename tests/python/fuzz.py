@@ -1,6 +1,7 @@
 """Throws random requests at small engines: `python tests/python/fuzz.py --requests 100000`.
 
-Engines are real, with a tiny random model on the CPU, and too small a KV cache for what comes.
+Engines are real, with a tiny random model on the CPU, and too small a KV cache for what comes,
+which half of the time is not foreseen.
 Requests come from few prompts and parameters, so that most come again: whatever ran beside them,
 and whether they were preempted or found in a cache, they must get the same tokens.
 """
@@ -12,9 +13,11 @@ import queue
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
@@ -22,6 +25,7 @@ from hypothesis import strategies as st
 
 from nanoflow import LLM, SamplingParams, StructuredOutputsParams
 from nanoflow.request import Request
+from nanoflow.scheduler.forecast import Outlook
 from tiny_models import write_tiny_llama
 
 VOCAB_SIZE = 400  # of the tokenizer
@@ -236,12 +240,15 @@ def _shoot(fuzzer: Fuzzer, examples: int) -> None:
     @given(
         requests=st.lists(asked, min_size=PER_EXAMPLE // 2, max_size=PER_EXAMPLE),
         aborts_all=st.sampled_from([False] * 7 + [True]),
+        is_blind=st.booleans(),
     )
-    def shoot(requests: list[Asked], aborts_all: bool) -> None:
+    def shoot(requests: list[Asked], aborts_all: bool, is_blind: bool) -> None:
         if fuzzer.broken:  # what is tried again is the example, on an engine that is not the same
             raise fuzzer.broken[0]
+        blind = mock.patch.object(Outlook, "peak", lambda self: 0)
         try:
-            fuzzer.fire(requests, aborts_all)
+            with blind if is_blind else nullcontext():
+                fuzzer.fire(requests, aborts_all)
         except Exception as error:
             fuzzer.broken.append(error)
             raise

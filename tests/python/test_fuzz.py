@@ -17,7 +17,7 @@ def test_random_requests_lose_nothing_and_get_the_same_tokens_again(tmp_path: Pa
     fuzzers = fuzz(2000, tmp_path)
     assert sum(fuzzer.finished for fuzzer in fuzzers) > 2000
     counters = [fuzzer.llm._runtime.state.counters for fuzzer in fuzzers]
-    assert sum(one.preemptions for one in counters) > 0
+    assert all(one.preemptions > 5 for one in counters)
     for reason in ("stop", "length", "abort"):
         assert all(one.finished[reason] > 0 for one in counters)
     again = sum(fuzzer.finished - len(fuzzer.known) for fuzzer in fuzzers)
