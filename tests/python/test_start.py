@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,3 +112,29 @@ def test_a_gpus_memory_is_measured(tmp_path: Path) -> None:
         assert abs(backend.free_memory - (memory.left + memory.graphs)) < 64 << 20
     with pytest.raises(ValueError, match=r"lower num_gpu_blocks_override to \d+\nMemory of cuda:0"):
         start(tmp_path, num_gpu_blocks_override=1 << 24, **arguments)
+
+
+@needs_gpu
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="others take and give memory")
+def test_a_killed_process_gives_its_gpu_back(tmp_path: Path) -> None:
+    write_config(tmp_path, **SHAPES["llama3-d64"])
+    code = (
+        "import sys; from nanoflow import LLM\n"
+        "llm = LLM(sys.argv[1], device='cuda', load_format='dummy', dtype='bfloat16',\n"
+        "    skip_tokenizer_init=True, max_model_len=64, kv_cache_memory_bytes=1 << 30)\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    backend = _core.Backend("cuda")
+    before = backend.free_memory
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert backend.free_memory < before - (1 << 30)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while backend.free_memory < before - (64 << 20):
+        assert time.monotonic() < deadline, "memory stays taken"
+        time.sleep(0.1)
