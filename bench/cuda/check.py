@@ -130,7 +130,9 @@ def check_attention(
     for _ in range(3):  # layers share a plan
         out.fill_(float("nan"))
         for segment in range(len(segments)):
-            kernels.plan_attention(batch, work, heads, kv_heads, (segment, segment + 1), sms)
+            kernels.plan_attention(
+                batch, work, heads, kv_heads, (segment, segment + 1), sms, head_dim > 128
+            )
             for _ in range(2):
                 kernels.attention(q, out, k, v, batch, work, sms)
         results.append(out.clone())
@@ -193,7 +195,7 @@ def main() -> int:
         "mixed": [mixed, [(1, 300)], mixed[::-1]],
     }
     for name, segments in batches.items():
-        for head_dim in (64, 128):
+        for head_dim in (64, 128, 256):
             for group, kv_heads in ((1, 4), (2, 2), (3, 3), (4, 8), (8, 2)):
                 for page_size in (16, 64):
                     for dtype in (bf16, f16):

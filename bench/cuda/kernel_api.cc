@@ -68,8 +68,8 @@ const char* nf_plan_attention(const AttentionPlanArguments* arguments) {
 
 const char* nf_attention(int head_dim, int dtype, const AttentionArguments* arguments) {
   return guarded([&] {
-    NF_CHECK(head_dim == 64 || head_dim == 128, "there is no kernel for head_dim ", head_dim);
-    const auto launch = head_dim == 64 ? launch_attention_d64 : launch_attention_d128;
+    const AttentionLauncher launch = attention_launcher(head_dim);
+    NF_CHECK(launch != nullptr, head_dim_problem(head_dim));
     launch(*arguments, static_cast<DType>(dtype));
   });
 }

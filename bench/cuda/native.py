@@ -38,6 +38,7 @@ class PlanArguments(ctypes.Structure):
             for name in ("segment_begin", "segment_end", "requests", "group", "kv_heads")
         ),
         *((name, ctypes.c_int) for name in ("window", "ctas")),
+        ("tiles_all", ctypes.c_bool),
         ("work", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]
@@ -165,6 +166,7 @@ class Kernels:
         kv_heads: int,
         segments: tuple[int, int],
         sms: int | None = None,
+        tiles_all: bool = False,
     ) -> None:
         arguments = PlanArguments(
             *(batch.tables[name].data_ptr() for name in PLAN_TABLES),
@@ -174,6 +176,7 @@ class Kernels:
             kv_heads,
             NO_WINDOW,
             sms or self.sms,
+            tiles_all,
             work.data_ptr(),
             stream(),
         )

@@ -47,6 +47,7 @@ Buffer enqueue(Op& op, Backend& backend, Lane& lane) {
                        .segment_end = attention->segment_end,
                        .num_heads = static_cast<int>(attention->q.size(1)) / D,
                        .num_kv_heads = static_cast<int>(attention->k_cache.size(1)),
+                       .head_dim = D,
                        .window = attention->window,
                        .work = {},
                        .rows = attention->rows};

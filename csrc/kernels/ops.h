@@ -143,7 +143,7 @@ struct AttentionTables {
 struct PlanAttention {
   AttentionTables tables;
   int segment_begin, segment_end;
-  int num_heads, num_kv_heads;
+  int num_heads, num_kv_heads, head_dim;
   int window = 0;  // of the Attention ops
   Tensor work;     // [words] int32, contents private to the backend
   KvRows rows;     // the rows these segments hold

@@ -93,6 +93,7 @@ std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const 
                                 .segment_end = range.segment_end,
                                 .num_heads = spec().num_heads,
                                 .num_kv_heads = spec().num_kv_heads,
+                                .head_dim = spec().head_dim,
                                 .window = spec().window(layer),
                                 .work = work,
                                 .rows = kv_rows(layer, range)});

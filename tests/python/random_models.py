@@ -82,6 +82,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 20,
         "sliding_window_pattern": 2,
     },
+    "gemma3-d256": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+    },
     "mixtral-d128": {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

@@ -74,8 +74,8 @@ def run(
     """Output of all rows; q lies in a buffer with room for k and v beside it, as qkv does."""
     skip_what_no_gpu_does(backend, problem.dtype)
     is_power = problem.cache.page_size.bit_count() == 1
-    if is_gpu(backend) and not (problem.q.shape[2] in (64, 128) and is_power):
-        pytest.skip("on a GPU head_dim is 64 or 128 and a page size a power of two")
+    if is_gpu(backend) and not (problem.q.shape[2] in (64, 128, 256) and is_power):
+        pytest.skip("on a GPU head_dim is 64, 128 or 256 and a page size a power of two")
     if row_begin is None:
         row_begin = [0, *np.cumsum(problem.rows)[:-1]]
     cache, (_, heads, head_dim) = problem.cache, problem.q.shape
@@ -117,6 +117,9 @@ SHAPES = [
     pytest.param(8, 2, 128, 16, marks=pytest.mark.sanitizer),
     (4, 4, 128, 64),
     (8, 1, 128, 8),
+    pytest.param(4, 1, 256, 16, marks=pytest.mark.sanitizer),
+    (6, 2, 256, 8),
+    (4, 4, 256, 64),
     (6, 2, 64, 1),
     (4, 4, 32, 5),
     (6, 1, 80, 48),
@@ -155,7 +158,8 @@ def test_attention_of_a_mixed_batch(
 
 @pytest.mark.parametrize("window", [0, 150])
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, page_size", [(8, 2, 128, 64), (24, 24, 64, 32), (4, 4, 128, 2)]
+    "heads, kv_heads, head_dim, page_size",
+    [(8, 2, 128, 64), (24, 24, 64, 32), (4, 4, 128, 2), (4, 1, 256, 64), (2, 1, 256, 4)],
 )
 def test_prompts_of_many_blocks_of_rows_and_keys(
     backend: _core.Backend,
@@ -183,16 +187,39 @@ def test_prompts_of_many_blocks_of_rows_and_keys(
     tolerance.check(run(backend, problem), problem.expected())
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
 def test_a_decode_of_every_context(
-    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng
+    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng, head_dim: int
 ) -> None:
     kv_len = [*range(1, 200, 3), 255, 256, 257, 511, 512, 513, 1025, 4097, 8192]
-    problem = make_problem(rng, dtype, [1] * len(kv_len), kv_len, heads=3, kv_heads=1)
+    problem = make_problem(
+        rng, dtype, [1] * len(kv_len), kv_len, heads=3, kv_heads=1, head_dim=head_dim
+    )
+    tolerance.check(run(backend, problem), problem.expected())
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(3, 1, 128), (3, 1, 256), (2, 2, 256)])
+def test_rows_around_a_block_at_contexts_around_blocks(
+    backend: _core.Backend,
+    dtype: str,
+    tolerance: Tolerance,
+    rng: Rng,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    rows = [1, 127, 128, 129, 1, 127, 128, 129]
+    kv_len = [1, 127, 128, 129, 2048, 513, 257, 640]
+    problem = make_problem(
+        rng, dtype, rows, kv_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim
+    )
     tolerance.check(run(backend, problem), problem.expected())
 
 
 @pytest.mark.parametrize("window", [1, 16, 17, 63, 64, 100, 1000])
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(9, 3, 64), (8, 2, 128), (6, 1, 80)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim", [(9, 3, 64), (8, 2, 128), (4, 1, 256), (6, 1, 80)]
+)
 def test_a_row_sees_the_last_keys_of_its_window(
     backend: _core.Backend,
     dtype: str,
@@ -295,12 +322,13 @@ def test_page_size_changes_no_bit(backend: _core.Backend, dtype: str) -> None:
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
 def test_segments_and_padding(
-    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng
+    backend: _core.Backend, dtype: str, tolerance: Tolerance, rng: Rng, head_dim: int
 ) -> None:
     """Rows are found by row_begin; only the requests of the op's segments are computed."""
     rows, kv_len, begin = (1, 1, 9), (20, 70, 40), (0, 4, 8)
-    problem = make_problem(rng, dtype, rows, kv_len)
+    problem = make_problem(rng, dtype, rows, kv_len, head_dim=head_dim)
     options: dict[str, Any] = {"row_begin": begin, "total_rows": 20, "segments": [0, 1, 1, 3]}
     expected = problem.expected()
     both = run(backend, problem, **options, segment_range=(0, 3))
@@ -315,7 +343,9 @@ def test_segments_and_padding(
     assert np.isnan(decode(nothing)).all()
 
 
-@pytest.mark.parametrize("head_dim, page_size", [(64, 16), (128, 64), (128, 4)])
+@pytest.mark.parametrize(
+    "head_dim, page_size", [(64, 16), (128, 64), (128, 4), (256, 16), (256, 4)]
+)
 def test_later_values_never_reach_earlier_rows(
     backend: _core.Backend, dtype: str, head_dim: int, page_size: int
 ) -> None:
@@ -334,10 +364,11 @@ def test_later_values_never_reach_earlier_rows(
         assert not np.isfinite(decode(spoilt[70:])).any()
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
 def test_values_before_the_window_never_reach_later_rows(
-    backend: _core.Backend, dtype: str, rng: Rng
+    backend: _core.Backend, dtype: str, rng: Rng, head_dim: int
 ) -> None:
-    problem = make_problem(rng, dtype, [100, 1], [100, 90], window=20)
+    problem = make_problem(rng, dtype, [100, 1], [100, 90], head_dim=head_dim, window=20)
     clean = run(backend, problem)
     for view, value in ((problem.cache.v_cache, np.inf), (problem.cache.k_cache, np.nan)):
         for request, sees in ((0, slice(37, 57)), (1, slice(0, 0))):

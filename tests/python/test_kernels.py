@@ -142,6 +142,7 @@ def test_rms_norm_rounds_as_transformers_does(backend: _core.Backend, rng: Rng) 
         (9, 3, 64, 16),
         (8, 8, 128, 16),
         (2, 2, 128, 1),
+        (4, 1, 256, 16),
         pytest.param(32, 8, 128, 64, marks=SANITIZER),
     ],
 )

@@ -134,7 +134,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     **MIXTURES,
 }
-ON_GPU = {  # of head_dim 64 and 128
+ON_GPU = {  # of head_dim 64, 128 and 256
     "head-dim",
     "llama2-d64",
     "llama3-d128",
@@ -143,6 +143,7 @@ ON_GPU = {  # of head_dim 64 and 128
     "deepseek-d128",
     "qwen2-d64",
     "qwen3-d128",
+    "gemma3-d256",
     "mixtral-d128",
     "qwen3-moe-d64",
 }

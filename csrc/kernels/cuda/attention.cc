@@ -54,9 +54,28 @@ size_t attention_work_bytes(int requests, int rows, int group, int kv_heads, int
 }
 
 size_t attention_partial_bytes(int ctas, int kv_heads, int head_dim) {
+  if (head_dim > kMaxStreamDim) return 0;
   const auto chunks =
       static_cast<size_t>(AttentionWork::owned_chunks(ctas, kv_heads)) * (1 + kSharedChunks);
   return 2 * chunks * kv_heads * kStreamHeads * (head_dim + 2) * sizeof(float);
+}
+
+AttentionLauncher attention_launcher(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return launch_attention_d64;
+    case 128:
+      return launch_attention_d128;
+    case 256:
+      return launch_attention_d256;
+    default:
+      return nullptr;
+  }
+}
+
+std::string head_dim_problem(int head_dim) {
+  if (attention_launcher(head_dim) != nullptr) return "";
+  return "head_dim " + std::to_string(head_dim) + " has no GPU kernels; 64, 128 and 256 have";
 }
 
 void CudaKernels::run(const PlanAttention& op, Lane& lane) {
@@ -87,7 +106,7 @@ void CudaKernels::run(const PlanAttention& op, Lane& lane) {
                          .kv_heads = op.num_kv_heads,
                          .window = window_of(op.window),
                          .ctas = own.width(),
-                         .tiles_all = batch_invariant_,
+                         .tiles_all = batch_invariant_ || op.head_dim > kMaxStreamDim,
                          .work = op.work.bytes(),
                          .stream = own.stream()});
 }
@@ -108,8 +127,8 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
   check_queries(op.q);
   NF_CHECK(op.work, "attention: the GPU needs the work list of plan_attention");
   const int head_dim = static_cast<int>(match["D"]), kv_heads = static_cast<int>(match["Hkv"]);
-  NF_CHECK(head_dim == 64 || head_dim == 128, "attention: head_dim ", head_dim,
-           " has no GPU kernel; 64 and 128 have");
+  const AttentionLauncher launch = attention_launcher(head_dim);
+  NF_CHECK(launch != nullptr, "attention: ", head_dim_problem(head_dim));
   NF_CHECK(op.q.dtype() == DType::kBF16 || op.q.dtype() == DType::kF16, "attention: ", op.q.dtype(),
            " has no GPU kernel; bfloat16 and float16 have");
   NF_CHECK(match["Hq*D"] % (head_dim * kv_heads) == 0, "attention: q ", op.q,
@@ -137,7 +156,7 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
       .partials = reinterpret_cast<float*>(own.workspace()),
       .ctas = own.width(),
       .stream = own.stream()};
-  (head_dim == 64 ? launch_attention_d64 : launch_attention_d128)(arguments, op.q.dtype());
+  launch(arguments, op.q.dtype());
 }
 
 }  // namespace nanoflow::cuda

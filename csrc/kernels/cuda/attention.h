@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "core/dtype.h"
 
@@ -25,18 +26,19 @@
 // a cut divides leave partial results, and the warp that finishes last merges them, in the order of
 // the keys.
 //
-// Other requests are *tiled*, and all of them where no row's result may depend on the batch: cuts
-// of the line do, while a tile takes a row's keys in one order, kTileKeys at a time from a multiple
-// of it on, whatever rows it has and wherever a prompt was cut. The query heads of a KV head are
-// packed: a request with n rows has n * Hq / Hkv packed rows, token-major. A CTA takes 128 of them:
-// two warpgroups multiply, 64 rows each, and one warp copies for them, 64 keys at a time and as far
-// ahead as there is room.
+// Other requests are *tiled*, and all of them where heads are larger than kMaxStreamDim, or where
+// no row's result may depend on the batch: cuts of the line do, while a tile takes a row's keys in
+// one order, kTileKeys at a time from a multiple of it on, whatever rows it has and wherever a
+// prompt was cut. The query heads of a KV head are packed: a request with n rows has n * Hq / Hkv
+// packed rows, token-major. A CTA takes 128 of them: two warpgroups multiply, 64 rows each, and one
+// warp copies for them, 64 keys at a time and as far ahead as there is room.
 
 namespace nanoflow::cuda {
 
 inline constexpr int kTileWarps = 8;    // of a CTA: two warpgroups; one more warp copies for them
 inline constexpr int kStreamWarps = 7;  // of them; shared memory has room for no more
 inline constexpr int kLeastPageShift = 3;  // log2 of the least page size for streaming
+inline constexpr int kMaxStreamDim = 128;  // shared memory has no room for slots of larger heads
 inline constexpr int kStreamHeads = 8;     // query heads of a streamed KV head, at most
 inline constexpr int kStreamKeys = 32;     // keys a warp takes at a time
 inline constexpr int kSharedChunks = 2;    // shared chunks for each that has an owner, at most
@@ -45,6 +47,11 @@ inline constexpr int kTileKeys = 64;       // keys a CTA takes at a time
 inline constexpr int kAttentionThreads = 32 * (kTileWarps + 4);  // the copies' is a warpgroup, too
 inline constexpr int kMaxAttentionCtas = 256;                    // a plan is made for at most
 inline constexpr int kNoWindow = 1 << 30;                        // keys that a row sees at most
+
+/// Whether decodes can be streamed. Where not, what a plan lists to be streamed is tiled.
+NF_HOST_DEVICE constexpr bool can_stream(int head_dim, int page_shift) {
+  return head_dim <= kMaxStreamDim && page_shift >= kLeastPageShift;
+}
 
 /// A request of the work list.
 struct AttentionItem {
@@ -165,12 +172,20 @@ struct AttentionArguments {
 
 /// Bytes of a work buffer for any batch of these sizes on at most `ctas` CTAs.
 size_t attention_work_bytes(int requests, int rows, int group, int kv_heads, int ctas);
-/// Scratch for items that cuts divide: two parts for each chunk and KV head.
+/// Scratch for streamed items that cuts divide: two parts for each chunk and KV head.
 size_t attention_partial_bytes(int ctas, int kv_heads, int head_dim);
 
 void launch_attention_plan(const AttentionPlanArguments& arguments);
+
 /// dtype is bfloat16 or float16.
 void launch_attention_d64(const AttentionArguments& arguments, DType dtype);
 void launch_attention_d128(const AttentionArguments& arguments, DType dtype);
+void launch_attention_d256(const AttentionArguments& arguments, DType dtype);
+
+using AttentionLauncher = void (*)(const AttentionArguments& arguments, DType dtype);
+/// The one for a head_dim; null where there is none.
+AttentionLauncher attention_launcher(int head_dim);
+/// Why there is none for a head_dim; empty where there is.
+std::string head_dim_problem(int head_dim);
 
 }  // namespace nanoflow::cuda

@@ -33,11 +33,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     paged_attention(const __grid_constant__ AttentionArguments a,
                     const __grid_constant__ AttentionMaps maps) {
   extern __shared__ __align__(1024) uint4 shared_memory[];
-  __shared__ uint64_t barriers[kStreamWarps * AttentionStream<T, D>::kSlots];
   __shared__ TileShared tile_shared;
   const auto header = *reinterpret_cast<const AttentionWorkHeader*>(a.work);
   const TileRing<D> ring{tile_shared, shared_address(shared_memory)};
-  const bool streams = a.page_shift >= kLeastPageShift;
+  const bool streams = can_stream(D, a.page_shift);
   const bool has_tiles = header.num_tiles > 0 || !streams;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (has_tiles) {
@@ -54,15 +53,25 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     TileProducts<T, D>(a, ring).run_all();
     meet_tile_warps();  // the shared memory is free
   }
-  if (!streams || warp >= kStreamWarps) return;
-  const AttentionStream<T, D> streamed(a, maps, header, shared_address(shared_memory),
-                                       shared_address(barriers));
-  streamed.run_all();
+  if constexpr (D <= kMaxStreamDim) {
+    __shared__ uint64_t barriers[kStreamWarps * AttentionStream<T, D>::kSlots];
+    if (!streams || warp >= kStreamWarps) return;
+    const AttentionStream<T, D> streamed(a, maps, header, shared_address(shared_memory),
+                                         shared_address(barriers));
+    streamed.run_all();
+  }
+}
+
+/// Dynamic shared memory: tiles and streams take it in turn.
+template <class T, int D>
+constexpr int shared_bytes() {
+  if constexpr (D > kMaxStreamDim) return TileRing<D>::kSharedBytes;
+  return std::max(TileRing<D>::kSharedBytes, AttentionStream<T, D>::kSharedBytes);
 }
 
 template <class T, int D>
 void launch_attention(const AttentionArguments& arguments) {
-  constexpr int kShared = std::max(TileRing<D>::kSharedBytes, AttentionStream<T, D>::kSharedBytes);
+  constexpr int kShared = shared_bytes<T, D>();
   NF_CUDA_CHECK(cudaFuncSetAttribute(paged_attention<T, D>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   paged_attention<T, D><<<arguments.ctas, kAttentionThreads, kShared, arguments.stream>>>(

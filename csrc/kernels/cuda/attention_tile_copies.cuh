@@ -116,7 +116,7 @@ struct TileCopies {
     }
   }
 
-  /// The tiles of each of the plan's CTAs; what is to be streamed, too, where pages are too small.
+  /// The tiles of each of the plan's CTAs; what is to be streamed, too, where nothing can be.
   __device__ void run_all() const {
     if (lane == 0) {
       prefetch_map(maps.tile_k);
@@ -132,7 +132,7 @@ struct TileCopies {
         run({list<AttentionItem>(at.tile_items)[tile.item], tile.index, pair % a.kv_heads}, fills);
       }
     }
-    if (a.page_shift < kLeastPageShift) {
+    if (!can_stream(D, a.page_shift)) {
       for (int i = blockIdx.x; i < header.num_streams * a.kv_heads; i += gridDim.x) {
         run({list<AttentionItem>(at.stream_items)[i / a.kv_heads], 0, i % a.kv_heads}, fills);
       }

@@ -1,7 +1,8 @@
 #pragma once
 
-#include "kernels/cuda/attention_tile_ring.cuh"
-#include "kernels/cuda/wgmma.cuh"
+#include <type_traits>
+
+#include "kernels/cuda/attention_tile_queries.cuh"
 
 namespace nanoflow::cuda {
 
@@ -12,11 +13,9 @@ template <class T, int D>
 struct TileProducts {
   using Ring = TileRing<D>;
   using Rows = RowState<D>;
-  using Queries = uint32_t[D / 16][4];
-  using Scores = float[kTileKeys / 8][4];
+  using Queries = std::conditional_t<Ring::kQueriesStay, SharedQueries<T, D>, HeldQueries<T, D>>;
+  using Scores = TileScores;
   using Weights = uint32_t[kTileKeys / 16][4];
-  static constexpr int kGroupThreads = 128;
-  static constexpr int kBothBarrier = 1;  // of both warpgroups; each has one of its own after it
 
   const AttentionArguments& a;
   Ring ring;
@@ -34,21 +33,6 @@ struct TileProducts {
     int slots = 0, looks = 0;
   };
 
-  __device__ void load_queries(Queries& q) const {
-    const uint32_t row = ring.queries() + (warp * 16 + lane % 16) * Ring::kQueryPitch;
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) load_matrices(q[k], row + k * 32 + lane / 16 * 16);
-  }
-
-  __device__ __forceinline__ void start_scores(Scores& s, const Queries& q, uint32_t keys) const {
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      start_product<T, Major::K>(
-          s, q[k], matrix_descriptor(keys + k / 4 * Ring::kHalfBytes + k % 4 * 32, 0), k > 0);
-    }
-    cute::warpgroup_commit_batch();
-  }
-
   __device__ __forceinline__ void start_outputs(Rows& rows, const Weights& p,
                                                 uint32_t values) const {
 #pragma unroll
@@ -63,11 +47,11 @@ struct TileProducts {
   // --- values that are not finite ---------------------------------------------------------------
 
   /// Keys, one a bit, of which some value is an infinity or NaN. By all of a warpgroup: a thread
-  /// looks at half a key.
+  /// looks at every other half of a key.
   __device__ uint64_t keys_not_finite(uint32_t values, Taken& taken) const {
-    const int key = threadIdx.x % kTileKeys, half = threadIdx.x % kGroupThreads / kTileKeys;
+    const int key = threadIdx.x % kTileKeys;
     uint32_t found = 0;
-    if (half < Ring::kHalves) {
+    for (int half = threadIdx.x % kGroupThreads / kTileKeys; half < Ring::kHalves; half += 2) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const uint4 words = load_shared(values + Ring::piece(key, half, i));
@@ -78,7 +62,7 @@ struct TileProducts {
     const uint32_t keys = __ballot_sync(~0u, found != 0);
     uint32_t* const all = ring.shared.not_finite[taken.looks++ % 2];  // who is slow reads the other
     if (lane == 0) all[warp] = keys;
-    sync_threads(kBothBarrier + 1 + group, kGroupThreads);
+    meet_group(group);
     const uint32_t* const own = all + group * 4;
     return uint64_t{own[1] | own[3]} << 32 | (own[0] | own[2]);
   }
@@ -120,8 +104,7 @@ struct TileProducts {
 
   __device__ void run(const TileJob& job, Taken& taken) const {
     Queries q;
-    load_queries(q);
-    arrive(shared_address(&ring.shared.queries_empty));
+    q.take(ring);
     const PackedRows out = rows_of(a, job, a.out_stride, D);
     const int base = job.index * kTileRows + warp * 16;
     const int visible = job.item.kv_len - job.item.row_count + 1;
@@ -141,9 +124,9 @@ struct TileProducts {
     };
     int fill = taken.slots;  // of a step's keys; its values are the next
     ring.wait_full(fill);
-    fence_registers(q);
+    q.fence();
     cute::warpgroup_arrive();
-    start_scores(s, q, ring.slot(fill));
+    q.start_scores(s, ring.slot(fill));
     cute::warpgroup_wait<0>();
     fence_registers(s);
     ring.release(fill);
@@ -155,7 +138,7 @@ struct TileProducts {
       fence_registers(p);
       fence_registers(rows.out);
       cute::warpgroup_arrive();
-      start_scores(s, q, ring.slot(fill + 2));
+      q.start_scores(s, ring.slot(fill + 2));
       start_outputs(rows, p, ring.slot(fill + 1));
       cute::warpgroup_wait<1>();
       fence_registers(s);
@@ -171,6 +154,7 @@ struct TileProducts {
       keep_outputs(rows, keep);
       pack_weights<T>(p, s);
     }
+    q.leave(ring);
     take_values(rows, span.end - 1, fill + 1, tile, taken);
     fence_registers(p);
     fence_registers(rows.out);

@@ -9,7 +9,7 @@
 
 namespace nanoflow::cuda {
 
-inline constexpr int kTileSlots = 10;
+inline constexpr int kMaxTileSlots = 10;
 
 struct TileJob {
   AttentionItem item;
@@ -18,49 +18,52 @@ struct TileJob {
 };
 
 struct TileShared {
-  uint64_t full[kTileSlots], empty[kTileSlots];  // barriers
-  uint64_t queries_full, queries_empty;          // of the job, too
+  uint64_t full[kMaxTileSlots], empty[kMaxTileSlots];  // barriers
+  uint64_t queries_full, queries_empty;                // of the job, too
   TileJob job;
   uint32_t not_finite[2][kTileWarps];  // see TileProducts::keys_not_finite
 };
 
-/// Where a slot holds a key's half, 64 dimensions: halves follow one another, 128 bytes of each
-/// key, whose pieces of 16 bytes are swizzled.
+/// Where a slot holds a key's half, 64 dimensions (of a large head: its quarter): halves follow one
+/// another, 128 bytes of each key, whose pieces of 16 bytes are swizzled.
 template <int D>
 struct TileRing {
+  /// Registers cannot hold the queries of large heads beside their outputs.
+  static constexpr bool kQueriesStay = D > 128;
+  static constexpr int kSlots = kQueriesStay ? 5 : kMaxTileSlots;
   static constexpr int kHalves = D / 64;
   static constexpr int kRowBytes = 128;
   static constexpr int kHalfBytes = kTileKeys * kRowBytes;
   static constexpr int kSlotBytes = kHalves * kHalfBytes;
-  static constexpr int kQueryPitch = D * 2 + 16;  // eight rows fall into different banks
-  static constexpr int kSharedBytes = kTileSlots * kSlotBytes + kTileRows * kQueryPitch;
+  /// Where they are read by columns, eight rows fall into different banks.
+  static constexpr int kQueryPitch = D * 2 + (kQueriesStay ? 0 : 16);
+  static constexpr int kSharedBytes = kSlots * kSlotBytes + kTileRows * kQueryPitch;
+  static_assert(kSharedBytes + 1024 + sizeof(TileShared) <= 227 * 1024, "what a CTA may have");
 
   TileShared& shared;
   uint32_t slots;  // kSharedBytes at a multiple of 1024
 
-  __device__ uint32_t slot(int fill) const { return slots + fill % kTileSlots * kSlotBytes; }
+  __device__ uint32_t slot(int fill) const { return slots + fill % kSlots * kSlotBytes; }
   __device__ static uint32_t piece(int key, int half, int i) {
     return half * kHalfBytes + key * kRowBytes + ((i ^ key % 8) << 4);
   }
-  __device__ uint32_t queries() const { return slots + kTileSlots * kSlotBytes; }
+  __device__ uint32_t queries() const { return slots + kSlots * kSlotBytes; }
 
   __device__ void wait_full(int fill) const {
-    wait_barrier(shared_address(&shared.full[fill % kTileSlots]), fill / kTileSlots % 2);
+    wait_barrier(shared_address(&shared.full[fill % kSlots]), fill / kSlots % 2);
   }
   __device__ void wait_empty(int fill) const {
-    wait_barrier(shared_address(&shared.empty[fill % kTileSlots]), fill / kTileSlots % 2 ^ 1);
+    wait_barrier(shared_address(&shared.empty[fill % kSlots]), fill / kSlots % 2 ^ 1);
   }
-  __device__ uint32_t full(int fill) const {
-    return shared_address(&shared.full[fill % kTileSlots]);
-  }
+  __device__ uint32_t full(int fill) const { return shared_address(&shared.full[fill % kSlots]); }
   /// By every warp that multiplies, when it has done with the slot.
   __device__ void release(int fill) const {
-    if (threadIdx.x % 32 == 0) arrive(shared_address(&shared.empty[fill % kTileSlots]));
+    if (threadIdx.x % 32 == 0) arrive(shared_address(&shared.empty[fill % kSlots]));
   }
 
   /// By one thread, before all others.
   __device__ void init_barriers() const {
-    for (int i = 0; i < kTileSlots; ++i) {
+    for (int i = 0; i < kSlots; ++i) {
       init_barrier(shared_address(&shared.full[i]), 1);
       init_barrier(shared_address(&shared.empty[i]), kTileWarps);
     }

@@ -86,12 +86,9 @@ class CudaBackend : public Backend {
   }
 
   std::string model_problem(DType dtype, int head_dim) const override {
+    if (dtype == DType::kBF16 || dtype == DType::kF16) return head_dim_problem(head_dim);
     std::ostringstream text;
-    if (dtype != DType::kBF16 && dtype != DType::kF16) {
-      text << dtype << " has no GPU kernels; bfloat16 and float16 have";
-    } else if (head_dim != 64 && head_dim != 128) {
-      text << "head_dim " << head_dim << " has no GPU kernels; 64 and 128 have";
-    }
+    text << dtype << " has no GPU kernels; bfloat16 and float16 have";
     return text.str();
   }
 
