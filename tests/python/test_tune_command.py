@@ -221,7 +221,7 @@ def test_the_command_measures_searches_and_keeps_the_winner(
     assert [step.schedule["id"] for step in table.steps] == names
     chosen = choose_schedules(EngineArgs(model=model), backend, spec_of(model))
     ids = [schedule.id for schedule in chosen.schedules]
-    assert ids == names[:1] if device == "cpu" else set(ids) == set(names)
+    assert ids == names[:1] if device == "cpu" else set(ids) >= set(names)
 
 
 def spec_of(model: Path) -> _core.ModelSpec:
