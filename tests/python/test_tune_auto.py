@@ -112,6 +112,21 @@ def test_one_schedule_needs_no_chooser(backend: Any, arguments: dict[str, Any], 
     assert found.chooser(8) is None
 
 
+def test_two_threads_try_a_half_each_for_many_rows() -> None:
+    cpu = SimpleNamespace(device="cpu", description="cpu (2 threads)", width=2)
+    found = chosen(cpu)
+    assert [schedule.id for schedule in found.schedules] == ["sequential", "overlap"]
+    chooser = found.chooser(64)
+    assert chooser is not None
+    tried: dict[int, set[int]] = {rows: set() for rows in (32, 64)}
+    for rows, numbers in tried.items():
+        mix = Mix(rows, rows, 128 * rows)
+        for _ in range(100):
+            numbers.add(number := chooser.choose(mix))
+            chooser.observe(number, mix, 1.0)
+    assert tried == {32: {0}, 64: {0, 1}}
+
+
 def test_names_of_devices() -> None:
     assert device_name(gpu(SHIPPED[0])) == SHIPPED[0]
     cpu: Any = SimpleNamespace(device="cpu", description="cpu (2 threads, amx)")

@@ -2,9 +2,9 @@
 
 On a GPU they come from a run of `nanoflow tune` and a search in its op times, else in those that
 the package has; while serving, `scheduler.choose` tries the ones that are predicted to be best for
-the load and keeps the fastest. A GPU without op times tries the built-in overlap. A CPU runs
-everything in turn, or with the one schedule that `nanoflow tune` found fastest; several GPUs run
-everything in turn.
+the load and keeps the fastest. A GPU without op times tries the built-in overlap, and so do two
+threads of a CPU; more of them run everything in turn. Where `nanoflow tune` has run, a CPU has the
+one schedule that it found fastest. Several GPUs run everything in turn.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from nanoflow.tune.table import OpTable, shipped_table, table_from_json, table_t
 logger = logging.getLogger(__name__)
 
 TRIED = 3  # schedules for the first of the workloads, beside sequential; one for each other
-_FULL_ROWS = 512  # of a step, from which overlap is tried where nothing predicts it
+# Of a step, from which overlap is tried where nothing predicts it.
+_FULL_ROWS, _FULL_ROWS_OF_TWO_THREADS = 512, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,10 @@ def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
     if args.ranks > 1:
         return _only(sequential)
     tuned = _tuned(backend, spec)
+    overlap = built_in_schedule("overlap", backend.width)
     if backend.device == "cpu":
+        if tuned is None and backend.width == 2:
+            return Choice([sequential, overlap], _by_rows(_FULL_ROWS_OF_TWO_THREADS))
         return _only(sequential if tuned is None else tuned[1][0])
     table = shipped_table(device_name(backend)) if tuned is None else tuned[0]
     if table is None or table.width != backend.width:
@@ -90,7 +94,7 @@ def choose_schedules(args: EngineArgs, backend: Backend, spec: Spec) -> Choice:
             "them and finds better ones",
             device_name(backend),
         )
-        return Choice([sequential, built_in_schedule("overlap", backend.width)], _by_rows)
+        return Choice([sequential, overlap], _by_rows(_FULL_ROWS))
     measured = [] if tuned is None else tuned[1]
     searched = _searched(table, full_loads(args), backend, spec)
     schedules: list[Schedule] = []
@@ -118,9 +122,13 @@ def _only(schedule: Schedule) -> Choice:
     return Choice([schedule], lambda number, mix: float(mix.rows))
 
 
-def _by_rows(number: int, mix: Mix) -> float:
+def _by_rows(full: int) -> Callable[[int, Mix], float]:
     """Nothing is known: the first alone for few rows, otherwise no difference."""
-    return float(mix.rows * (1 if number == 0 or mix.rows >= _FULL_ROWS else 2))
+
+    def predict(number: int, mix: Mix) -> float:
+        return float(mix.rows * (1 if number == 0 or mix.rows >= full else 2))
+
+    return predict
 
 
 def _tuned(backend: Backend, spec: Spec) -> tuple[OpTable, list[Schedule]] | None:
