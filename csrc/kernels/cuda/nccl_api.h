@@ -19,7 +19,7 @@ struct NcclUniqueId {
 };
 
 enum NcclResult : int { kNcclSuccess = 0 };
-enum NcclDType : int { kNcclInt8 = 0, kNcclFloat16 = 6, kNcclFloat32 = 7, kNcclBFloat16 = 9 };
+enum NcclDType : int { kNcclFloat16 = 6, kNcclFloat32 = 7, kNcclBFloat16 = 9 };
 enum NcclOperation : int { kNcclSum = 0 };
 
 /// ncclConfig_t as of 2.18; newer libraries take its size and version into account.
