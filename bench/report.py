@@ -20,6 +20,7 @@ RESULTS = Path("bench/results")
 BEGIN = "<!-- results: python bench/report.py -->\n"
 END = "<!-- end of results -->\n"
 USUAL = ("sequential", "nano")  # schedules with columns of their own
+FIRST = "512x512"  # of the workloads
 
 Result = Mapping[str, Any]
 Rows = list[tuple[str, str]]
@@ -176,12 +177,15 @@ def _groups(
 ) -> Iterator[tuple[tuple[str, str, str], dict[str, tuple[str, Result]]]]:
     """By GPU, model and workload: paths and results by schedule."""
 
-    def key(item: tuple[str, Result]) -> tuple[str, str, str]:
-        return item[1]["gpu"], item[1]["model"], item[1]["workload"]
+    def key(item: tuple[str, Result]) -> tuple[str, str, bool, str]:
+        _, result = item
+        workload = result["workload"]
+        return result["gpu"], result["model"], workload != FIRST, workload
 
     steady = [item for item in results.items() if item[1]["measured"] != "whole run"]
-    for found, items in itertools.groupby(sorted(steady, key=key), key):
-        yield found, {result["schedule"]: (path, result) for path, result in items}
+    for (gpu, model, _, workload), items in itertools.groupby(sorted(steady, key=key), key):
+        found = {result["schedule"]: (path, result) for path, result in items}
+        yield (gpu, model, workload), found
 
 
 def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
