@@ -183,7 +183,9 @@ class OpTable:
         stretches: bool = True,
     ) -> tuple[float, float]:
         """µs and joules at full clock. Above what was measured both grow in proportion; below, they
-        go down to a floor, or stay where there is none: few rows read all weights too."""
+        go down to a floor, or stay where there is none: few rows read all weights too. What the two
+        least sizes say of none at all is more than the floor where starting and ending takes long.
+        """
         points = []
         for e in entries:
             clock = self._clock(e)
@@ -191,6 +193,9 @@ class OpTable:
             points.append((e.size, e.us * clock if stretches else e.us, joules))
         points.sort()
         if floor_us is not None:
+            if len(points) > 1:
+                (size0, us0, _), (size1, us1, _) = points[:2]
+                floor_us = max(floor_us, us0 - size0 * (us1 - us0) / (size1 - size0))
             points.insert(0, (0.0, floor_us, 0.0))
         us, joules = _between(points, size)
         beyond = max(1.0, size / points[-1][0])
