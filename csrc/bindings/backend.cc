@@ -25,6 +25,8 @@ void register_backend(py::module_& m) {
                              })
       .def_property_readonly("description", &Backend::description)
       .def_property_readonly("width", &Backend::width, "Threads or SMs of the whole device.")
+      .def_property_readonly("row_granularity", &Backend::row_granularity,
+                             "Rows of a nano-batch are padded to multiples of it.")
       .def_property_readonly("total_memory", &Backend::total_memory, "Bytes of the device.")
       .def_property_readonly("free_memory", &Backend::free_memory, "Bytes that nobody uses.")
       .def(

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, m) {
   nanoflow::register_step(m);
   nanoflow::register_engine(m);
   nanoflow::register_run_op(m);
+  nanoflow::register_costs(m);
 }

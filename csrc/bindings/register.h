@@ -6,6 +6,7 @@ namespace nanoflow {
 
 // One function a file of this folder; module.cc calls them all.
 void register_backend(pybind11::module_& m);
+void register_costs(pybind11::module_& m);
 void register_model(pybind11::module_& m);
 void register_schedule(pybind11::module_& m);
 void register_step(pybind11::module_& m);

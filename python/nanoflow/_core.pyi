@@ -34,8 +34,10 @@ __all__: list[str] = [
     "Weights",
     "cpu_isas",
     "cuda_bus_id",
+    "cuda_gemm_us",
     "cuda_problem",
     "make_backends",
+    "padded_rows",
     "run_op",
     "time_op",
     "write_model",
@@ -69,6 +71,11 @@ class Backend:
     def free_memory(self) -> int:
         """
         Bytes that nobody uses.
+        """
+    @property
+    def row_granularity(self) -> int:
+        """
+        Rows of a nano-batch are padded to multiples of it.
         """
     @property
     def total_memory(self) -> int:
@@ -601,6 +608,17 @@ def cuda_bus_id(index: typing.SupportsInt | typing.SupportsIndex = 0) -> str:
     The PCI bus id of a CUDA device, by which other libraries know it whatever devices CUDA shows. Raises EngineError where there is no such device.
     """
 
+def cuda_gemm_us(
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    features: typing.SupportsInt | typing.SupportsIndex,
+    depth: typing.SupportsInt | typing.SupportsIndex,
+    sms: typing.SupportsInt | typing.SupportsIndex,
+    is_general: bool = False,
+) -> float:
+    """
+    Microseconds of x [rows, depth] by weightᵀ [features, depth] on so many SMs, at a clock that power does not lower, by the model that kernels are chosen by: good for comparing sizes and widths. `is_general`: other than bfloat16 into bfloat16, or with an activation. Needs no GPU.
+    """
+
 def cuda_problem(index: typing.SupportsInt | typing.SupportsIndex = 0) -> str:
     """
     Why a CUDA device cannot be used, and what to do; empty where it can. Never raises.
@@ -618,6 +636,14 @@ def make_backends(
 ) -> list[Backend]:
     """
     The ranks of tensor parallelism, in order: a CPU's share its threads, GPUs are the device and those after it. `nccl_library` is the path of libnccl.so.2, which several GPUs need; `nccl_alone` has it used by one, too. `simulated_ranks`: rank 0 of so many without the others, to measure it. `batch_invariant`: a GPU computes for a row what depends on no other, as a CPU always does. Raises EngineError where there are fewer GPUs than ranks, or no NCCL.
+    """
+
+def padded_rows(
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    granularity: typing.SupportsInt | typing.SupportsIndex,
+) -> int:
+    """
+    Rows of the bucket that a step of so many is padded to, on a backend of this granularity.
     """
 
 def run_op(

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm_time.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -58,6 +59,18 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(choose({.rows = 2048, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
   // Few rows are bound by the weights: no tile of 128 rows.
   CHECK(traits_of(choose({.rows = 16, .features = 4096, .depth = 4096})).tile_rows == 16);
+}
+
+TEST_CASE("time grows by whole waves") {
+  const GemmType fused{.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = true};
+  const auto us = [&](int rows, int sms) {
+    return chosen_gemm_us({.rows = rows, .features = 28672, .depth = 4096}, sms, fused);
+  };
+  // Gate and up: 5 x 112 tiles of 128 x 256 are 6 waves on 96 SMs; on 92, 5 x 224 tiles of
+  // 128 x 128 are 13 and 6 x 224 are 15.
+  CHECK(us(640, 96) < 0.93 * us(640, 92));
+  CHECK(us(704, 92) == doctest::Approx(15.0 / 13 * us(640, 92)).epsilon(0.01));
+  CHECK(us(704, 92) == us(768, 92));
 }
 
 TEST_CASE("the kernel for any number of rows exists for all types and adds along K in one order") {

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/cuda/gemm_time.h"
+
 namespace nanoflow::cuda {
 namespace {
 
@@ -78,8 +80,14 @@ bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, const Gemm
          tiles_of(t, shape) <= kStreamKWaves * slots_of(t, sms);
 }
 
-/// At the clock of a burst. `bytes`: the product's least memory traffic.
-double gemm_burst_us(const GemmCost& cost, const GemmShape& shape, int sms, double bytes) {
+/// The product's least memory traffic.
+double bytes_of(const GemmShape& shape) {
+  const double depth = shape.depth, rows = shape.rows, features = shape.features;
+  return 2 * (features * depth + rows * (depth + features));
+}
+
+/// At the clock of a burst.
+double gemm_burst_us(const GemmCost& cost, const GemmShape& shape, int sms) {
   const GemmTraits& t = cost.traits;
   const int64_t slots = slots_of(t, sms), tiles = tiles_of(t, shape);
   const double waves = t.is_stream_k ? static_cast<double>(tiles) / static_cast<double>(slots)
@@ -88,7 +96,7 @@ double gemm_burst_us(const GemmCost& cost, const GemmShape& shape, int sms, doub
   const double multiply_us = (is_crowded ? kManyRowsFactor : 1.0) * waves *
                              (cost.step_us * shape.depth / kStepDepth + cost.wave_us);
   const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
-  const double memory_us = bytes * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
+  const double memory_us = bytes_of(shape) * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
   return cost.fixed_us + std::max(multiply_us, memory_us);
 }
 
@@ -99,9 +107,8 @@ const GemmTraits& traits_of(GemmKernel kernel) { return cost_of(kernel).traits; 
 double gemm_time_us(GemmKernel kernel, const GemmShape& shape, int sms) {
   const GemmCost& cost = cost_of(kernel);
   const double depth = shape.depth, rows = shape.rows, features = shape.features;
-  const double bytes = 2 * (features * depth + rows * (depth + features));
-  const double burst_us = gemm_burst_us(cost, shape, sms, bytes);
-  const double picojoules = 2 * rows * features * depth * cost.pj_flop + bytes * kPjByte;
+  const double burst_us = gemm_burst_us(cost, shape, sms);
+  const double picojoules = 2 * rows * features * depth * cost.pj_flop + bytes_of(shape) * kPjByte;
   const double energy_us = picojoules / kWatts * 1e-6;  // at kLoadedMhz
   // Watts x time = energy x (cycles / time / kLoadedMhz) ^ kEnergyExponent
   const double loaded_us = burst_us * kBurstMhz / kLoadedMhz;
@@ -123,6 +130,10 @@ GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type) {
     }
   }
   return best;
+}
+
+double chosen_gemm_us(const GemmShape& shape, int sms, const GemmType& type) {
+  return gemm_burst_us(cost_of(choose_gemm(shape, sms, type)), shape, sms);
 }
 
 }  // namespace nanoflow::cuda

@@ -196,10 +196,16 @@ def _tune(
             bar.update()
             return run
 
-        step = DEFAULTS[backend.device.partition(":")[0]].width_step
-        limit = float(telemetry.board.get("power_limit_watts", 0.0))
-        idle = _idle_watts(telemetry)
-        device = Device(device_name(backend), backend.width, step, idle, limit)
+        kind = backend.device.partition(":")[0]
+        device = Device(
+            device_name(backend),
+            backend.width,
+            DEFAULTS[kind].width_step,
+            _idle_watts(telemetry),
+            float(telemetry.board.get("power_limit_watts", 0.0)),
+            backend.row_granularity,
+            kernels="cuda" if kind == "cuda" else "",
+        )
         table = profile(measure, spec, device, grid, _origin(telemetry))
         if options.table is not None:
             save_table(table, options.table)  # should what follows fail

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanoflow._core import Schedule
+from nanoflow._core import Schedule, padded_rows
 from nanoflow.tune.program import Program, parts_of, program_of
 from nanoflow.tune.simulate import Cost, LaneWidths, steady
 from nanoflow.tune.table import OpTable
@@ -129,7 +129,7 @@ class CostModel:
     def head(self, schedule: Schedule, load: Load, clock: float = 1.0) -> Cost:
         width = schedule.lanes[schedule.lane_of("head", 0)].width
         return self.table.product(
-            max(1, load.decodes), self.spec.vocab_size, self.spec.hidden_size, width, clock
+            self._padded(load.decodes), self.spec.vocab_size, self.spec.hidden_size, width, clock
         )
 
     def predict(self, schedule: Schedule, load: Load, program: Program | None = None) -> Prediction:
@@ -169,12 +169,16 @@ class CostModel:
         joules = sum(cost.joules for cost in costs) * layers + head.joules
         return _Step(found.layers_us(layers) + head.us, found.period_us, joules)
 
+    def _padded(self, rows: int) -> int:
+        """As a step's rows are, before its nano-batches share them."""
+        return padded_rows(max(1, rows), self.table.row_granularity)
+
     def _stage(self, stage: str, share: float, width: int, load: Load, clock: float) -> Cost:
         spec, table = self.spec, self.table
         hidden = spec.hidden_size
         heads = spec.num_heads * spec.head_dim
         qkv = heads + 2 * spec.num_kv_heads * spec.head_dim
-        rows = max(1, round(share * load.rows))
+        rows = max(1, round(share * self._padded(load.rows)))
         row_bytes = rows * self._bytes
         norm = table.row_work(2 * row_bytes * hidden, width, clock)
         if stage == "qkv":

@@ -73,6 +73,7 @@ def _prefill_keys(mix: StepMix) -> float:
 @dataclass(slots=True)
 class _Collected:
     products: dict[tuple[int, int], list[Entry]] = field(default_factory=dict)
+    general: set[tuple[int, int]] = field(default_factory=set)
     decode: list[Entry] = field(default_factory=list)
     prefill: list[Entry] = field(default_factory=list)
     rows: list[Entry] = field(default_factory=list)
@@ -87,6 +88,8 @@ class Device:
     width_step: int
     idle_watts: float
     limit_watts: float  # 0: none is known
+    row_granularity: int = 1  # this and the next as in OpTable
+    kernels: str = ""
 
 
 def profile(
@@ -126,14 +129,16 @@ def profile(
         cap_watts=_cap_watts(runs, max_mhz, device.limit_watts),
         max_mhz=max_mhz,
         products=tuple(
-            Product(features, depth, tuple(entries))
-            for (features, depth), entries in profiler.found.products.items()
+            Product(*shape, tuple(entries), shape in profiler.found.general)
+            for shape, entries in profiler.found.products.items()
         ),
         decode=(),
         prefill=tuple(profiler.found.prefill),
         rows=tuple(profiler.found.rows),
         origin=origin,
         energy_exponent=_energy_exponent([run for _, run in pairs], device.idle_watts),
+        row_granularity=device.row_granularity,
+        kernels=device.kernels,
     )
     for mix, run in whole:
         profiler.add_decode(run, mix, device.width, profiler.watts_of_decode(table, mix, run))
@@ -167,7 +172,10 @@ class _Profiler:
                     f"stage {stage} of this model has no {op} but {ops}: only dense models can be "
                     "tuned"
                 )
-            self._add_product(run, run.op_us[stage, 0, op], (features, depth), rows, width)
+            shape = features, depth
+            self._add_product(run, run.op_us[stage, 0, op], shape, rows, width)
+            if op != "gemm" or spec.dtype != "bfloat16":
+                self.found.general.add(shape)
         moved = 2 * rows * self._bytes * (2 * hidden + self._qkv)  # two norms and a rotation
         others = [
             us
@@ -180,6 +188,7 @@ class _Profiler:
     def add_head(self, run: Run, mix: StepMix, width: int) -> None:
         shape = (self._spec.vocab_size, self._spec.hidden_size)
         self._add_product(run, run.op_us["head", 0, "gemm"], shape, mix.decodes, width)
+        self.found.general.add(shape)  # logits are of float32
 
     def add_prefill(self, run: Run, mix: StepMix, width: int) -> None:
         flops = 4 * mix.prefill_rows * _prefill_keys(mix) * self._heads

@@ -144,9 +144,9 @@ def parted(counts: Sequence[int], cut: float, memory: int, width: int) -> Schedu
     return Schedule(name, lanes, {**stages, "head": StageSpec([], WHOLE)})
 
 
-def ping_pong(memory: int, width: int) -> Schedule:
-    """Two halves: attention of one beside all else of the other."""
-    schedule = _schedule(_Structure((2,) * len(STAGES), starts=True), 0.5, memory, width)
+def ping_pong(memory: int, width: int, counts: Sequence[int] = (2,) * len(STAGES)) -> Schedule:
+    """Two halves: attention of one beside all else of the other. `counts`: parts of each stage."""
+    schedule = _schedule(_Structure(tuple(counts), starts=True), 0.5, memory, width)
     assert schedule is not None
     return schedule
 

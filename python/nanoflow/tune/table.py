@@ -4,6 +4,8 @@ A GPU under load sits at its power cap with its clock lowered, so every entry sa
 and clock it was measured. From these come, at any clock,
 
 - the time: of what computes it stretches as the clock falls, of what waits for memory it does not;
+  Between the sizes and widths that were measured, products take whole waves of tiles where the
+  table says what kernels they ran on;
 - the energy above idle, which the cap is shared out of: at a lower clock the voltage is lower, so
   the same work takes less, by a power of the clock.
 
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoflow import _core
 from nanoflow.tune.simulate import Cost
 
 _LAUNCH_US = 3.0  # of an op without work
@@ -43,6 +46,7 @@ class Product:
     features: int
     depth: int
     entries: tuple[Entry, ...]
+    is_general: bool = False  # of kernels for any type: see _core.cuda_gemm_us
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class OpTable:
     steps: tuple[MeasuredStep, ...] = ()  # with these kernels: what predictions are held against
     origin: Mapping[str, str] = field(default_factory=dict)  # how it was measured
     energy_exponent: float = 0.0  # the same work takes joules in proportion to the clock to this
+    row_granularity: int = 1  # of the backend: what rows are padded to
+    kernels: str = ""  # of products: "cuda" where _core.cuda_gemm_us knows their tiles
 
     def product(self, rows: int, features: int, depth: int, width: int, clock: float = 1.0) -> Cost:
         """By the measured shape most like this one, in proportion to their weights.
@@ -86,6 +92,8 @@ class OpTable:
         nearest = min(self.products, key=unlike)
         scale = features * depth / (nearest.features * nearest.depth)
         us, joules = self._computed(nearest.entries, rows, width, clock)
+        if self.kernels:
+            us = self._in_waves(nearest, rows, width) / clock
         return Cost(us * scale, joules * scale, "compute")
 
     def attention(self, kv_bytes: float, flops: float, width: int, clock: float = 1.0) -> Cost:
@@ -107,6 +115,28 @@ class OpTable:
         if self.cap_watts <= self.idle_watts:
             return True
         return joules * 1e6 <= us * (self.cap_watts - self.idle_watts)
+
+    def _in_waves(self, product: Product, rows: int, width: int) -> float:
+        """µs at full clock: what the model of the kernels says, times how far it was off where
+        sizes and widths nearby were measured."""
+
+        def model(rows: int, width: int) -> float:
+            shape = product.features, product.depth
+            return _core.cuda_gemm_us(rows, *shape, width, product.is_general)
+
+        off = []
+        for at in sorted({entry.width for entry in product.entries}):
+            points = sorted(
+                (e.size, e.us * self._clock(e) / model(round(e.size), at), 0.0)
+                for e in product.entries
+                if e.width == at
+            )
+            off.append((at, *_between(points, rows)))
+        return _between(off, width)[0] * model(rows, width)
+
+    def _clock(self, entry: Entry) -> float:
+        """Of the full one."""
+        return entry.mhz / self.max_mhz if self.max_mhz else 1.0
 
     def _computed(
         self,
@@ -153,14 +183,19 @@ class OpTable:
         stretches: bool = True,
     ) -> tuple[float, float]:
         """µs and joules at full clock. Above what was measured both grow in proportion; below, they
-        go down to a floor, or stay where there is none: few rows read all weights too."""
+        go down to a floor, or stay where there is none: few rows read all weights too. What the two
+        least sizes say of none at all is more than the floor where starting and ending takes long.
+        """
         points = []
         for e in entries:
-            clock = e.mhz / self.max_mhz if self.max_mhz else 1.0
+            clock = self._clock(e)
             joules = (e.watts - self.idle_watts) * e.us * 1e-6 / clock**self.energy_exponent
             points.append((e.size, e.us * clock if stretches else e.us, joules))
         points.sort()
         if floor_us is not None:
+            if len(points) > 1:
+                (size0, us0, _), (size1, us1, _) = points[:2]
+                floor_us = max(floor_us, us0 - size0 * (us1 - us0) / (size1 - size0))
             points.insert(0, (0.0, floor_us, 0.0))
         us, joules = _between(points, size)
         beyond = max(1.0, size / points[-1][0])

@@ -1,0 +1,38 @@
+#include <limits>
+
+#include "bindings/register.h"
+#include "core/error.h"
+#include "kernels/cuda/gemm_time.h"
+#include "pipeline/buckets.h"
+
+namespace py = pybind11;
+
+namespace nanoflow {
+namespace {
+
+double cuda_gemm_us(int rows, int features, int depth, int sms, bool is_general) {
+  NF_CHECK(rows > 0 && features > 0 && depth > 0 && sms > 0, "a product of ", rows, " rows, ",
+           features, " features and depth ", depth, " on ", sms, " SMs: all must be positive");
+  return cuda::chosen_gemm_us({.rows = rows, .features = features, .depth = depth}, sms,
+                              {.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = is_general});
+}
+
+int padded_rows(int rows, int granularity) {
+  return bucket_of(rows, granularity, std::numeric_limits<int>::max());
+}
+
+}  // namespace
+
+void register_costs(py::module_& m) {
+  m.def("cuda_gemm_us", &cuda_gemm_us, py::arg("rows"), py::arg("features"), py::arg("depth"),
+        py::arg("sms"), py::arg("is_general") = false,
+        "Microseconds of x [rows, depth] by weightᵀ [features, depth] on so many SMs, at a clock "
+        "that power does not lower, by the model that kernels are chosen by: good for comparing "
+        "sizes and widths. `is_general`: other than bfloat16 into bfloat16, or with an activation. "
+        "Needs no GPU.");
+  m.def("padded_rows", &padded_rows, py::arg("rows"), py::arg("granularity"),
+        "Rows of the bucket that a step of so many is padded to, on a backend of this "
+        "granularity.");
+}
+
+}  // namespace nanoflow

@@ -1,0 +1,154 @@
+"""Whole waves of tiles in predicted times, and the steps measured of five workloads on H200s."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from nanoflow import _core
+from nanoflow.schedule import BUILT_IN, built_in_schedule
+from nanoflow.tune.costs import CostModel, Load
+from nanoflow.tune.search import ping_pong
+from nanoflow.tune.table import OpTable, shipped_table
+from test_tune_search import llama_8b
+
+ABLATIONS = Path(__file__).parents[2] / "bench" / "results" / "h200" / "ablations"
+GATE_UP = 28672, 4096
+CONTEXTS = {  # keys that a decode and a prompt's row read, in the mean of the workload's requests
+    "512x512": (768, 256),
+    "512x1024": (1024, 256),
+    "1024x512": (1280, 512),
+    "sharegpt": (513, 741),
+    "lmsys": (301, 191),
+}
+# What searches had chosen: counts of parts, width of attention's lane. On 16 and 40 SMs, and in
+# quarters, attention was never measured alone.
+SEARCHED = {"1024x512": ("2222", 32), "512x1024": ("2422", 40), "sharegpt": ("2422", 20)}
+SEARCHED |= {"lmsys": ("2222", 16)}
+# Steps whose batch is not full have as many rows as there are prompts waiting: here they are spread
+# evenly, so far to each side. That is a bucket of rows.
+SPREAD = 128
+
+
+@pytest.fixture(scope="module")
+def h200() -> OpTable:
+    table = shipped_table("NVIDIA H200")
+    assert table is not None
+    return table
+
+
+def test_products_on_a_gpu_take_whole_waves(h200: OpTable) -> None:
+    """5 x 112 tiles of gate and up are 6 waves on 96 SMs and would be 7 on 92."""
+    us = {
+        (rows, sms): h200.product(rows, *GATE_UP, sms).us
+        for rows in (640, 704, 768)
+        for sms in (92, 96)
+    }
+    assert us[640, 96] < 0.93 * us[640, 92]
+    assert us[704, 96] == pytest.approx(us[768, 96], rel=0.02)
+    assert us[704, 96] > 1.1 * us[640, 96]
+    plain = replace(h200, kernels="")
+    assert plain.product(704, *GATE_UP, 96).us < 1.1 * plain.product(640, *GATE_UP, 96).us
+
+
+def test_what_was_measured_is_predicted_as_measured(h200: OpTable) -> None:
+    for product in h200.products:
+        for entry in product.entries:
+            clock = entry.mhz / h200.max_mhz
+            cost = h200.product(
+                round(entry.size), product.features, product.depth, entry.width, clock
+            )
+            assert cost.us == pytest.approx(entry.us)
+
+
+def test_energy_of_a_product_knows_no_waves(h200: OpTable) -> None:
+    for rows in (640, 704, 1300):
+        plain = replace(h200, kernels="").product(rows, *GATE_UP, 96)
+        assert h200.product(rows, *GATE_UP, 96).joules == plain.joules
+
+
+def test_rows_are_padded_as_the_engine_pads_them(h200: OpTable) -> None:
+    assert [_core.padded_rows(rows, 64) for rows in (1, 64, 1000, 1025, 2049)] == [
+        *(64, 64, 1024, 1152, 2304)
+    ]
+    model = CostModel(h200, llama_8b())
+    for stage in ("qkv", "o", "mlp"):
+        costs = [model.stage(stage, 0.5, 132, Load(rows, 1024)) for rows in (1281, 1300, 1408)]
+        assert costs[0] == costs[1] == costs[2]
+        assert model.stage(stage, 0.5, 132, Load(1280, 1024)).us < costs[0].us
+    reads = [model.stage("attn", 0.5, 132, Load(rows, 1024)).us for rows in (1300, 1408)]
+    assert reads[0] < reads[1]  # which keys there are, whatever the padding
+
+
+def test_short_attention_takes_as_long_to_start_and_end(h200: OpTable) -> None:
+    """Of the two sizes measured, the greater reads twice as much in less than twice the time."""
+    sizes = sorted({entry.size for entry in h200.decode})
+    for width in (24, 32, 132):
+        measured = [h200.attention(size, 0, width).us for size in sizes]
+        halves = 2 * h200.attention(sizes[0] / 2, 0, width).us
+        assert halves - measured[0] == pytest.approx(2 * measured[0] - measured[1], rel=0.1)
+        assert halves - measured[0] > 15
+
+
+def test_a_product_of_nothing_is_refused() -> None:
+    with pytest.raises(_core.EngineError, match="a product of 0 rows"):
+        _core.cuda_gemm_us(0, 4096, 4096, 132)
+
+
+def steps_of(workload: str) -> dict[str, tuple[float, float]]:
+    """Milliseconds of a step by schedule: predicted, measured."""
+    table = shipped_table("NVIDIA H200")
+    assert table is not None
+    model = CostModel(table, llama_8b())
+    runs = json.loads((ABLATIONS / f"{workload}.json").read_text())["runs"]
+    schedules = [built_in_schedule(name, table.width) for name in BUILT_IN]
+    if workload in SEARCHED:
+        counts, memory = SEARCHED[workload]
+        schedules.append(ping_pong(memory, table.width, [int(count) for count in counts]))
+    found = {}
+    for schedule in schedules:
+        run = runs[schedule.id]
+        loads = loads_of(workload, run)
+        predicted = mean(model.predict(schedule, load).step_us for load in loads)
+        found[schedule.id] = predicted / 1e3, run["step_ms"]
+    return found
+
+
+def loads_of(workload: str, run: dict[str, Any]) -> list[Load]:
+    window, most = run["steady_state"], run["limits"]["max_num_batched_tokens"]
+    decodes = round(window["output_tokens"] / window["steps"])
+    prefill = round(window["prompt_tokens"] / window["steps"])
+    context, prefill_context = CONTEXTS[workload]
+    is_full = decodes + prefill > 0.98 * most
+    spread = [0] if is_full else range(-SPREAD, SPREAD + 1, SPREAD // 4)
+    return [
+        Load(decodes, context, min(max(0, prefill + more), most - decodes), prefill_context)
+        for more in spread
+    ]
+
+
+@pytest.mark.parametrize("workload", CONTEXTS)
+def test_steps_of_five_workloads_are_predicted_as_measured(workload: str) -> None:
+    """The built-in schedules within 5 %, though each workload had another GPU, of which some are
+    5 % slower; 8 % where the lanes are not those that were measured."""
+    for name, (predicted, measured) in steps_of(workload).items():
+        assert predicted == pytest.approx(measured, rel=0.05 if name in BUILT_IN else 0.08)
+
+
+@pytest.mark.parametrize(
+    ("workload", "pays"),
+    [("512x512", True), ("1024x512", True), ("sharegpt", False), ("lmsys", False)],
+)
+def test_overlap_is_predicted_to_pay_where_it_does(workload: str, pays: bool) -> None:
+    """Not of 512x1024: measured steps gain nothing there where 7 % are predicted, for they have one
+    prompt each, all of it in one half, while predictions are of halves of equal rows."""
+    found = steps_of(workload)
+    for times in zip(*found.values(), strict=True):  # predicted, then measured
+        by_name = dict(zip(found, times, strict=True))
+        assert min(by_name, key=by_name.__getitem__).startswith("overlap") == pays
+        assert by_name["nano"] > 1.01 * by_name["sequential"]
