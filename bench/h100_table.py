@@ -49,6 +49,7 @@ MODEL = {  # Llama-3.1-8B
     "vocab_size": 128256,
     "dtype": "bfloat16",
 }
+GATE_UP = 28672, 4096  # fused with its activation
 KV_BYTES, HEADS = 4096, 4096  # of a token in a layer; query heads x head_dim
 ROW_WORK_GB_S, ROW_WORK_WATTS = 2500, 450  # norms and rotation read what was just written
 
@@ -73,7 +74,10 @@ def products(results: list[dict[str, Any]]) -> tuple[Product, ...]:
                 mhz=min(MAX_MHZ, run["sm_mhz"] * (1 + CLOCK_GAIN * (SMS - width))),
             )
             shapes.setdefault((result["N"], result["K"]), []).append(entry)
-    return tuple(Product(n, k, tuple(entries)) for (n, k), entries in shapes.items())
+    return tuple(
+        Product(n, k, tuple(entries), is_general=(n, k) == GATE_UP)
+        for (n, k), entries in shapes.items()
+    )
 
 
 def decode(results: list[dict[str, Any]]) -> tuple[Entry, ...]:
@@ -138,6 +142,8 @@ def main() -> None:
         rows=row_work(),
         steps=steps(),
         energy_exponent=ENERGY_EXPONENT,
+        row_granularity=64,
+        kernels="cuda",
         origin={
             "command": "python bench/h100_table.py",
             "from": "bench/results/h100/cuda-gemm.json, cuda-attention.json",

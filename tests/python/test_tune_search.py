@@ -168,14 +168,14 @@ def predicted_and_measured(table: OpTable) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("device", SHIPPED)
 def test_shipped_tables_predict_steps_as_measured(device: str) -> None:
-    """Within 5 %; 10 % where a table is of kernels alone."""
+    """Within 5 %; 6 % where a table is of kernels alone."""
     table = shipped_table(device)
     assert table is not None
     of_steps = table.slowdown != {}  # which is seen in steps only
     found = predicted_and_measured(table)
     assert len(found) >= (6 if of_steps else 2)
     for predicted, measured in found:
-        assert predicted == pytest.approx(measured, rel=0.05 if of_steps else 0.1)
+        assert predicted == pytest.approx(measured, rel=0.05 if of_steps else 0.06)
 
 
 def test_what_was_faster_is_predicted_to_be_faster() -> None:
