@@ -2,7 +2,7 @@
 
 #include "bindings/register.h"
 #include "core/error.h"
-#include "kernels/cuda/gemm_time.h"
+#include "kernels/product_time.h"
 #include "pipeline/buckets.h"
 
 namespace py = pybind11;
@@ -13,8 +13,7 @@ namespace {
 double cuda_gemm_us(int rows, int features, int depth, int sms, bool is_general) {
   NF_CHECK(rows > 0 && features > 0 && depth > 0 && sms > 0, "a product of ", rows, " rows, ",
            features, " features and depth ", depth, " on ", sms, " SMs: all must be positive");
-  return cuda::chosen_gemm_us({.rows = rows, .features = features, .depth = depth}, sms,
-                              {.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = is_general});
+  return cuda_product_us(rows, features, depth, sms, is_general);
 }
 
 int padded_rows(int rows, int granularity) {

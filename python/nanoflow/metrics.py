@@ -16,6 +16,7 @@ from nanoflow.scheduler.stats import STEP_TIME_BOUNDS, SchedulerStats
 logger = logging.getLogger(__name__)
 
 STATUS_SECONDS = 10.0  # between status lines, as in vLLM
+IDLE_SECONDS = 30.0  # without a status line: nothing ran for a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class StatusLine:
             energy = None if before is None or self._joules is None else self._joules - before
         finally:
             self._lock.release()
-        if last is None or elapsed > 3 * STATUS_SECONDS:  # nothing ran in between
+        if last is None or elapsed > IDLE_SECONDS:
             return
         prompt = (stats.prompt_tokens - last.prompt_tokens) / elapsed
         generation = (stats.generation_tokens - last.generation_tokens) / elapsed

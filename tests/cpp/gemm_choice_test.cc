@@ -1,7 +1,7 @@
 #include <doctest/doctest.h>
 
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/gemm_time.h"
+#include "kernels/product_time.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -62,9 +62,8 @@ TEST_CASE("tiles fit the rows and the SMs") {
 }
 
 TEST_CASE("time grows by whole waves") {
-  const GemmType fused{.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = true};
-  const auto us = [&](int rows, int sms) {
-    return chosen_gemm_us({.rows = rows, .features = 28672, .depth = 4096}, sms, fused);
+  const auto us = [](int rows, int sms) {
+    return cuda_product_us(rows, 28672, 4096, sms, /*is_general=*/true);
   };
   // Gate and up: 5 x 112 tiles of 128 x 256 are 6 waves on 96 SMs; on 92, 5 x 224 tiles of
   // 128 x 128 are 13 and 6 x 224 are 15.

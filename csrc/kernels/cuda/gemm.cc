@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/cuda/gemm_time.h"
+#include "kernels/product_time.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -132,8 +132,14 @@ GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type) {
   return best;
 }
 
-double chosen_gemm_us(const GemmShape& shape, int sms, const GemmType& type) {
-  return gemm_burst_us(cost_of(choose_gemm(shape, sms, type)), shape, sms);
+}  // namespace nanoflow::cuda
+
+namespace nanoflow {
+
+double cuda_product_us(int rows, int features, int depth, int sms, bool is_general) {
+  const cuda::GemmShape shape{.rows = rows, .features = features, .depth = depth};
+  const cuda::GemmType type{.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = is_general};
+  return cuda::gemm_burst_us(cuda::cost_of(cuda::choose_gemm(shape, sms, type)), shape, sms);
 }
 
-}  // namespace nanoflow::cuda
+}  // namespace nanoflow
