@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from nanoflow import LLM, SamplingParams, StructuredOutputsParams
@@ -116,6 +116,11 @@ asked = st.builds(
     aborts=st.sampled_from([None] * 20 + [0, 1, 5]),
     bad_token=st.sampled_from([None] * 20 + [-1, VOCAB_SIZE]),
 )
+# What every engine is asked, so that each ends some requests in every way.
+_TO_THE_END = (("ignore_eos", True), ("max_tokens", 30), ("seed", 0))
+_TO_A_STOP = (("allowed_token_ids", [5]), ("seed", 0), ("stop_token_ids", [5]))
+LENGTHS = [Asked(prompt, 4, _TO_THE_END) for prompt in range(5)]
+STOPS = [Asked(0, 4, _TO_A_STOP)]
 
 
 @dataclass
@@ -234,7 +239,10 @@ def _shoot(fuzzer: Fuzzer, examples: int) -> None:
         max_examples=examples,
         deadline=None,
         database=None,
-        phases=(Phase.generate,),  # an engine that has failed once is no subject to shrink on
+        phases=(
+            Phase.explicit,
+            Phase.generate,
+        ),  # an engine that has failed once is no subject to shrink on
         suppress_health_check=list(HealthCheck),
     )
     @given(
@@ -242,6 +250,8 @@ def _shoot(fuzzer: Fuzzer, examples: int) -> None:
         aborts_all=st.sampled_from([False] * 7 + [True]),
         is_blind=st.booleans(),
     )
+    @example(requests=STOPS + LENGTHS, aborts_all=False, is_blind=False)
+    @example(requests=LENGTHS, aborts_all=True, is_blind=False)
     def shoot(requests: list[Asked], aborts_all: bool, is_blind: bool) -> None:
         if fuzzer.broken:  # what is tried again is the example, on an engine that is not the same
             raise fuzzer.broken[0]

@@ -19,7 +19,7 @@ def test_random_requests_lose_nothing_and_get_the_same_tokens_again(tmp_path: Pa
     counters = [fuzzer.llm._runtime.state.counters for fuzzer in fuzzers]
     assert all(one.preemptions > 5 for one in counters)
     for reason in ("stop", "length", "abort"):
-        assert sum(one.finished[reason] for one in counters) > 0
+        assert all(one.finished[reason] > 0 for one in counters)
     again = sum(fuzzer.finished - len(fuzzer.known) for fuzzer in fuzzers)
     assert again > 500, "hardly a request came again"
 
