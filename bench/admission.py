@@ -278,9 +278,7 @@ def main() -> None:
     if options.output_json is not None:
         report = {
             "benchmark": "admission",
-            "command": environment.command_line(),
-            "commit": options.commit or environment.commit(),
-            "versions": environment.versions(),
+            **environment.origin(options.commit),
             "device": environment.cpu_model(),
             "seed": SEED,
             "model": "roofline of Llama-3.1-8B on one H100: 700 TFLOP/s, 3 TB/s; nothing was run",

@@ -94,9 +94,7 @@ def main() -> None:
         return
     result = {
         "benchmark": "cold_start",
-        "command": environment.command_line(),
-        "commit": environment.commit(),
-        "versions": environment.versions(),
+        **environment.origin(),
         "device": environment.cpu_model() if device.startswith("cpu") else device,
         "model_id": options.shape or "SmolLM2-135M-Instruct",
         "warm_up": "one run, not counted",

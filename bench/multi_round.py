@@ -230,9 +230,7 @@ def save(
         float(np.mean([a == b for a, b in zip(answers[0], said, strict=True)])) for said in answers
     ]
     result: dict[str, Any] = {
-        "command": environment.command_line(),
-        "commit": options.commit or environment.commit(),
-        "versions": environment.versions(),
+        **environment.origin(options.commit),
         "cpu": environment.cpu_model(),
         "device": device,
         "gpu": gpu_name(device),

@@ -147,9 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output_json is not None:
         report = {
             "benchmark": "over_admission",
-            "command": environment.command_line(),
-            "commit": options.commit or environment.commit(),
-            "versions": environment.versions(),
+            **environment.origin(options.commit),
             "device": device,
             "gpu": gpu_name(device),
             "model": options.shape,

@@ -227,9 +227,7 @@ def main() -> None:
     if options.output_json is not None:
         report = {
             "benchmark": "scheduler_overhead",
-            "command": environment.command_line(),
-            "commit": options.commit or environment.commit(),
-            "versions": environment.versions(),
+            **environment.origin(options.commit),
             "device": environment.cpu_model(),
             "gpu": gpu_name(str(results[0]["engine"]).partition(" on ")[2]),
             "seed": SEED,

@@ -282,11 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SoakError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
-    found |= {
-        "command": environment.command_line(),
-        "commit": options.commit or environment.commit(),
-    }
-    found |= {"benchmark": "soak", "versions": environment.versions()}
+    found |= {"benchmark": "soak", **environment.origin(options.commit)}
     if options.output_json is not None:
         options.output_json.write_text(json.dumps(found, indent=2) + "\n")
     return 0

@@ -10,6 +10,19 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+
+def origin(known_commit: str | None = None) -> dict[str, Any]:
+    """What every result says: the command, the commit and versions.
+
+    `known_commit`: what was measured, where git cannot say.
+    """
+    return {
+        "command": command_line(),
+        "commit": known_commit or commit(),
+        "versions": versions(),
+    }
 
 
 def versions(packages: Iterable[str] = ("nanoflow", "numpy", "tokenizers")) -> dict[str, str]:

@@ -129,7 +129,5 @@ def circumstances(
         "limits": asdict(limits) | {"kv_tokens": limits.num_pages * limits.page_size},
         "memory": asdict(memory),
         "device": f"{device_description}; {environment.cpu_model()}",
-        "versions": environment.versions(),
-        "commit": commit or environment.commit(),
-        "command": environment.command_line(),
+        **environment.origin(commit),
     }

@@ -74,9 +74,7 @@ def run_startup(options: argparse.Namespace) -> None:
     found |= {
         "model_id": environment.without_folders(model),
         "device": starts["warm"][-1]["device"],
-        "versions": environment.versions(),
-        "commit": options.commit or environment.commit(),
-        "command": environment.command_line(),
+        **environment.origin(options.commit),
     }
     for kind, runs in starts.items():
         if runs:
