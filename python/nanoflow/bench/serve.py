@@ -28,7 +28,7 @@ from nanoflow.bench.serve_flags import (
     parse_percentiles,
     parse_ramp,
 )
-from nanoflow.bench.serve_run import RAMPS, arrival_times, ramp_times, serve
+from nanoflow.bench.serve_run import RAMPS, Ramp, arrival_times, ramp_times, serve
 from nanoflow.bench.workload import Target, Workload, add_workload_arguments, make_workload
 
 BACKEND = "nanoflow"
@@ -117,7 +117,7 @@ def run_serve(options: argparse.Namespace) -> None:
     goodput, metadata = parse_goodput(options.goodput), parse_metadata(options.metadata)
     for rate in options.request_rate:
         arrival_times(1, rate, options.burstiness, np.random.default_rng(0))
-    parse_ramp(options)
+    ramp = parse_ramp(options)
     if options.duration is not None:
         check_duration(options)
     if options.max_concurrency is not None and options.max_concurrency < 1:
@@ -128,7 +128,7 @@ def run_serve(options: argparse.Namespace) -> None:
     arguments = llm_arguments(options)
     llm = AsyncLLM(**arguments)
     try:
-        runs = asyncio.run(_measure_rates(llm, workload, options, percentiles, goodput))
+        runs = asyncio.run(_measure_rates(llm, workload, options, ramp, percentiles, goodput))
     finally:
         llm.shutdown()
     for run, served in runs:
@@ -149,6 +149,7 @@ async def _measure_rates(
     llm: AsyncLLM,
     workload: Workload,
     options: argparse.Namespace,
+    ramp: Ramp | None,
     percentiles: Sequence[float],
     goodput: dict[str, float],
 ) -> list[tuple[dict[str, Any], list[serve_metrics.Served]]]:
@@ -175,7 +176,7 @@ async def _measure_rates(
             count = max(1, round(rate * options.duration))
         requests = workload.draw(count, target, rng)
         await llm.reset_prefix_cache()  # which has seen these prompts, where they are few
-        if (ramp := parse_ramp(options)) is not None:
+        if ramp is not None:
             arrivals = ramp_times(ramp, len(requests), options.burstiness, rng)
         else:
             arrivals = arrival_times(len(requests), rate, options.burstiness, rng)
