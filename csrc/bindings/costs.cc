@@ -1,7 +1,6 @@
 #include <limits>
 
 #include "bindings/register.h"
-#include "core/error.h"
 #include "kernels/product_time.h"
 #include "pipeline/buckets.h"
 
@@ -9,12 +8,6 @@ namespace py = pybind11;
 
 namespace nanoflow {
 namespace {
-
-double cuda_gemm_us(int rows, int features, int depth, int sms, bool is_general) {
-  NF_CHECK(rows > 0 && features > 0 && depth > 0 && sms > 0, "a product of ", rows, " rows, ",
-           features, " features and depth ", depth, " on ", sms, " SMs: all must be positive");
-  return cuda_product_us(rows, features, depth, sms, is_general);
-}
 
 int padded_rows(int rows, int granularity) {
   return bucket_of(rows, granularity, std::numeric_limits<int>::max());

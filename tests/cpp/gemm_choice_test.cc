@@ -63,7 +63,7 @@ TEST_CASE("tiles fit the rows and the SMs") {
 
 TEST_CASE("time grows by whole waves") {
   const auto us = [](int rows, int sms) {
-    return cuda_product_us(rows, 28672, 4096, sms, /*is_general=*/true);
+    return cuda_gemm_us(rows, 28672, 4096, sms, /*is_general=*/true);
   };
   // Gate and up: 5 x 112 tiles of 128 x 256 are 6 waves on 96 SMs; on 92, 5 x 224 tiles of
   // 128 x 128 are 13 and 6 x 224 are 15.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/error.h"
 #include "kernels/product_time.h"
 
 namespace nanoflow::cuda {
@@ -136,7 +137,9 @@ GemmKernel choose_gemm(const GemmShape& shape, int sms, const GemmType& type) {
 
 namespace nanoflow {
 
-double cuda_product_us(int rows, int features, int depth, int sms, bool is_general) {
+double cuda_gemm_us(int rows, int features, int depth, int sms, bool is_general) {
+  NF_CHECK(rows > 0 && features > 0 && depth > 0 && sms > 0, "a product of ", rows, " rows, ",
+           features, " features and depth ", depth, " on ", sms, " SMs: all must be positive");
   const cuda::GemmShape shape{.rows = rows, .features = features, .depth = depth};
   const cuda::GemmType type{.x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = is_general};
   return cuda::gemm_burst_us(cuda::cost_of(cuda::choose_gemm(shape, sms, type)), shape, sms);
