@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,12 +145,16 @@ def deal_step(mix: StepMix, cuts: list[float]) -> MixedStep:
 
 
 def run_steps(engine: _core.Engine, batch: _core.Batch, steps: int) -> list[_core.StepResult]:
-    """The last `steps` of some more equal steps, issued as a scheduler does: two are in flight."""
-    results: list[_core.StepResult] = []
+    """The last `steps` of some more equal steps."""
+    return list(issue(engine, repeat(batch, WARM_UP_STEPS + steps)))[WARM_UP_STEPS:]
+
+
+def issue(engine: _core.Engine, batches: Iterable[_core.Batch]) -> Iterator[_core.StepResult]:
+    """Results of steps that are issued as a scheduler does: two are in flight."""
     in_flight: deque[_core.StepHandle] = deque()
-    for _ in range(WARM_UP_STEPS + steps):
+    for batch in batches:
         if len(in_flight) == 2:
-            results.append(in_flight.popleft().wait())
+            yield in_flight.popleft().wait()
         in_flight.append(engine.submit(batch))
-    results += [handle.wait() for handle in in_flight]
-    return results[WARM_UP_STEPS:]
+    for handle in in_flight:
+        yield handle.wait()

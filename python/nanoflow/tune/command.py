@@ -93,7 +93,7 @@ def run_tune(options: argparse.Namespace) -> None:
         engine = _core.Engine(_capacities(grid), weights, sequential)
         default = DEFAULTS[backend.device.partition(":")[0]]
         runner = Runner(engine, spec.vocab_size, telemetry, options.seconds or default.seconds)
-        runner.fill(_capacities(grid))
+        runner.fill()
         tuned = _tune(options, runner, telemetry, backend, spec, grid)
     _report(tuned, grid)
     key = key_of(backend, spec)

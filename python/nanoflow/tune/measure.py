@@ -13,7 +13,7 @@ from time import perf_counter
 
 from nanoflow import _core
 from nanoflow.bench.telemetry import Telemetry
-from nanoflow.mixed_step import StepMix, deal_step, filling
+from nanoflow.mixed_step import StepMix, deal_step, filling, issue
 from nanoflow.plan_view import to_bar
 
 OpName = tuple[str, int, str]  # stage, part, op: ("mlp", 1, "gemm")
@@ -44,16 +44,14 @@ class Runner:
         self._engine, self._vocab_size = engine, vocab_size
         self._telemetry, self._seconds = telemetry, seconds
 
-    def fill(self, config: _core.EngineConfig) -> None:
-        """The engine's cache, with what attention would find there; `config` is the engine's."""
-        in_flight: deque[_core.StepHandle] = deque()
-        for step, page in filling(config):
-            if len(in_flight) == 2:
-                in_flight.popleft().wait()
-            batch = step.batch(self._vocab_size, want_timings=False, first_page=page)
-            in_flight.append(self._engine.submit(batch))
-        for handle in in_flight:
-            handle.wait()
+    def fill(self) -> None:
+        """The engine's cache, with what attention would find there."""
+        batches = (
+            step.batch(self._vocab_size, want_timings=False, first_page=page)
+            for step, page in filling(self._engine.config)
+        )
+        for _ in issue(self._engine, batches):
+            pass
 
     def run(self, schedule: _core.Schedule, mix: StepMix) -> Run:
         """Raises EngineError on a schedule that does not fit the device."""

@@ -203,7 +203,7 @@ class _Profiler:
     def watts_of_decode(self, table: OpTable, mix: StepMix, run: Run) -> float:
         """While attention runs on all of the device: what a step takes beyond all else in it."""
         model, load = CostModel(table, self._spec), load_of(mix)
-        clock, layers = _clock(run, table.max_mhz), self._spec.num_layers
+        clock, layers = table.clock_of(run.mhz), self._spec.num_layers
         rest = sum(
             model.stage(stage, 1.0, table.width, load, clock).joules for stage in STAGES_OF_PRODUCTS
         )
@@ -218,10 +218,6 @@ class _Profiler:
     ) -> None:
         entry = Entry(rows, width, us, run.watts, run.mhz)
         self.found.products.setdefault(shape, []).append(entry)
-
-
-def _clock(run: Run, max_mhz: float) -> float:
-    return run.mhz / max_mhz if max_mhz else 1.0
 
 
 def _cap_watts(runs: Sequence[Run], max_mhz: float, limit: float) -> float:
@@ -263,7 +259,7 @@ def _slowdown(
     for width, run in pairs:
         schedule = ping_pong(width, table.width)
         alone, beside = {"attn": 0.0, "rest": 0.0}, {"attn": 0.0, "rest": 0.0}
-        costs = model.costs(schedule, load, _clock(run, table.max_mhz))
+        costs = model.costs(schedule, load, table.clock_of(run.mhz))
         for part, cost in zip(parts_of(schedule), costs, strict=True):
             kind = "attn" if part.stage == "attn" else "rest"
             alone[kind] += cost.us

@@ -127,16 +127,16 @@ class OpTable:
         off = []
         for at in sorted({entry.width for entry in product.entries}):
             points = sorted(
-                (e.size, e.us * self._clock(e) / model(round(e.size), at), 0.0)
+                (e.size, e.us * self.clock_of(e.mhz) / model(round(e.size), at), 0.0)
                 for e in product.entries
                 if e.width == at
             )
             off.append((at, *_between(points, rows)))
         return _between(off, width)[0] * model(rows, width)
 
-    def _clock(self, entry: Entry) -> float:
+    def clock_of(self, mhz: float) -> float:
         """Of the full one."""
-        return entry.mhz / self.max_mhz if self.max_mhz else 1.0
+        return mhz / self.max_mhz if self.max_mhz else 1.0
 
     def _computed(
         self,
@@ -188,7 +188,7 @@ class OpTable:
         """
         points = []
         for e in entries:
-            clock = self._clock(e)
+            clock = self.clock_of(e.mhz)
             joules = (e.watts - self.idle_watts) * e.us * 1e-6 / clock**self.energy_exponent
             points.append((e.size, e.us * clock if stretches else e.us, joules))
         points.sort()
