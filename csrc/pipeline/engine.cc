@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <deque>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "core/error.h"
@@ -150,13 +152,11 @@ void Engine::restart() {
     if (const std::exception_ptr error = impl_->error()) std::rethrow_exception(error);
     return;
   }
-  try {
-    impl_->first().restart();
-  } catch (const std::exception& error) {
+  if (const std::optional<std::string> error = impl_->first().restart()) {
     fail(
         "the device reports an error even after a restart, so that this process cannot use it any "
         "more; start another one: ",
-        error.what());
+        *error);
   }
 }
 

@@ -107,11 +107,18 @@ void Worker::enqueue(std::shared_ptr<StepState> state) { enqueue_task(std::move(
 
 void Worker::enqueue(std::shared_ptr<CopyState> state) { enqueue_task(std::move(state)); }
 
-void Worker::restart() {
-  const auto task = std::make_shared<Restart>([this] { clear_errors(); });
-  std::future<void> done = task->get_future();
+std::optional<std::string> Worker::restart() {
+  const auto task = std::make_shared<Restart>([this]() -> std::optional<std::string> {
+    try {
+      clear_errors();
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+    return std::nullopt;
+  });
+  std::future<std::optional<std::string>> done = task->get_future();
   enqueue_task(task);
-  done.get();
+  return done.get();
 }
 
 void Worker::clear_errors() {

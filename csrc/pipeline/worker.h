@@ -9,6 +9,8 @@
 #include <future>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <thread>
 #include <variant>
 #include <vector>
@@ -54,8 +56,10 @@ class Worker {
   /// Queues validated copies behind the steps before them.
   void enqueue(std::shared_ptr<CopyState> state);
   uint64_t completed_steps() const { return completed_.load(std::memory_order_acquire); }
-  /// Forgets the error once all that was queued has gone by; see Engine::restart.
-  void restart();
+  /// Forgets the error once all that was queued has gone by; see Engine::restart. Gives the text of
+  /// what the device reports even then: an exception must not be freed by one thread while another
+  /// reads it, and libstdc++ counts its owners where the thread sanitizer does not look.
+  std::optional<std::string> restart();
   /// The first error of any step; later steps are refused.
   std::exception_ptr error() const;
 
@@ -70,7 +74,7 @@ class Worker {
   static constexpr size_t kCachedPlans = 128;
 
   int fix_pages(const Schedule& schedule, const std::function<int()>& choose_pages);
-  using Restart = std::packaged_task<void()>;
+  using Restart = std::packaged_task<std::optional<std::string>()>;
   using Task = std::variant<std::shared_ptr<StepState>, std::shared_ptr<CopyState>,
                             std::shared_ptr<Restart>>;
   void enqueue_task(Task task);
