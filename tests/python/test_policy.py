@@ -311,6 +311,22 @@ def test_few_rows_do_not_make_a_segment_longer_than_its_share_of_a_full_step() -
     assert many.turn().rows.tolist() == [20, 15, 29]
 
 
+def test_a_prompt_alone_is_cut_between_segments_where_most_rows_decode() -> None:
+    setup = Setup(num_slots=320, num_pages=6000, max_model_len=300, max_rows=900, cuts=(0.5,))
+    setup.add(*(request(n, 1, 60, ignore_eos=True) for n in range(300)))
+    while setup.turn().decodes < 300:
+        pass
+    long = request(300, 280, 300)
+    setup.add(long)
+    plans = [setup.turn() for _ in range(2)]
+    for plan, rows in zip(plans, (140, 140), strict=True):
+        assert (plan.decodes, plan.prefill_rows) == (300, rows)
+    starts = np.append(np.cumsum(plans[0].rows) - plans[0].rows, plans[0].rows.sum())
+    assert sorted(np.diff(starts[plans[0].segment_requests])) == [150, 290]
+    setup.finish()
+    check_output(long)
+
+
 def test_cuts_must_ascend() -> None:
     with pytest.raises(ValueError, match="must ascend"):
         Dealer([0.5, 0.5], 4)

@@ -17,6 +17,7 @@ from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.victims import Victims
 
 LITTLE = 16  # one part in so many of a segment
+WORTH_CUTTING = 128  # rows: a tile of a GPU's products
 SCORED_ROWS = 64  # head rows that prompts can count on, beside one a request
 
 
@@ -201,7 +202,8 @@ class Policy:
         The next chunk goes to the segment that lacks the most rows. It is cut there when the step
         gets full all the same from the requests behind it, and where it would go a little beyond
         the segment's share of a full step: on a GPU a row more is padded to many, so that few are
-        better left to the next step.
+        better left to the next step. So is what makes a segment longer than the others where most
+        rows decode: they would all wait for it, and the prompt's rest has company in the next step.
         """
         segments = self._dealer.segments
         decode_segments = self._dealer.deal_decodes(slots.computed[decodes] + 1)
@@ -223,6 +225,8 @@ class Policy:
             full = lack + int(spare[segment])
             if full < rows <= full + self._share(self._max_rows) // LITTLE:
                 rows = full
+            if rows > lack >= WORTH_CUTTING and len(decodes) >= prefill.left:
+                rows = lack
             if prefill.is_scored:
                 rows = min(rows, scored_left)
                 scored_left -= rows
