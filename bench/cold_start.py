@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -74,17 +75,18 @@ def llm_arguments(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return arguments | {"max_model_len": MAX_MODEL_LEN}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shape", choices=SHAPES, help="a model of random weights")
     parser.add_argument("--output-json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--commit", help="what is measured, where git cannot say")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = llm_arguments(options, Path(scratch))
-        start_once(arguments)
-        measured = [start_once(arguments) for _ in range(options.runs)]
+        of_llm = llm_arguments(options, Path(scratch))
+        start_once(of_llm)
+        measured = [start_once(of_llm) for _ in range(options.runs)]
     runs = [run for run, _, _ in measured]
     _, device, memory = measured[-1]
     medians = {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
@@ -94,7 +96,7 @@ def main() -> None:
         return
     result = {
         "benchmark": "cold_start",
-        **environment.origin(),
+        **environment.origin(options.commit),
         "device": environment.cpu_model() if device.startswith("cpu") else device,
         "model_id": options.shape or "SmolLM2-135M-Instruct",
         "warm_up": "one run, not counted",

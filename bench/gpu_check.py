@@ -121,6 +121,7 @@ def soak(options: argparse.Namespace) -> list[Step]:
 def start(options: argparse.Namespace) -> list[Step]:
     command = [sys.executable, str(BENCH / "cold_start.py"), "--device", options.device]
     command += ["--shape", MODEL, "--runs", "2"]
+    command += ["--commit", options.commit] if options.commit else []
     out = "cold_start.json"
     return [Step([*command, "--output-json", str(options.output_dir / out)], out)]
 

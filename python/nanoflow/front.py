@@ -15,6 +15,7 @@ from nanoflow.models.config import ModelConfig
 from nanoflow.processor import Processor
 from nanoflow.runtime import start_runtime
 from nanoflow.sampling_params import SamplingParams
+from nanoflow.scheduler.stats import StepListener
 
 
 class Front:
@@ -39,6 +40,15 @@ class Front:
     def get_metrics(self) -> list[Metric]:
         """Of this moment: Counter, Gauge and Histogram of `nanoflow.metrics`, with vLLM's names."""
         return make_metrics(self._runtime.state.stats(), str(self.args.model), self._meter)
+
+    @property
+    def step_listener(self) -> StepListener | None:
+        """Called in the scheduler's thread with a StepStats after every step; must not block."""
+        return self._runtime.loop.step_listener
+
+    @step_listener.setter
+    def step_listener(self, listener: StepListener | None) -> None:
+        self._runtime.loop.step_listener = listener
 
     @property
     def vocab_size(self) -> int:

@@ -21,7 +21,6 @@ from nanoflow.prompts import (
     parse_prompts,
 )
 from nanoflow.sampling_params import SamplingParams
-from nanoflow.scheduler.stats import StepListener
 from nanoflow.tokenizer import Tokenizer
 
 
@@ -121,15 +120,6 @@ class LLM(Front):
     def get_tokenizer(self) -> Tokenizer:
         """Raises ValueError when it was left out by skip_tokenizer_init."""
         return self._processor.get_tokenizer()
-
-    @property
-    def step_listener(self) -> StepListener | None:
-        """Called in the scheduler's thread with a StepStats after every step; must not block."""
-        return self._runtime.loop.step_listener
-
-    @step_listener.setter
-    def step_listener(self, listener: StepListener | None) -> None:
-        self._runtime.loop.step_listener = listener
 
     def set_schedule(self, schedule: str | Path | Schedule) -> None:
         """Steps run with this schedule from now on, those of open requests too.

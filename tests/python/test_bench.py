@@ -40,9 +40,6 @@ class FakeLLM:
         self.missing = missing
         self.params: list[SamplingParams] = []
 
-    def abort(self) -> None:
-        raise AssertionError("a whole run is not aborted")
-
     def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool, order: str) -> Any:
         self.params = sampling_params
         for step in (Stats(1, 4, 0, 1, 2), Stats(2, 4, 1, 1, 1), Stats(5, 4, 2, 0, 1)):

@@ -55,6 +55,13 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="(default: 1.0)")
     add("--n", type=int, default=1, help="outputs of each prompt (default: 1)")
     add("--order", choices=ORDERS, default="fcfs", help="in which requests begin (default: fcfs)")
+    add("--async-engine", action="store_true", help="run AsyncLLM, with a task for each request")
+    add(
+        "--prequeue-requests",
+        action="store_true",
+        help="queue all requests before the first step: as always, but with --async-engine, where "
+        "they come while it runs",
+    )
     add("--disable-detokenize", action="store_true", help="leave out making text of the output")
     add(
         "--steady-start",
@@ -111,6 +118,7 @@ def run_throughput(options: argparse.Namespace) -> None:
         raise ValueError(f"--n {options.n} must be at least 1, and is 1 with --steady-start")
     if not options.steady_seconds > 0:
         raise ValueError(f"--steady-seconds {options.steady_seconds} must be above 0")
+    _check_front(options)
     if options.ablate and options.compare:
         raise ValueError("--ablate and --compare both say which schedules to run: give one of them")
     if options.plot is not None and not (options.ablate or options.compare):
@@ -134,6 +142,20 @@ def run_throughput(options: argparse.Namespace) -> None:
             draw_ablations([found], options.plot)
     if options.output_json is not None:
         write(options.output_json, found)
+
+
+def _check_front(options: argparse.Namespace) -> None:
+    """Raises ValueError on what AsyncLLM, which takes requests one by one, cannot do."""
+    asked = {
+        "--prequeue-requests": options.prequeue_requests,
+        "--order auto": options.order != "fcfs",
+        "--steady-start": options.steady_start,
+        "--ablate": options.ablate,
+        "--compare": options.compare,
+    }
+    refused = [flag for flag, is_on in asked.items() if is_on]
+    if options.async_engine and refused:
+        raise ValueError(f"--async-engine has no {', '.join(refused)}: that takes an LLM")
 
 
 def _run(

@@ -10,7 +10,8 @@ from time import perf_counter
 from nanoflow.bench.datasets import Request
 from nanoflow.bench.gpu_profile import Profile, ProfileError, Profiler
 from nanoflow.bench.steady import SteadyState, window
-from nanoflow.bench.throughput import Generator, sampling_params
+from nanoflow.bench.throughput import sampling_params
+from nanoflow.llm import LLM
 from nanoflow.scheduler.stats import StepStats
 
 SETTLE_SECONDS = 2.0  # between the last prefill of the fill and the window
@@ -75,7 +76,7 @@ class SteadyBatch:
 
     def __init__(
         self,
-        llm: Generator,
+        llm: LLM,
         fill: Sequence[Request],
         stream: Sequence[Request],
         *,

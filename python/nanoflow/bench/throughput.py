@@ -14,15 +14,13 @@ from nanoflow.sampling_params import SamplingParams
 
 
 class Generator(Protocol):
-    """What is measured: `nanoflow.LLM`, or a fake of it in tests."""
+    """What is measured: `nanoflow.LLM`, an AsyncBatch, or a fake in tests."""
 
     step_listener: Any
 
     def generate(
         self, prompts: Any, sampling_params: Any, *, use_tqdm: bool, order: str = "fcfs"
     ) -> list[RequestOutput]: ...
-
-    def abort(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from nanoflow._core import Schedule
 from nanoflow.bench import result, throughput
+from nanoflow.bench.async_batch import AsyncBatch
 from nanoflow.bench.datasets import Lengths, Request, random_requests
 from nanoflow.bench.fill import fill_lengths, running_requests
 from nanoflow.bench.gpu_profile import Profile, ProfileError, Profiler
@@ -59,7 +60,7 @@ def measure_workload(
         arguments = arguments | {"schedule": _first(schedules)}
     begin = perf_counter()
     with (
-        LLM(**arguments) as llm,
+        (AsyncBatch if options.async_engine else LLM)(**arguments) as llm,
         Telemetry(llm.memory.device, llm.args.tensor_parallel_size) as telemetry,
     ):
         phases = {"load": perf_counter() - begin}
@@ -85,11 +86,7 @@ def measure_workload(
                 **({} if schedule is None else {"schedule": _name(schedule)}),
                 "steps_by_schedule": _steps_by_schedule(llm),
                 "workload": workload.name,
-                "dataset": options.dataset_name,
-                "temperature": options.temperature,
-                "n": options.n,
-                "detokenize": not options.disable_detokenize,
-                "warm_up": _warm_up(options),
+                **_manner(options),
                 **done.rates,
                 **telemetry.board,
                 "total_tok_s_per_gpu": done.tokens_per_second / llm.args.ranks,
@@ -100,6 +97,19 @@ def measure_workload(
             }
             results.append((found, [*done.text, llm.memory.table()]))
     return results
+
+
+def _manner(options: argparse.Namespace) -> dict[str, Any]:
+    """How the workload is run."""
+    return {
+        "dataset": options.dataset_name,
+        "front": "AsyncLLM" if options.async_engine else "LLM",
+        "prequeue_requests": not options.async_engine,  # an LLM queues all of a batch at once
+        "temperature": options.temperature,
+        "n": options.n,
+        "detokenize": not options.disable_detokenize,
+        "warm_up": _warm_up(options),
+    }
 
 
 def _first(schedules: Sequence[Schedule | str]) -> Schedule | str:
@@ -124,7 +134,7 @@ def _sampled_rate(args: EngineArgs, done: _Outcome) -> float:
     return done.tokens_per_second * args.tensor_parallel_size / args.ranks
 
 
-def target_of(llm: LLM) -> Target:
+def target_of(llm: LLM | AsyncBatch) -> Target:
     tokenizer = None if llm.args.skip_tokenizer_init else llm.get_tokenizer()
     return Target(llm.limits.max_model_len, llm.vocab_size, tokenizer)
 
@@ -133,7 +143,10 @@ class _Runner:
     """Draws requests and runs them."""
 
     def __init__(
-        self, llm: LLM, options: argparse.Namespace, schedules: Sequence[Schedule | str | None]
+        self,
+        llm: LLM | AsyncBatch,
+        options: argparse.Namespace,
+        schedules: Sequence[Schedule | str | None],
     ) -> None:
         """`schedules`: to run with; None for the LLM's own."""
         self._llm = llm
@@ -148,6 +161,12 @@ class _Runner:
             "detokenize": not options.disable_detokenize,
             "seed": llm.args.seed,
         }
+
+    @property
+    def _sync_llm(self) -> LLM:
+        """For what an AsyncBatch does not do, and whose flags have been refused with it."""
+        assert isinstance(self._llm, LLM)
+        return self._llm
 
     def draw(self, workload: Workload, count: int) -> list[Request]:
         return workload.draw(count, self._target, self._rng)
@@ -186,7 +205,7 @@ class _Runner:
         runs: list[SteadyMeasurement] = []
         profiles: list[tuple[Profile | None, str | None]]
         profiles = [(None, no_profile)] * len(self._schedules)
-        with SteadyBatch(self._llm, filling, requests, **self._how) as batch:
+        with SteadyBatch(self._sync_llm, filling, requests, **self._how) as batch:
             say(f"{len(fill)} requests prefilled in {batch.fill_seconds:.1f} s")
             for schedule in self._schedules:
                 self._use(schedule)
@@ -213,7 +232,7 @@ class _Runner:
     def _outcome(
         self, run: SteadyMeasurement, batch: SteadyBatch, profile: Profile | None, why: str | None
     ) -> _Outcome:
-        tflops = result.matrix_tflops(self._llm.model_config, run.state) / self._llm.args.ranks
+        tflops = result.matrix_tflops(self._sync_llm.model_config, run.state) / self._llm.args.ranks
         return _Outcome(
             rates=_rates(run, batch.fill_requests) | {"matrix_tflops": tflops},
             kernels=result.kernels(profile, why),
@@ -229,7 +248,7 @@ class _Runner:
             return
         say(f"schedule {_name(schedule)}")
         if isinstance(schedule, Schedule):
-            self._llm.set_schedule(schedule)
+            self._sync_llm.set_schedule(schedule)
 
 
 def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None, str | None]:
@@ -244,7 +263,7 @@ def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None
         return None, str(error)
 
 
-def _steps_by_schedule(llm: LLM) -> dict[str, float]:
+def _steps_by_schedule(llm: LLM | AsyncBatch) -> dict[str, float]:
     """Where schedules were chosen from; whole run, trials included."""
     return {
         metric.labels["schedule"]: metric.value
