@@ -1,10 +1,12 @@
 """Checks the CUDA kernels against float32 torch: odd sizes, poisoned outputs, repeated runs.
 
-Usage: python bench/cuda/check.py LIBRARY
+Usage: python bench/cuda/check.py LIBRARY [--kernels NUMBER ...]
+With numbers, only products are checked, on these kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import sys
@@ -151,7 +153,11 @@ def check_attention(
 
 
 def main() -> int:
-    kernels = Kernels(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--kernels", nargs="+", type=int)
+    options = parser.parse_args()
+    kernels = Kernels(options.library)
     torch.manual_seed(0)
     failures = checks = 0
 
@@ -169,7 +175,7 @@ def main() -> int:
     cases = itertools.product(
         ((bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)),
         EPILOGUES,
-        (None, *range(len(names))),
+        options.kernels or (None, *range(len(names))),
         shapes,
         (kernels.sms, 24),
     )
@@ -194,7 +200,7 @@ def main() -> int:
         "long prefill": [[(2048, 4096)]],
         "mixed": [mixed, [(1, 300)], mixed[::-1]],
     }
-    for name, segments in batches.items():
+    for name, segments in (batches if options.kernels is None else {}).items():
         for head_dim in (64, 128, 256):
             for group, kv_heads in ((1, 4), (2, 2), (3, 3), (4, 8), (8, 2)):
                 for page_size in (16, 64):

@@ -1,13 +1,14 @@
 """Times every matrix kernel under sustained load beside torch's cuBLAS: what the choice's energy
 term is fitted to.
 
-Usage: python bench/cuda/gemm_kernels.py LIBRARY OUT.json COMMIT
+Usage: python bench/cuda/gemm_kernels.py LIBRARY OUT.json COMMIT [--shapes o down] [--rows 256]
+    [--kernels 2 7 10] [--seconds 0.3] [--accumulate]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,54 @@ SECONDS = 0.5  # of a run, the first half dropped
 FEW_ROWS = 128  # kernels with tiles of fewer rows are left out
 
 
-def measure(kernels: Kernels, shape: str, rows: int) -> list[dict[str, Any]]:
+def measure(
+    kernels: Kernels, shape: str, rows: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     features, depth = SHAPES[shape]
     x = torch.randn(rows, depth, device="cuda").bfloat16()
     weights = [
         (torch.randn(features, depth, device="cuda") * 0.02).bfloat16() for _ in range(COPIES)
     ]
-    out = torch.empty(rows, features, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
+    more = {"accumulate": options.accumulate}
     runs: dict[str, Any] = {"cublas": lambda i: torch.matmul(x, weights[i % COPIES].T, out=out)}
+    if options.accumulate:
+        runs["cublas"] = lambda i: torch.addmm(out, x, weights[i % COPIES].T, out=out)
     for kernel, name in enumerate(kernels.gemm_names()):
-        if int(name.split("x")[0]) >= FEW_ROWS:
-            runs[name] = lambda i, k=kernel: kernels.gemm(x, weights[i % COPIES], out, k)
+        is_asked_for = options.kernels is None or kernel in options.kernels
+        if is_asked_for and int(name.split("x")[0]) >= FEW_ROWS:
+            runs[name] = lambda i, k=kernel: kernels.gemm(x, weights[i % COPIES], out, k, **more)
     entries = []
     for name, run in runs.items():
         replay, count = replayed(run)
-        result = sustained(replay, SECONDS)
+        result = sustained(replay, options.seconds)
         entry = {"shape": shape, "rows": rows, "kernel": name, "us": result["us"] / count}
         entries.append({**entry, "sm_mhz": result["sm_mhz"], "watts": result["watts"]})
         print(f"{shape:8}{rows:6} {name:18} {entry['us']:7.1f} us {result['sm_mhz']:5.0f} MHz")
     return entries
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("commit")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--kernels", nargs="+", type=int, help="by number (default: all)")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--accumulate", action="store_true", help="out += product")
+    return parser.parse_args()
+
+
 def main() -> None:
-    kernels = Kernels(Path(sys.argv[1]))
+    options = parse()
+    kernels = Kernels(options.library)
     torch.manual_seed(0)
-    results = [one for rows in ROWS for shape in SHAPES for one in measure(kernels, shape, rows)]
-    record = {**environment(sys.argv[3]), "results": results}
-    Path(sys.argv[2]).write_text(json.dumps(record, indent=1) + "\n")
+    cases = [(shape, rows) for rows in options.rows for shape in options.shapes]
+    results = [one for shape, rows in cases for one in measure(kernels, shape, rows, options)]
+    record = {**environment(options.commit), "results": results}
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

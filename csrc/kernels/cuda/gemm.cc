@@ -39,7 +39,7 @@ constexpr double kManyRowsFactor = 1.1;
 /// power.
 constexpr int kStreamKWaves = 4;
 
-constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
+constexpr std::array<GemmCost, kNumGemmKernels + kNumTrialGemmKernels> kCosts = {{
     {{"128x256", 128, 256, 2, 1, false, true}, 1.2, 0.584, 5.7, 80, 1.0},
     {{"128x192", 128, 192, 2, 1, false, false}, 2.3, 0.443, 4.3, 40, 1.05},
     {{"128x128", 128, 128, 1, 1, false, true}, 5.5, 0.306, 1.3, 56, 1.03},
@@ -50,6 +50,13 @@ constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"128x64", 128, 64, 1, 2, false, false}, 7.3, 0.232, 0.2, 35, 1.2},
     {{"128x96 pair", 128, 96, 2, 1, false, false}, 5.5, 0.268, 1.3, 45, 1.09},
     {{"128x160", 128, 160, 2, 1, false, false}, 2.3, 0.375, 3.6, 40, 1.06},
+    // Of those on trial, what is expected: their tiles' own costs, and the exchange of sums.
+    {{"128x128 halves", 128, 128, 1, 1, false, false, 2}, 6.5, 0.340, 1.3, 45, 1.03},
+    {{"128x192 halves", 128, 192, 1, 1, false, false, 2}, 5.5, 0.450, 2.3, 45, 1.05},
+    {{"128x256 halves", 128, 256, 1, 1, false, false, 2}, 5.5, 0.600, 2.3, 45, 1.0},
+    {{"128x256 quarters", 128, 256, 1, 1, false, false, 4}, 6.0, 0.620, 2.3, 45, 1.0},
+    {{"128x128 split 2", 128, 128, 1, 1, false, false, 2}, 12.5, 0.377, 1.3, 45, 1.1},
+    {{"256x128 split 4", 256, 128, 1, 1, false, false, 4}, 17.0, 0.620, 2.3, 45, 1.1},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }
@@ -61,14 +68,15 @@ int64_t tiles_along(int size, int tile, int cluster) {
   return ceil_div(size, int64_t{tile} * cluster) * cluster;
 }
 
+/// Times the parts of each.
 int64_t tiles_of(const GemmTraits& t, const GemmShape& shape) {
   return tiles_along(shape.rows, t.tile_rows, t.cluster_rows) *
-         tiles_along(shape.features, t.tile_features, t.cluster_features);
+         tiles_along(shape.features, t.tile_features, t.cluster_features) * t.k_parts;
 }
 
 /// CTAs that run at a time.
 int64_t slots_of(const GemmTraits& t, int sms) {
-  const int cluster = t.cluster_rows * t.cluster_features;
+  const int cluster = t.cluster_rows * t.cluster_features * t.k_parts;
   return int64_t{std::max(sms / cluster, 1)} * cluster;
 }
 
@@ -95,7 +103,7 @@ double gemm_burst_us(const GemmCost& cost, const GemmShape& shape, int sms) {
                                      : static_cast<double>(ceil_div(tiles, slots));
   const bool is_crowded = shape.rows > kManyRows && t.tile_features <= kFewFeatures;
   const double multiply_us = (is_crowded ? kManyRowsFactor : 1.0) * waves *
-                             (cost.step_us * shape.depth / kStepDepth + cost.wave_us);
+                             (cost.step_us * shape.depth / kStepDepth / t.k_parts + cost.wave_us);
   const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
   const double memory_us = bytes_of(shape) * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
   return cost.fixed_us + std::max(multiply_us, memory_us);
