@@ -36,7 +36,7 @@ GemmType type_of(int x_dtype, int out_dtype, int is_silu_mul) {
 
 extern "C" {
 
-int nf_gemm_kernels() { return kNumGemmKernels + kNumTrialGemmKernels; }
+int nf_gemm_kernels() { return kNumGemmKernels; }
 
 const char* nf_gemm_name(int kernel) {
   return traits_of(static_cast<GemmKernel>(kernel)).name.data();

@@ -22,6 +22,8 @@ TEST_CASE("the choice is the kernel with the least expected time") {
         const GemmTraits& traits = traits_of(kernel);
         if (rows <= 64 && traits.tile_rows > 64) continue;  // not for so few rows
         if (rows == 2048 && traits.is_stream_k) continue;   // nor for so many waves
+        const int tiles = traits.k_parts * ((rows + 127) / 128) * (shape.features / 128);
+        if (traits.k_parts > 1 && tiles > sms) continue;  // parts of K: for SMs that would be idle
         CHECK(least <= gemm_time_us(kernel, shape, sms));
       }
     }
@@ -53,6 +55,9 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(choose({.rows = 512, .features = 28672, .depth = 4096}) == GemmKernel::k128x128);
   // 2 × 64 tiles of 128 × 96 are one wave.
   CHECK(choose({.rows = 256, .features = 6144, .depth = 4096}) == GemmKernel::k128x96Pair);
+  // Two halves of K each of 2 × 32 tiles of 128 × 128 are one wave, too.
+  CHECK(choose({.rows = 256, .features = 4096, .depth = 4096}) == GemmKernel::k128x128Halves);
+  CHECK(choose({.rows = 256, .features = 4096, .depth = 14336}) == GemmKernel::k128x128Halves);
   // 8 × 26 tiles of 128 × 160 are two waves on 104 SMs.
   CHECK(choose(shape, 104) == GemmKernel::k128x160);
   // Many rows: tiles that read the least, whatever the waves.

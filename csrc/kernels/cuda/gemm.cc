@@ -39,7 +39,7 @@ constexpr double kManyRowsFactor = 1.1;
 /// power.
 constexpr int kStreamKWaves = 4;
 
-constexpr std::array<GemmCost, kNumGemmKernels + kNumTrialGemmKernels> kCosts = {{
+constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"128x256", 128, 256, 2, 1, false, true}, 1.2, 0.584, 5.7, 80, 1.0},
     {{"128x192", 128, 192, 2, 1, false, false}, 2.3, 0.443, 4.3, 40, 1.05},
     {{"128x128", 128, 128, 1, 1, false, true}, 5.5, 0.306, 1.3, 56, 1.03},
@@ -50,13 +50,7 @@ constexpr std::array<GemmCost, kNumGemmKernels + kNumTrialGemmKernels> kCosts = 
     {{"128x64", 128, 64, 1, 2, false, false}, 7.3, 0.232, 0.2, 35, 1.2},
     {{"128x96 pair", 128, 96, 2, 1, false, false}, 5.5, 0.268, 1.3, 45, 1.09},
     {{"128x160", 128, 160, 2, 1, false, false}, 2.3, 0.375, 3.6, 40, 1.06},
-    // Of those on trial, what is expected: their tiles' own costs, and the exchange of sums.
-    {{"128x128 halves", 128, 128, 1, 1, false, false, 2}, 6.5, 0.340, 1.3, 45, 1.03},
-    {{"128x192 halves", 128, 192, 1, 1, false, false, 2}, 5.5, 0.450, 2.3, 45, 1.05},
-    {{"128x256 halves", 128, 256, 1, 1, false, false, 2}, 5.5, 0.600, 2.3, 45, 1.0},
-    {{"128x256 quarters", 128, 256, 1, 1, false, false, 4}, 6.0, 0.620, 2.3, 45, 1.0},
-    {{"128x128 split 2", 128, 128, 1, 1, false, false, 2}, 12.5, 0.377, 1.3, 45, 1.1},
-    {{"256x128 split 4", 256, 128, 1, 1, false, false, 4}, 17.0, 0.620, 2.3, 45, 1.1},
+    {{"128x128 halves", 128, 128, 1, 1, false, false, 2}, 6.8, 0.340, 1.3, 45, 1.08},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }
@@ -85,6 +79,7 @@ bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, const Gemm
   const bool is_common = type.x == DType::kBF16 && type.out == DType::kBF16 && !type.is_silu_mul;
   if (!t.is_general && !is_common) return false;
   if (shape.rows <= kFewRows) return t.tile_rows <= kFewRows;
+  if (t.k_parts > 1) return tiles_of(t, shape) <= slots_of(t, sms);  // else no SM is idle
   return !t.is_stream_k || t.tile_rows <= kFewRows ||
          tiles_of(t, shape) <= kStreamKWaves * slots_of(t, sms);
 }

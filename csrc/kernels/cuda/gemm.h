@@ -33,20 +33,12 @@ enum class GemmKernel : uint8_t {
   k128x128StreamK,
   k64x128StreamK,  // few rows: features are the tensor cores' rows
   k16x128StreamK,
-  k128x64,      // cooperative
-  k128x96Pair,  // cooperative; two CTAs share what they load of the features
-  k128x160,     // cooperative: whole waves on 104 SMs where 128x192 and 128x256 leave many idle
-  // On trial, beyond the reach of the choice. Parts of K are multiplied side by side; their sums
-  // meet
-  k128x128Halves,  // ... within a cluster, in shared memory
-  k128x192Halves,
-  k128x256Halves,
-  k128x256Quarters,
-  k128x128Split2,  // ... in the workspace
-  k256x128Split4,
+  k128x64,         // cooperative
+  k128x96Pair,     // cooperative; two CTAs share what they load of the features
+  k128x160,        // cooperative: whole waves on 104 SMs where 128x192 and 128x256 leave many idle
+  k128x128Halves,  // a cluster's two CTAs multiply half of K each: fills SMs that tiles leave idle
 };
-inline constexpr int kNumGemmKernels = 10;      // that the choice is made from
-inline constexpr int kNumTrialGemmKernels = 6;  // behind those: for bench/cuda
+inline constexpr int kNumGemmKernels = 11;
 
 /// What the choice knows of a kernel.
 struct GemmTraits {
@@ -55,7 +47,7 @@ struct GemmTraits {
   int cluster_rows, cluster_features;  // tiles that run side by side and share operands
   bool is_stream_k;
   bool is_general;  // exists for every type of product, not only of bfloat16 into bfloat16
-  int k_parts = 1;  // parts of K that are multiplied side by side, each by a CTA
+  int k_parts = 1;  // of K, multiplied side by side by the CTAs of a cluster
 };
 
 const GemmTraits& traits_of(GemmKernel kernel);

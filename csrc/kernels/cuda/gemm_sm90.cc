@@ -10,8 +10,7 @@ GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type) {
     if (const GemmLauncher launcher = gemm_bf16_medium(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_odd(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_small(kernel)) return launcher;
-    if (const GemmLauncher launcher = gemm_bf16_parts(kernel)) return launcher;
-    return gemm_bf16_split(kernel);
+    return gemm_bf16_parts(kernel);
   }
   if (type.x == DType::kF16 && is_same) {
     return type.is_silu_mul ? gemm_f16_silu_mul(kernel) : gemm_f16(kernel);

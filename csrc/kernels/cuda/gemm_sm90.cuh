@@ -27,11 +27,6 @@ struct Pingpong {  // each has its own tile: one's epilogue runs beside the othe
 };
 struct StreamK : Cooperative {  // the last wave's products are dealt out evenly, along K
   using Scheduler = cutlass::gemm::StreamKScheduler;
-  static constexpr int kParts = 1;
-};
-template <int kCount>
-struct SplitK : StreamK {  // so many parts of K, added up in their order
-  static constexpr int kParts = kCount;
 };
 
 // CTAs that run side by side and share what they load.
@@ -127,8 +122,7 @@ struct GemmSm90 {
         hardware};
     if constexpr (cute::is_same_v<typename Policy::Scheduler, cutlass::gemm::StreamKScheduler>) {
       using Mode = decltype(arguments.scheduler.decomposition_mode);
-      arguments.scheduler.decomposition_mode = Policy::kParts > 1 ? Mode::SplitK : Mode::StreamK;
-      arguments.scheduler.splits = Policy::kParts;
+      arguments.scheduler.decomposition_mode = Mode::StreamK;
     }
     return arguments;
   }
