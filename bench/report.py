@@ -180,12 +180,18 @@ def _groups(
     def key(item: tuple[str, Result]) -> tuple[str, str, bool, str]:
         _, result = item
         workload = result["workload"]
-        return result["gpu"], result["model"], workload != FIRST, workload
+        return result["gpu"], _model(result), workload != FIRST, workload
 
     steady = [item for item in results.items() if item[1]["measured"] != "whole run"]
     for (gpu, model, _, workload), items in itertools.groupby(sorted(steady, key=key), key):
         found = {result["schedule"]: (path, result) for path, result in items}
         yield (gpu, model, workload), found
+
+
+def _model(result: Result) -> str:
+    if not str(result.get("network")).startswith("none"):
+        return str(result["model"])
+    return f"{result['model']} (one GPU of {result['tensor_parallel_size']}, no network)"
 
 
 def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
