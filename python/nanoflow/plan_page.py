@@ -15,7 +15,7 @@ from nanoflow.tune.costs import CostModel, Prediction
 from nanoflow.tune.measure import Run
 from nanoflow.tune.profile import load_of
 from nanoflow.tune.program import STAGES, parts_of, program_of
-from nanoflow.tune.simulate import LAYERS, LaneWidths, simulate
+from nanoflow.tune.simulate import LAYERS, simulate
 
 _STYLE = (
     "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}"
@@ -122,7 +122,7 @@ def predicted_panel(
             span.begin_us,
             span.end_us,
         )
-        for span in simulate(program, costs, LaneWidths(model.table.slowdown))
+        for span in simulate(program, costs, model.table.interference())
         if layer + span.layer >= middle
     ]
     return Panel(f"predicted: {prediction.layer_us:.0f} µs a layer", timings), prediction

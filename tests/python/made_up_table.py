@@ -14,7 +14,8 @@ def made_up_table(
     cap_watts: float = 0.0,
 ) -> OpTable:
     """Products take what their FLOPs take on their share of the device; decode attention reaches
-    all of its bandwidth on a part of it. Power and clock are as at full clock, below the cap."""
+    all of its bandwidth on a part of it, whatever is beside it. Power and clock are as at full
+    clock, below the cap."""
     widths = range(width_step, width + 1, width_step)
 
     def entry(size: float, at: int, us: float, joules: float = 0.0) -> Entry:
@@ -43,4 +44,5 @@ def made_up_table(
         ),
         prefill=tuple(entry(1e10, at, 1e10 / 300e6 * width / at) for at in widths),
         rows=tuple(entry(1e8, at, 40.0 * width / at) for at in widths),
+        shared_bytes_per_us=1e9,  # more than all ops together read
     )

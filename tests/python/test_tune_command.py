@@ -25,7 +25,7 @@ from nanoflow.tune.measure import Run, mean_op_us
 from nanoflow.tune.profile import Device, Grid, load_of, profile
 from nanoflow.tune.program import program_of
 from nanoflow.tune.search import parted, ping_pong
-from nanoflow.tune.simulate import LaneWidths, simulate
+from nanoflow.tune.simulate import simulate
 from nanoflow.tune.table import OpTable, load_table
 from test_tune_search import llama_8b
 from tiny_models import write_tiny_llama
@@ -53,7 +53,7 @@ class Oracle:
         clock = prediction.clock
         program, costs = program_of(schedule), self.model.costs(schedule, load, clock)
         op_us = {}
-        for span in simulate(program, costs, LaneWidths(self.table.slowdown)):
+        for span in simulate(program, costs, self.table.interference()):
             if span.layer == 4:
                 name = program.tasks[span.task].name
                 alone = costs[span.task].us
@@ -98,7 +98,9 @@ def test_a_profile_finds_the_times_that_runs_were_made_with(cap_watts: float) ->
     if cap_watts > 0:
         assert found.energy_exponent == pytest.approx(0.8, abs=0.05)
     assert oracle.runs == GRID.runs
-    model = CostModel(found, llama_8b())
+    # Runs do not tell what memory lets through.
+    shared = dataclasses.replace(found, shared_bytes_per_us=oracle.table.shared_bytes_per_us)
+    model = CostModel(shared, llama_8b())
     for load in (Load(256, 512), Load(128, 512), Load(128, 512, 128, 64)):
         for schedule in (
             built_in_schedule("sequential", 4),

@@ -100,6 +100,18 @@ def test_ping_pong_hides_attention() -> None:
     assert slower.period_us == pytest.approx(60 + 2 * 2.5)
 
 
+def test_side_by_side_no_more_is_read_than_memory_lets_through() -> None:
+    attention, product = Cost(10.0, kind="memory", moved=300.0), Cost(5.0, moved=100.0)
+    limited = LaneWidths({}, bytes_per_us=25.0)
+    assert limited.speeds([attention, product]) == pytest.approx([0.5, 0.5])
+    assert limited.speeds([attention]) == [1.0]  # as measured
+    assert limited.speeds([product, Cost(5.0)]) == [1.0, 1.0]
+    assert LaneWidths({}).speeds([attention, product]) == [1.0, 1.0]
+    # Slowed as pairs they read 15 + 20 a µs.
+    both = LaneWidths({("memory", "compute"): 2.0}, bytes_per_us=28.0)
+    assert both.speeds([attention, product]) == pytest.approx([0.4, 0.8])
+
+
 def test_tasks_keep_to_lanes_and_order() -> None:
     program = program_of(built_in_schedule("overlap", 132))
     costs = [Cost(1.0 + i) for i in range(len(program.tasks))]

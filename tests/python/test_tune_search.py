@@ -203,6 +203,46 @@ def test_the_search_finds_the_lanes_that_were_fastest() -> None:
     assert len(set(memory)) == len(memory)  # should the best width be predicted second or third
 
 
+def test_attention_without_groups_leaves_products_no_memory() -> None:
+    """Llama-2-7B's steps as measured on an H200; that of 72+60 SMs is what the limit is from."""
+    table = shipped_table("NVIDIA H200")
+    assert table is not None
+    changed = {"vocab_size": 32000, "intermediate_size": 11008, "num_kv_heads": 32}
+    model = CostModel(table, SimpleNamespace(**{**shape_of(llama_8b()), **changed}))
+    load = Load(decodes=256, context=768, prefill_rows=256, prefill_context=256)
+    order = ["o.0", "mlp.0", "qkv.0@+1", "attn.0@+1", "o.1", "mlp.1", "qkv.1@+1", "attn.1@+1"]
+    measured_ms = [
+        (built_in_schedule("sequential", 132), 36.14),
+        (in_order(ping_pong(60, 132), order), 39.47),
+        (in_order(ping_pong(64, 132), order), 40.55),
+        (built_in_schedule("overlap", 132), 45.0),
+    ]
+    predicted = [model.predict(schedule, load).step_us / 1e3 for schedule, _ in measured_ms]
+    assert predicted == sorted(predicted)
+    assert predicted == pytest.approx([ms for _, ms in measured_ms], rel=0.05)
+    assert best(search(model, load)) == "sequential"
+
+
+def in_order(schedule: _core.Schedule, order: list[str]) -> _core.Schedule:
+    return schedule_from_json({**schedule_to_json(schedule), "order": order})
+
+
+def test_memory_lets_through_what_decodes_alone_read_where_a_table_says_nothing() -> None:
+    table = dataclasses.replace(made_up_table(), shared_bytes_per_us=0.0)
+    assert table.interference().bytes_per_us == pytest.approx(3e6)
+
+
+def test_what_is_read_from_memory() -> None:
+    model = CostModel(made_up_table(), llama_8b())
+    load = Load(decodes=512, context=768)
+    assert model.stage("attn", 0.5, 4, load).moved == 256 * 768 * 2 * 8 * 128 * 2
+    assert model.stage("o", 0.5, 4, load).moved == 4096 * 4096 * 2
+    assert model.stage("mlp", 0.5, 4, load).moved == 3 * 4096 * 14336 * 2
+    experts = {"num_experts": 8, "experts_per_token": 2}
+    mixture = CostModel(made_up_table(), SimpleNamespace(**{**shape_of(llama_8b()), **experts}))
+    assert mixture.stage("mlp", 0.5, 4, load).moved == 8 * 3 * 4096 * 14336 * 2
+
+
 @pytest.mark.parametrize("device", SHIPPED)
 def test_few_requests_run_in_turn(device: str) -> None:
     table = shipped_table(device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nanoflow._core import Schedule, padded_rows
 from nanoflow.tune.program import Program, parts_of, program_of
-from nanoflow.tune.simulate import Cost, LaneWidths, steady
+from nanoflow.tune.simulate import Cost, steady
 from nanoflow.tune.table import OpTable
 
 _SHAPE = (
@@ -102,7 +102,7 @@ class CostModel:
     def __init__(self, table: OpTable, spec: Spec) -> None:
         self.table = table
         self.spec = spec
-        self._interference = LaneWidths(table.slowdown)
+        self._interference = table.interference()
         self._bytes = 4 if spec.dtype == "float32" else 2
         self._memo: dict[tuple[str, float, int, Load, float], Cost] = {}
 
@@ -128,9 +128,8 @@ class CostModel:
 
     def head(self, schedule: Schedule, load: Load, clock: float = 1.0) -> Cost:
         width = schedule.lanes[schedule.lane_of("head", 0)].width
-        return self.table.product(
-            self._padded(load.decodes), self.spec.vocab_size, self.spec.hidden_size, width, clock
-        )
+        shape = self.spec.vocab_size, self.spec.hidden_size
+        return self._product(self._padded(load.decodes), *shape, width, clock)
 
     def predict(self, schedule: Schedule, load: Load, program: Program | None = None) -> Prediction:
         """Raises ValueError for an order that the planner would refuse.
@@ -183,15 +182,20 @@ class CostModel:
         norm = table.row_work(2 * row_bytes * hidden, width, clock)
         if stage == "qkv":
             rotation = table.row_work(2 * row_bytes * qkv, width, clock)
-            return _sum(norm, table.product(rows, qkv, hidden, width, clock), rotation)
+            return _sum(norm, self._product(rows, qkv, hidden, width, clock), rotation)
         if stage == "o":
-            return table.product(rows, hidden, heads, width, clock)
+            return self._product(rows, hidden, heads, width, clock)
         if stage == "mlp":
             return _sum(norm, self._mlp(rows, width, clock))
         keys = 2 * spec.num_kv_heads * spec.head_dim * self._bytes
         read = share * load.decodes * load.context * keys
         flops = 4 * share * load.prefill_rows * load.prefill_context * heads
         return table.attention(read, flops, width, clock)
+
+    def _product(self, rows: int, features: int, depth: int, width: int, clock: float) -> Cost:
+        """Reads its weights, once."""
+        cost = self.table.product(rows, features, depth, width, clock)
+        return replace(cost, moved=features * depth * self._bytes)
 
     def _mlp(self, rows: int, width: int, clock: float) -> Cost:
         """With experts, those that rows reach multiply one after another, each an equal share."""
@@ -206,11 +210,15 @@ class CostModel:
             moved = [table.row_work(out_and_back, width, clock)]
         share = max(1, round(pairs / reached))
         products = (
-            table.product(share, 2 * wide, hidden, width, clock),
-            table.product(share, hidden, wide, width, clock),
+            self._product(share, 2 * wide, hidden, width, clock),
+            self._product(share, hidden, wide, width, clock),
         )
-        return _sum(*moved, *(Cost(p.us * reached, p.joules * reached) for p in products))
+        return _sum(*moved, *(product for product in products for _ in range(reached)))
 
 
 def _sum(*costs: Cost) -> Cost:
-    return Cost(sum(cost.us for cost in costs), sum(cost.joules for cost in costs))
+    return Cost(
+        sum(cost.us for cost in costs),
+        sum(cost.joules for cost in costs),
+        moved=sum(cost.moved for cost in costs),
+    )

@@ -3,7 +3,8 @@
 Two models of what tasks do to each other:
 
 - `LaneWidths`: lanes own parts of the device, so a task takes what it takes alone on its lane,
-  times the slow-downs measured for pairs;
+  times the slow-downs measured for pairs, and all wait for the device's memory where together
+  they read more than it lets through;
 - `SharedDevice`: NanoFlow's (OSDI'25, section 4.1): a task beside a product of matrices leaves it
   1 - R of its speed, and gets P(R) of its own.
 """
@@ -29,6 +30,7 @@ class Cost:
     joules: float = 0.0  # above idle
     kind: str = "compute"  # or memory, network: what it mostly uses
     share: float = 0.0  # R: of the device's compute that it takes from a product beside it
+    moved: float = 0.0  # bytes that it reads from the device's memory
 
 
 class Interference(Protocol):
@@ -38,9 +40,14 @@ class Interference(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LaneWidths:
-    """`slowdown[kind, beside]`: time of a task of one kind beside one of another, over its own."""
+    """`slowdown[kind, beside]`: time of a task of one kind beside one of another, over its own.
+
+    Tasks side by side that would read more than `bytes_per_us` are all slowed in proportion. A task
+    alone is not: what it takes is measured.
+    """
 
     slowdown: Mapping[tuple[str, str], float]
+    bytes_per_us: float = 0.0  # of the device's memory; 0: no limit
 
     def speeds(self, running: Sequence[Cost]) -> list[float]:
         speeds = [1.0] * len(running)
@@ -48,7 +55,15 @@ class LaneWidths:
             for j, other in enumerate(running):
                 if i != j:
                     speeds[i] /= self.slowdown.get((one.kind, other.kind), 1.0)
-        return speeds
+        if len(running) < 2 or self.bytes_per_us <= 0:
+            return speeds
+        read = sum(  # a µs
+            speed * cost.moved / cost.us
+            for speed, cost in zip(speeds, running, strict=True)
+            if cost.us > 0
+        )
+        scale = min(1.0, self.bytes_per_us / read) if read > 0 else 1.0
+        return [speed * scale for speed in speeds]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow import _core
-from nanoflow.tune.simulate import Cost
+from nanoflow.tune.simulate import Cost, LaneWidths
 
 _LAUNCH_US = 3.0  # of an op without work
 
@@ -79,6 +79,17 @@ class OpTable:
     energy_exponent: float = 0.0  # the same work takes joules in proportion to the clock to this
     row_granularity: int = 1  # of the backend: what rows are padded to
     kernels: str = ""  # of products: "cuda" where _core.cuda_gemm_us knows their tiles
+    # What memory lets through to attention and products side by side; 0: as much as decodes alone
+    # read on the whole device.
+    shared_bytes_per_us: float = 0.0
+
+    def interference(self) -> LaneWidths:
+        """What ops side by side do to each other."""
+        limit = self.shared_bytes_per_us
+        if limit == 0 and self.decode:
+            most = max(self.decode, key=lambda entry: (entry.width, entry.size))
+            limit = most.size / most.us
+        return LaneWidths(self.slowdown, limit)
 
     def product(self, rows: int, features: int, depth: int, width: int, clock: float = 1.0) -> Cost:
         """By the measured shape most like this one, in proportion to their weights.
@@ -104,7 +115,7 @@ class OpTable:
         if flops > 0:
             more = self._computed(self.prefill, flops, width, clock, floor_us=_LAUNCH_US)
             us, joules = us + more[0], joules + more[1]
-        return Cost(us, joules, "memory")
+        return Cost(us, joules, "memory", moved=kv_bytes)
 
     def row_work(self, moved: float, width: int, clock: float = 1.0) -> Cost:
         us, joules = self._computed(self.rows, moved, width, clock, floor_us=_LAUNCH_US)
