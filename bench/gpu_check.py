@@ -61,6 +61,11 @@ def sanitizer(options: argparse.Namespace) -> list[Step]:
     return steps
 
 
+def commit_flag(options: argparse.Namespace) -> list[str]:
+    """For scripts that ask git themselves where nothing is said."""
+    return ["--commit", options.commit] if options.commit else []
+
+
 def kernels(options: argparse.Namespace) -> list[Step]:
     libraries = sorted((options.build_dir or ROOT / "build").rglob("libnanoflow_cuda_kernels.so"))
     if not libraries:
@@ -85,7 +90,7 @@ def throughput(options: argparse.Namespace) -> list[Step]:
     command += ["--temperature", "0", "--device", options.device, "--max-num-seqs", "512"]
     command += ["--max-num-batched-tokens", "2048", "--no-enable-prefix-caching", "--steady-start"]
     command += ["--result-dir", str(options.output_dir)]
-    command += ["--commit", options.commit] if options.commit else []
+    command += commit_flag(options)
     workloads = [
         ["--input-len", str(i), "--output-len", str(o), "--max-model-len", str(i + o + 64)]
         for i, o in WORKLOADS
@@ -113,7 +118,7 @@ def tune(options: argparse.Namespace) -> list[Step]:
 
 def soak(options: argparse.Namespace) -> list[Step]:
     command = [sys.executable, str(BENCH / "soak.py"), "--device", options.device]
-    command += ["--commit", options.commit] if options.commit else []
+    command += commit_flag(options)
     out = "soak.json"
     return [Step([*command, "--output-json", str(options.output_dir / out)], out)]
 
@@ -121,7 +126,7 @@ def soak(options: argparse.Namespace) -> list[Step]:
 def start(options: argparse.Namespace) -> list[Step]:
     command = [sys.executable, str(BENCH / "cold_start.py"), "--device", options.device]
     command += ["--shape", MODEL, "--runs", "2"]
-    command += ["--commit", options.commit] if options.commit else []
+    command += commit_flag(options)
     out = "cold_start.json"
     return [Step([*command, "--output-json", str(options.output_dir / out)], out)]
 
