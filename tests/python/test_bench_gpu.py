@@ -140,7 +140,7 @@ def test_a_build_or_machine_without_the_device_says_so():
 
 def event(name: str, begin: float, length: float, **more: Any) -> dict[str, Any]:
     whole = {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": length, "tid": 7}
-    return whole | more
+    return whole | {"args": {"device": 1}} | more
 
 
 def test_finds_kernels_in_a_trace():
@@ -148,6 +148,7 @@ def test_finds_kernels_in_a_trace():
         event("late", 5, 1),
         event("early", 1, 2),
         event("copy", 0, 9, cat="gpu_memcpy"),
+        event("of another GPU", 2, 9, args={"device": 2}),
         {"ph": "M", "name": "process_name"},
     ]
     assert kernels_of(events) == [Kernel("early", 7, 1, 3), Kernel("late", 7, 5, 6)]
@@ -177,6 +178,18 @@ def test_sums_up_the_kernels_of_a_step(monkeypatch):
     longest = profile.kernels[0]
     assert (longest["name"], longest["after"]) == ("gemm", "norm")
     assert longest["us_per_step"] == pytest.approx(60, rel=0.03)
+
+
+def test_says_how_much_of_the_network_is_hidden():
+    """Per 100 µs 50 of collectives: 30 beside products, 20 with nothing else running."""
+    kernels = []
+    for at in range(0, 10_000, 100):
+        kernels += [Kernel("gemm", 1, at, at + 60), Kernel("ncclDevKernel", 2, at + 30, at + 80)]
+    profile = summarize(kernels, step_ms=0.1)
+    assert profile.network_ms == pytest.approx(0.05, rel=0.02)
+    assert profile.network_alone_ms == pytest.approx(0.02, rel=0.02)
+    assert profile.network_hidden_pct == pytest.approx(60, abs=1)
+    assert summarize(steps(100), step_ms=0.1).network_hidden_pct is None
 
 
 def test_tells_kernels_of_one_name_apart_by_those_before_them():

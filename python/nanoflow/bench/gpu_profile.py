@@ -14,6 +14,7 @@ TOP = 15
 CONTEXT = 4  # kernels before one that tell it from others of its name
 SPAN = (0.3, 0.9)  # of what was recorded: starting and stopping disturbs its ends
 NAME_LENGTH = 160
+NETWORK = "nccl"  # begins the names of collectives between GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,20 @@ class Profile:
     step_ms: float
     kernel_sum_ms: float  # of all durations
     busy_ms: float  # with at least one kernel running
+    network_ms: float  # of all collectives between GPUs, waiting for the others included
+    network_alone_ms: float  # with nothing but collectives running
     kernels: list[dict[str, Any]]  # the longest
 
     @property
     def gpu_idle_pct(self) -> float:
         return 100 * (1 - self.busy_ms / self.step_ms)
+
+    @property
+    def network_hidden_pct(self) -> float | None:
+        """Of the time of collectives; None without any."""
+        if self.network_ms == 0:
+            return None
+        return 100 * (1 - self.network_alone_ms / self.network_ms)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +53,8 @@ class Profile:
             "kernel_sum_ms": self.kernel_sum_ms,
             "busy_ms": self.busy_ms,
             "gpu_idle_pct": self.gpu_idle_pct,
+            "network_ms": self.network_ms,
+            "network_hidden_pct": self.network_hidden_pct,
             "kernels": self.kernels,
         }
 
@@ -80,11 +92,14 @@ class Profiler:
 
 
 def kernels_of(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
-    """The kernels among the events of a Chrome trace, in order of their beginnings."""
+    """The kernels among the events of a Chrome trace, in order of their beginnings: those of the
+    first GPU that has any, as ranks do the same."""
+    records = [one for one in events if one.get("ph") == "X" and one.get("cat") == "kernel"]
+    first = min((one["args"]["device"] for one in records), default=0)
     kernels = [
-        Kernel(event["name"], event["tid"], event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("ph") == "X" and event.get("cat") == "kernel"
+        Kernel(one["name"], one["tid"], one["ts"], one["ts"] + one["dur"])
+        for one in records
+        if one["args"]["device"] == first
     ]
     return sorted(kernels, key=lambda kernel: kernel.begin_us)
 
@@ -104,7 +119,6 @@ def summarize(kernels: list[Kernel], step_ms: float) -> Profile:
     before: dict[int, tuple[str, ...]] = defaultdict(tuple)
     total: dict[tuple[str, ...], float] = defaultdict(float)
     count: dict[tuple[str, ...], int] = defaultdict(int)
-    busy, covered = 0.0, begin
     for kernel in kernels:
         key = (*before[kernel.stream], kernel.name)
         before[kernel.stream] = key[-CONTEXT:]
@@ -113,13 +127,16 @@ def summarize(kernels: list[Kernel], step_ms: float) -> Profile:
             continue
         total[key] += to - from_
         count[key] += 1
-        busy += max(0.0, to - max(from_, covered))
-        covered = max(covered, to)
     longest = sorted(total, key=lambda key: -total[key])[:TOP]
+    busy = _busy_us(kernels, begin, end)
+    local = [kernel for kernel in kernels if not kernel.name.startswith(NETWORK)]
+    network = sum(us for key, us in total.items() if key[-1].startswith(NETWORK))
     return Profile(
         step_ms=step_ms,
         kernel_sum_ms=sum(total.values()) / steps * 1e-3,
         busy_ms=busy / steps * 1e-3,
+        network_ms=network / steps * 1e-3,
+        network_alone_ms=(busy - _busy_us(local, begin, end)) / steps * 1e-3,
         kernels=[
             {
                 "name": key[-1][:NAME_LENGTH],
@@ -131,3 +148,13 @@ def summarize(kernels: list[Kernel], step_ms: float) -> Profile:
             for key in longest
         ],
     )
+
+
+def _busy_us(kernels: Iterable[Kernel], begin: float, end: float) -> float:
+    """Between begin and end, with at least one of the kernels running; they come in order."""
+    busy, covered = 0.0, begin
+    for kernel in kernels:
+        to = min(kernel.end_us, end)
+        busy += max(0.0, to - max(kernel.begin_us, covered))
+        covered = max(covered, to)
+    return busy
