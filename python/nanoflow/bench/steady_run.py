@@ -15,7 +15,8 @@ from nanoflow.llm import LLM
 from nanoflow.scheduler.stats import StepStats
 
 SETTLE_SECONDS = 2.0  # between the last prefill of the fill and the window
-PROFILE_STEPS = 40
+PROFILE_STEPS = 24
+TRACED_STEPS = 3  # before them
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +142,21 @@ class SteadyBatch:
         )
 
     def profile(self, profiler: Profiler) -> tuple[Profile | None, str | None]:
-        """Twice, as the first time prepares the GPU's tracing; the profile, or why there is none.
-        What is measured afterwards may be slower."""
+        """Of some steps, or why there is none. A few are recorded before, which prepares the GPU's
+        tracing. What is measured afterwards may be slower."""
         log = self._log
 
-        def wait() -> float:
+        def wait(count: int) -> float:
             log.wait_for_steps(1)
             first = log.steps[-1]
-            log.wait_for_steps(PROFILE_STEPS)
+            log.wait_for_steps(count)
             last = log.steps[-1]
             return (last.time_done - first.time_done) / (last.step - first.step) * 1e3
 
         self.settle()
         try:
-            profiler.record(wait)
-            return profiler.record(wait), None
+            profiler.record(lambda: wait(TRACED_STEPS))
+            return profiler.record(lambda: wait(PROFILE_STEPS)), None
         except ProfileError as error:
             return None, str(error)
 
