@@ -5,13 +5,17 @@ python bench/peer_result.py vllm.jsonl --gpu "NVIDIA H100 80GB HBM3" --result-di
 Every line of the input is a JSON object of one run: `peer`, `version`, `work` ("512x512" or
 "trace:FILE"), `engine` (its settings), `wall_s`, `mean_in`, `mean_out`, `total_tok_s` and
 `out_tok_s` of finished requests, `partial` when the run was cut short, and where they are known
-`counters` (tokens of requests that had not finished, too), `kv_tokens`, `watts`, `sm_mhz`, `t50`
-and `t90` (seconds until so much of all output had finished).
+`counters` (tokens of requests that had not finished, too), `kv_tokens`, `watts`, `sm_mhz`, and
+`reports`: of what the engine logged of itself every few seconds, in order, lists of its prompt and
+generation tokens a second and of the requests running and waiting then; with `max_num_seqs`.
 
 The steady state of a peer is the highest rate that its run gives reason for, where nanoflow's own
 is the lowest (nanoflow/bench/steady.py): output tokens a second times (input + output) / output;
-all tokens counted, the prompts of the ramp among them; and the rate of finishing between t50 and
-t90. A comparison is not to gain from how it is counted.
+all tokens counted, the prompts of the ramp among them; and, where there are such, the mean of the
+reports that began and ended with all slots in use (at least 99 % of `max_num_seqs` running, others
+waiting), as this report and the one before it tell: the ramp and the last requests are not among
+them. A comparison is not to gain from how it is counted. The rate at which requests finish does
+not count: those that began together end together, at a rate at which nothing was computed.
 """
 
 from __future__ import annotations
@@ -20,15 +24,17 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nanoflow.bench.result import USUAL_MODEL, result_path
 
 STEADY = (
     "the highest of (a) output tokens a second x (mean input + mean output) / mean output, (b) all "
-    "tokens counted a second, (c) (a) between the times when 50 % and 90 % of the output had "
-    "finished"
+    "tokens counted a second, (c) prompt and output tokens a second, the mean of the engine's "
+    "reports that began and ended with all slots in use"
 )
+IN_USE = 0.99  # of the slots: requests that end leave some empty for a step
 
 
 def steady_total_tok_s(run: Mapping[str, Any]) -> float:
@@ -39,9 +45,23 @@ def steady_total_tok_s(run: Mapping[str, Any]) -> float:
         counters.get("counted_total_tok_s", 0.0),
         counters.get("counted_out_tok_s", run["out_tok_s"]) * factor,
     ]
-    if run.get("t50") and run.get("t90") and not run["partial"]:
-        rates.append(0.4 * run["out_tokens"] / (run["t90"] - run["t50"]) * factor)
+    if reports := rates_at_full_load(run):
+        rates.append(fmean(reports))
     return float(max(rates))
+
+
+def rates_at_full_load(run: Mapping[str, Any]) -> list[float]:
+    """Total tokens a second of the reports that began and ended with all slots in use."""
+    reports = run.get("reports", [])
+    full = [
+        running >= IN_USE * run["max_num_seqs"] and waiting > 0
+        for _, _, running, waiting in reports
+    ]
+    return [
+        prompt + generation
+        for (prompt, generation, *_), began, ended in zip(reports[1:], full, full[1:], strict=False)
+        if began and ended
+    ]
 
 
 def to_result(run: Mapping[str, Any], gpu: str, model: str, command: str) -> dict[str, Any]:

@@ -20,14 +20,23 @@ RUN: dict[str, Any] = {
     "mean_out": 1024.0,
     "total_tok_s": 12000.0,
     "out_tok_s": 8000.0,
-    "out_tokens": 720000,
     "partial": True,
     "counters": {"counted_total_tok_s": 16000.0, "counted_out_tok_s": 10000.0},
-    "t50": 40.0,
-    "t90": 70.0,
+    "max_num_seqs": 512,
     "watts": 690,
     "sm_mhz": 1650,
 }
+
+REPORTS = [  # prompt and generation tokens a second, requests running and waiting
+    [30000.0, 4000.0, 400, 600],  # the ramp
+    [19000.0, 8000.0, 512, 488],  # all slots in use at its end, not when it began
+    [0.0, 14000.0, 500, 488],
+    [20000.0, 8000.0, 512, 300],
+    [9000.0, 10000.0, 507, 200],
+    [8000.0, 9000.0, 510, 20],
+    [7000.0, 13000.0, 512, 0],  # none waits any more
+    [0.0, 12000.0, 30, 0],
+]
 
 
 @pytest.mark.parametrize(
@@ -36,11 +45,18 @@ RUN: dict[str, Any] = {
         ({}, 16000),  # counted; 10000 x 1.5 from the output
         ({"counters": {"counted_total_tok_s": 14000.0, "counted_out_tok_s": 10000.0}}, 15000),
         ({"counters": {}}, 12000),
-        ({"counters": {}, "partial": False}, 14400),  # 288000 tokens in 30 s, x 1.5
+        ({"reports": REPORTS}, 18000),
+        ({"reports": REPORTS[:4]}, 16000),  # the last of these has only ended with all in use
+        ({"reports": REPORTS, "max_num_seqs": 1024}, 16000),
     ],
 )
 def test_the_highest_rate_is_the_peers(changes: dict[str, Any], rate: float) -> None:
     assert peer_result.steady_total_tok_s(RUN | changes) == pytest.approx(rate)
+
+
+def test_reports_count_between_two_moments_with_all_slots_in_use() -> None:
+    assert peer_result.rates_at_full_load(RUN) == []
+    assert peer_result.rates_at_full_load(RUN | {"reports": REPORTS}) == [19000, 17000]
 
 
 def test_every_line_becomes_a_file(tmp_path: Path) -> None:
