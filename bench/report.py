@@ -145,10 +145,25 @@ def others(root: Path, names: Sequence[str] | None = None) -> str:
 
 
 def gpu_results(root: Path) -> dict[str, Result]:
-    """Runs of whole models on GPUs by their paths; what times single kernels is left out."""
+    """Runs of whole models on GPUs by their paths; what times single kernels is left out.
+
+    The last are those of peers with ours of the same GPU beside them.
+    """
     paths = sorted(path for path in (root / RESULTS).glob("*/*.json") if path.parent.name != "cpu")
     found = {str(path.relative_to(root)): json.loads(path.read_text()) for path in paths}
-    return {path: result for path, result in found.items() if "workload" in result}
+    runs = {path: result for path, result in found.items() if "workload" in result}
+    return runs | dict(beside_peers(root))
+
+
+def beside_peers(root: Path) -> Iterator[tuple[str, Result]]:
+    """Of folders like beside-vllm: a peer's runs, as `ours` the best schedule of the same GPU."""
+    for path in sorted((root / RESULTS).glob("*/beside-*/*.json")):
+        result = json.loads(path.read_text())
+        if "engine" in result:
+            ours = path.with_name(path.name.replace(result["schedule"], "nanoflow"))
+            best = max(json.loads(ours.read_text())["total_tok_s"].values())
+            beside = f"[{best:,.0f}]({ours.relative_to(root)})"
+            yield str(path.relative_to(root)), result | {"ours": beside}
 
 
 def gpu_table(root: Path) -> str:
@@ -165,10 +180,13 @@ def gpu_table(root: Path) -> str:
     if not gpus:
         return ""
     return (
-        f"Total tokens (of prompts and outputs) a second on one {' or '.join(gpus)}, random "
+        f"Total tokens (of prompts and outputs) a second and GPU, on {' or '.join(gpus)}, random "
         "weights of the named shape, in a steady state as "
-        "[steady.py](python/nanoflow/bench/steady.py) defines it; W to mJ/token are the "
-        "overlap's, the rest sequential's. Each JSON has its command.\n\n" + "\n".join(lines) + "\n"
+        "[steady.py](python/nanoflow/bench/steady.py) defines it; W (of a GPU) to mJ/token are the "
+        "overlap's, the rest sequential's. vLLM's is the highest count of `bench/peer_result.py`; "
+        "ours beside it is of its GPU, which is not the row's. Each JSON has its command.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 
@@ -189,9 +207,14 @@ def _groups(
 
 
 def _model(result: Result) -> str:
-    if not str(result.get("network")).startswith("none"):
-        return str(result["model"])
-    return f"{result['model']} (one GPU of {result['tensor_parallel_size']}, no network)"
+    model, ranks = str(result["model"]), _ranks(result)
+    if str(result.get("network")).startswith("none"):
+        return f"{model} (one GPU of {ranks}, no network)"
+    return model if ranks == 1 else f"{model} ({ranks} GPUs)"
+
+
+def _ranks(result: Result) -> int:
+    return int(result.get("tensor_parallel_size", 1))
 
 
 def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
@@ -210,8 +233,8 @@ def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
         _linked(group.get("nano")),
         _linked(overlap),
         "" if ratio is None else f"**{ratio:.3f}**",
-        ", ".join(f"{_linked(group[name])} ({name.removeprefix('vllm-')})" for name in peers),
-        _number(power["watts"], 0),
+        ", ".join(_peer(name, group[name]) for name in peers),
+        _number(power["watts"], 0, 1 / (power.get("boards") or 1)),
         _number(power["sm_mhz"], 0),
         _number(power["j_per_token"], 1, 1e3),
         ", ".join(filter(None, steps)),
@@ -222,11 +245,18 @@ def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
 
 
 def _rate(found: tuple[str, Result]) -> float:
-    return float(found[1]["steady_total_tok_s"])
+    """Of each GPU."""
+    return float(found[1]["steady_total_tok_s"]) / _ranks(found[1])
 
 
 def _linked(found: tuple[str, Result] | None) -> str:
     return "" if found is None else f"[{_rate(found):,.0f}]({found[0]})"
+
+
+def _peer(name: str, found: tuple[str, Result]) -> str:
+    ours = found[1].get("ours")
+    beside = "" if ours is None else f"; ours beside it {ours}"
+    return f"{_linked(found)} ({name.removeprefix('vllm-')}{beside})"
 
 
 def _number(value: float | None, digits: int, scale: float = 1.0, unit: str = "") -> str:

@@ -175,6 +175,47 @@ def test_report_shows_schedules_and_peers_of_a_workload_in_a_row(tmp_path):
     )
 
 
+def test_report_shows_what_each_of_several_gpus_does(tmp_path):
+    report = load(ROOT / "bench" / "report.py")
+    folder = tmp_path / report.RESULTS / "h100"
+    folder.mkdir(parents=True)
+    two = {"tensor_parallel_size": 2, "boards": 2, "watts": 1380.0, "network": "collectives"}
+    alone = {"tensor_parallel_size": 8, "boards": 1, "network": "none: one rank alone"}
+    for name, change in {"one": {}, "two": two, "alone": alone}.items():
+        (folder / f"{name}.json").write_text(json.dumps(GPU_RESULT | change))
+    rows = [line.split(" | ") for line in report.gpu_table(tmp_path).splitlines()[4:]]
+    at = "(bench/results/h100"
+    assert [(row[0], row[1], row[6]) for row in rows] == [
+        ("| llama-3.1-8b 512x512", f"[24,321]{at}/one.json)", "690"),
+        ("| llama-3.1-8b (2 GPUs) 512x512", f"[12,161]{at}/two.json)", "690"),
+        (
+            "| llama-3.1-8b (one GPU of 8, no network) 512x512",
+            f"[3,040]{at}/alone.json)",
+            "690",
+        ),
+    ]
+
+
+def test_report_shows_ours_of_the_gpu_of_a_peer(tmp_path):
+    report = load(ROOT / "bench" / "report.py")
+    folder = tmp_path / report.RESULTS / "h100"
+    (folder / "beside-vllm").mkdir(parents=True)
+    peer = GPU_RESULT | {"schedule": "vllm-0.26.0", "engine": "x"}
+    ours = {"total_tok_s": {"sequential": 25000.0, "auto": 26500.4}, "workload": "512x512"}
+    of_it = {
+        "512x512-vllm-0.26.0": peer | {"steady_total_tok_s": 23000.0},
+        "512x512-nanoflow": ours,
+    }
+    (folder / "a.json").write_text(json.dumps(GPU_RESULT))
+    (folder / "512x512-vllm-0.26.0.json").write_text(json.dumps(peer))
+    for name, result in of_it.items():
+        (folder / "beside-vllm" / f"{name}.json").write_text(json.dumps(result))
+    (row,) = report.gpu_table(tmp_path).splitlines()[4:]
+    at = "(bench/results/h100/beside-vllm/512x512"
+    shown = f"[23,000]{at}-vllm-0.26.0.json) (0.26.0; ours beside it [26,500]{at}-nanoflow.json))"
+    assert row.split(" | ")[5] == shown
+
+
 def test_report_needs_its_marks():
     report = load(ROOT / "bench" / "report.py")
     with pytest.raises(ValueError, match=r"README.md lacks the lines"):
