@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from nanoflow.scheduler import admission
+from nanoflow.scheduler import admission, even
 from nanoflow.scheduler.admission import Admission
 from nanoflow.scheduler.forecast import Fate
 from nanoflow.scheduler.slots import Slots
@@ -67,6 +69,55 @@ def test_as_many_begin_as_a_full_cache_serves() -> None:
             begun += 1
     tokens_times_steps = 44 * (16 + 44 / 2 + 2)
     assert begun == pytest.approx(500 * 75 * 4 / tokens_times_steps, rel=0.05)
+
+
+def test_prompts_are_prefilled_at_the_pace_they_begin_at() -> None:
+    pace = Admission(num_pages=75, num_slots=64, page_size=4)  # five at their ends
+    waiting = queue(30)
+    assert pace.pace == math.inf  # nobody has begun
+    while len(waiting) > 12:
+        for item in list(pace.offer(waiting, running=3)):
+            waiting.pop(item.id)
+            pace.charge(item)
+    steps = 44 * (16 + 44 / 2 + 2) / (75 * 4)  # of a full cache, that each takes
+    assert pace.pace == pytest.approx(16 / steps)
+    offered(pace, waiting, running=3)
+    assert pace.pace == math.inf  # the queue is short
+
+
+def test_prefill_rows_of_a_step() -> None:
+    assert even.prefill_rows(900, 0, math.inf) > 10**9
+    assert even.prefill_rows(100, 0, 50.0) == 55  # few rows: as they are, and a tenth more
+    assert even.prefill_rows(860, 100, 430.0) == 1280 - 860
+    assert even.prefill_rows(0, 8000, 430.0) == 2048  # what has begun ends soon
+    assert even.prefill_rows(1020, 0, 30.0) == 33  # not the 4 up to the next tile
+
+
+def steps_of_steady_flow(count: int) -> tuple[list[int], int]:
+    """Rows of steps once the flow is steady, while many wait, and how many steps all take."""
+    setup = Setup(num_slots=64, page_size=4, num_pages=900, max_model_len=64, max_rows=128)
+    setup.add(*(request(n, 16, 60, ignore_eos=True) for n in range(count)))
+    rows, steps = [], 0
+    while setup.state.has_requests:
+        plan = setup.turn()
+        steps += 1
+        if 200 < setup.state.num_waiting < count - 200:
+            rows.append(int(plan.rows.sum()))
+    setup.finish()
+    return rows, steps
+
+
+def test_steps_of_a_steady_flow_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 decodes and 1.45 prompts of 16 rows a step, which are 87 rows: 88 in tiles of 8."""
+    monkeypatch.setattr(even, "TILE_ROWS", 8)
+    monkeypatch.setattr(even, "TILED_FROM", 32)
+    rows, steps = steps_of_steady_flow(600)
+    monkeypatch.setattr(Admission, "pace", math.inf)
+    uneven, steps_before = steps_of_steady_flow(600)
+    assert max(rows) == max(set(rows), key=rows.count) == 88 < max(uneven)
+    assert np.std(rows) < 0.6 * np.std(uneven)
+    assert np.mean(rows) == pytest.approx(np.mean(uneven), rel=0.04)
+    assert steps <= 1.03 * steps_before
 
 
 def test_slots_bound_the_pace_where_pages_abound() -> None:

@@ -22,6 +22,7 @@ LONG_QUEUE = 2.5
 RESERVE, LAST_PAGES = 0.005, 0.5
 # Where lengths are drawn, others may come: their sum strays by this share over the root of n.
 SPREAD = 0.25
+MEMORY = 64  # requests, those begun last, that tell the pace of prefill
 
 
 class Admission:
@@ -41,6 +42,15 @@ class Admission:
         self._page_size = page_size
         self._credit = 1.0  # steps that may be charged; the last request may overdraw it
         self._is_pacing = False
+        self._begun_tokens = self._begun_steps = 0.0  # of the requests begun last
+
+    @property
+    def pace(self) -> float:
+        """Rows a step that requests begin with in a steady flow; infinite while the queue is short:
+        then nobody waits longer than he must."""
+        if not self._is_pacing or self._begun_steps == 0:
+            return math.inf
+        return self._begun_tokens / self._begun_steps
 
     def offer(self, waiting: WaitingQueue, running: int) -> Iterator[Request]:
         """Those of `waiting` that may begin in this step, in order; one at least if none runs."""
@@ -61,8 +71,12 @@ class Admission:
 
     def charge(self, request: Request) -> None:
         """A request that was offered begins."""
-        if self._is_pacing:
-            self._credit -= self._cost(request)
+        if not self._is_pacing:
+            return
+        steps = self._cost(request)
+        self._credit -= steps
+        self._begun_tokens += request.num_tokens - self._begun_tokens / MEMORY
+        self._begun_steps += steps - self._begun_steps / MEMORY
 
     def _is_long(self, waiting: WaitingQueue, first: Request) -> bool:
         tokens_at_end = first.num_tokens + self.forecast.steps_left(first)

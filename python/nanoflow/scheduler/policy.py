@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from nanoflow.request import Request
 from nanoflow.scheduler.admission import fitting
 from nanoflow.scheduler.choose import Mix
 from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.even import prefill_rows
 from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
@@ -87,12 +89,14 @@ class Policy:
         retired_pages: int,
         forecast: Forecast,
         victims: Victims,
+        pace: float = math.inf,
     ) -> StepPlan:
         """Plans a step and changes nothing.
 
         `waiting` are in order of age, each with what the cache holds of it, and may be admitted to
         `free_slots`, the last of them first.
         `retired_pages` will be free when the steps in flight have completed.
+        `pace`: prefill rows of a step in a steady flow, infinite where there is none.
         """
         running, takers, preempted = self._preempt(slots, free_pages, retired_pages, victims)
         fits = _fits(slots, takers, free_pages)
@@ -102,7 +106,8 @@ class Policy:
         decodes, prefilling = takers[is_decode], takers[~is_decode]
         lacked = int(_pages_lacking(slots, decodes).sum())
         free_pages -= lacked
-        budget = self._max_rows - len(decodes)
+        begun = int((slots.prefill_len[prefilling] - slots.computed[prefilling]).sum())
+        budget = min(self._max_rows - len(decodes), prefill_rows(len(decodes), begun, pace))
         prefills = _running_prefills(slots, prefilling)
         if not (preempted or stalled):
             spare = free_pages - _pages_of_prefills_to_come(slots, running)

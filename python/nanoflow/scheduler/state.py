@@ -162,6 +162,7 @@ class SchedulerState:
             self.pages.num_retired,
             self.admission.forecast,
             self._victims,
+            self.admission.pace,
         )
         self.counters.preemptions += len(plan.preempted)
         for slot in plan.preempted:

@@ -1,0 +1,30 @@
+"""How many rows of prompts a step takes in a steady flow."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+TILE_ROWS, TILED_FROM = 256, 1024  # multiples that steps of so many rows keep to
+SLACK = 1.1  # times the pace: prompts that are longer for once do not hold up those behind them
+SOON = 4  # steps in which prefills that have begun are to end
+
+
+def prefill_rows(decodes: int, begun: int, pace: float) -> int:
+    """At most so many beside `decodes` rows, where those that have begun lack `begun` rows and
+    `pace` rows a step begin on average.
+
+    Steps that take prompts as they come have as many rows as prompts happened to begin: some are
+    long, some read all weights for the decodes alone. Here all get what a step needs on average, in
+    whole tiles of a GPU's products, at most an eighth of a step more or less: where it is less,
+    somewhat fewer requests come to run, and a step is that much shorter. Without a pace there is no
+    limit.
+    """
+    if math.isinf(pace):
+        return sys.maxsize
+    pace = max(SLACK * pace, begun / SOON)
+    rows = math.ceil(decodes + pace)
+    tiled = round(rows / TILE_ROWS) * TILE_ROWS
+    if rows >= TILED_FROM and tiled - decodes >= pace / 2:
+        rows = tiled
+    return rows - decodes
