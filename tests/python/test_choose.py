@@ -110,6 +110,27 @@ def test_full_steps_are_of_one_kind() -> None:
             assert number == 1
 
 
+def test_a_load_that_grows_after_the_trials_gets_what_is_best_for_it_then() -> None:
+    """What was measured corrects predictions, which know how the load has changed."""
+
+    def predict(number: int, mix: Mix) -> float:
+        return 1000.0 if number == 0 else 1120.0 - mix.keys / 4096
+
+    def last_of(keys: int) -> set[int]:
+        mix = Mix(1024, 512, keys)
+        chosen = []
+        for _ in range(300):
+            chosen.append(chooser.choose(mix))
+            taken = predict(chosen[-1], mix) * (1.0 if chosen[-1] == 0 else 1.1)
+            chooser.observe(chosen[-1], mix, taken * 5e-5)
+        return set(chosen[200:])
+
+    chooser = Chooser(options(2), predict)
+    assert last_of(655_360) == {0}  # the other takes 1056, where 960 are predicted
+    assert last_of(786_432) == {0}  # 1021
+    assert last_of(917_504) == {1}  # 986
+
+
 def test_loads_that_take_turns_are_tried_side_by_side() -> None:
     chooser = Chooser(options(2), predict)
     other = Mix(300, 300, 200_000)

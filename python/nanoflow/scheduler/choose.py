@@ -1,15 +1,18 @@
 """Which schedule the next step runs with: what the load is, what was predicted, what was measured.
 
-Steps are grouped by how many rows they have and how many keys they read, an octave a group, and by
-how many of the rows decode. In each group only schedules that are predicted to come near the best
-one stand; those that stand are tried in turn in real traffic, and the one that was fastest is kept,
-for some minutes. So few requests get the plan for few requests, and the tables that predictions
-come from need not be exact.
+Only schedules that are predicted to come near the best one for a step stand. Those that stand are
+tried in turn in real traffic: what a schedule's steps took, over what they were predicted to take,
+says by how much predictions of it are wrong. From then on each step runs with the schedule whose
+corrected prediction for that very step is best, for some minutes. So few requests get the plan for
+few requests, a load may grow after the trials, and the tables that predictions come from need not
+be exact. Steps are corrected, and schedules tried, in groups: by how many rows they have, by how
+many of those decode, and, more coarsely, by how many keys they read.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -57,18 +60,20 @@ class _Trial:
     ratios: list[float] = field(default_factory=list)  # of each step
 
     @property
-    def score(self) -> float:
-        """Time of a step relative to what the first option was predicted to take for the same work:
-        lower is faster. The median, for now and then a step waits for a graph to be captured."""
+    def is_over(self) -> bool:
+        return self.seconds >= TRIAL_SECONDS
+
+    @property
+    def correction(self) -> float:
+        """Time of a step over the predicted one. The median, for now and then a step waits for a
+        graph to be captured."""
         return median(self.ratios)
 
 
 @dataclass(slots=True)
 class _Group:
-    standing: list[int]
     trials: dict[int, _Trial] = field(default_factory=dict)
-    chosen: int | None = None
-    seconds: float = 0.0  # of steps since it was chosen
+    seconds: float = 0.0  # of steps with options that have been tried
 
 
 class Chooser:
@@ -82,71 +87,67 @@ class Chooser:
         self._predict = predict
         self._always = always
         self._memo: dict[tuple[int, Mix], float] = {}
-        self._groups: dict[tuple[int, int, int], _Group] = {}
+        self._groups: defaultdict[tuple[int, int, int], _Group] = defaultdict(_Group)
 
     def choose(self, mix: Mix) -> int:
         """The option for a step that will be much like `mix`."""
-        group = self._groups[self._key(mix)]
-        return self._on_trial(group) if group.chosen is None else group.chosen
+        standing = self._standing(mix)
+        if len(standing) == 1:
+            return standing[0]
+        trials = self._groups[_key(mix)].trials
+        for number in standing:
+            if number not in trials or not trials[number].is_over:
+                return number
+        return min(standing, key=lambda n: self._expected(n, mix) * trials[n].correction)
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
         """A step ran with an option and took so long, nothing else running on the device."""
-        key = self._key(mix)
-        group = self._groups[key]
-        if group.chosen is not None:
+        group = self._groups[_key(mix)]
+        trial = group.trials.setdefault(number, _Trial(SETTLE_STEPS))
+        if trial.is_over:
             group.seconds += seconds
             if group.seconds >= KEEP_SECONDS:
-                del self._groups[key]
+                del self._groups[_key(mix)]
             return
-        if number not in group.standing:
-            return
-        trial = group.trials.setdefault(number, _Trial(SETTLE_STEPS))
         if trial.unsettled > 0:
             trial.unsettled -= 1
             return
         trial.seconds += seconds
-        trial.ratios.append(seconds / self._expected(0, mix))
-        if all(self._is_tried(group, other) for other in group.standing):
-            group.chosen = min(group.standing, key=lambda other: group.trials[other].score)
+        trial.ratios.append(seconds / self._expected(number, mix))
+        if trial.is_over:
             logger.info(
-                "steps of about %d rows run with schedule %s: %s",
+                "schedule %s takes %.3g times its prediction in steps like one of %d rows, of "
+                "which %d decode",
+                self.options[number].name,
+                trial.correction,
                 mix.rows,
-                self.options[group.chosen].name,
-                ", ".join(
-                    f"{self.options[other].name} took {group.trials[other].score:.3g}"
-                    for other in group.standing
-                ),
+                mix.decodes,
             )
 
-    def _key(self, mix: Mix) -> tuple[int, int, int]:
-        """Of its group, which is there then. Full steps have as many rows as a power of two or a
-        few less, and about half of them decode: neither lies at a border of groups."""
-        decoding = round(4 * mix.decodes / max(1, mix.rows))
-        key = (max(0, mix.rows - 1).bit_length(), mix.keys.bit_length(), decoding)
-        if key not in self._groups:
-            times = {number: self._expected(number, mix) for number in range(len(self.options))}
-            limit = NEAR * min(times.values())
-            near = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
-            standing = near[:STANDING]
-            if self._always is not None and self._always not in standing:
-                standing = [*standing[: STANDING - 1], self._always]
-            self._groups[key] = _Group(standing, chosen=standing[0] if len(standing) == 1 else None)
-        return key
-
-    def _is_tried(self, group: _Group, number: int) -> bool:
-        return number in group.trials and group.trials[number].seconds >= TRIAL_SECONDS
-
-    def _on_trial(self, group: _Group) -> int:
-        return next(other for other in group.standing if not self._is_tried(group, other))
+    def _standing(self, mix: Mix) -> list[int]:
+        """The best first, by what is predicted."""
+        times = {number: self._expected(number, mix) for number in range(len(self.options))}
+        limit = NEAR * min(times.values())
+        standing = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
+        if self._always is not None and self._always not in standing[:STANDING]:
+            return [*standing[: STANDING - 1], self._always]
+        return standing[:STANDING]
 
     def _expected(self, number: int, mix: Mix) -> float:
         like = Mix(_rounded(mix.rows), _rounded(mix.decodes), _rounded(mix.keys))
         if (number, like) not in self._memo:
             self._memo[number, like] = self._predict(number, like)
-        return self._memo[number, like]
+        return self._memo[number, like] * mix.rows / max(1, like.rows)
+
+
+def _key(mix: Mix) -> tuple[int, int, int]:
+    """Of its group. Full steps have as many rows as a power of two or a few less, and about half of
+    them decode: neither lies at a border of groups."""
+    decoding = round(4 * mix.decodes / max(1, mix.rows))
+    return (max(0, mix.rows - 1).bit_length(), mix.keys.bit_length() // 2, decoding)
 
 
 def _rounded(count: int) -> int:
-    """To two or three binary digits: within an eighth."""
-    shift = max(0, count.bit_length() - 3)
+    """To three or four binary digits: within a sixteenth."""
+    shift = max(0, count.bit_length() - 4)
     return ((count + (1 << shift >> 1)) >> shift) << shift
