@@ -87,9 +87,10 @@ def test_prompts_are_prefilled_at_the_pace_they_begin_at() -> None:
 
 def test_prefill_rows_of_a_step() -> None:
     assert even.prefill_rows(900, 0, math.inf) > 10**9
-    assert even.prefill_rows(100, 0, 50.0) == 55  # few rows: as they are, and a tenth more
+    assert even.prefill_rows(100, 0, 50.0) > 10**9  # few decodes
+    assert even.prefill_rows(200, 0, 50.0) == 55  # few rows: as they are, and a tenth more
     assert even.prefill_rows(860, 100, 430.0) == 1280 - 860
-    assert even.prefill_rows(0, 8000, 430.0) == 2048  # what has begun ends soon
+    assert even.prefill_rows(256, 8000, 430.0) == 2304 - 256  # what has begun ends soon
     assert even.prefill_rows(1020, 0, 30.0) == 33  # not the 4 up to the next tile
 
 
@@ -111,6 +112,7 @@ def test_steps_of_a_steady_flow_are_even(monkeypatch: pytest.MonkeyPatch) -> Non
     """64 decodes and 1.45 prompts of 16 rows a step, which are 87 rows: 88 in tiles of 8."""
     monkeypatch.setattr(even, "TILE_ROWS", 8)
     monkeypatch.setattr(even, "TILED_FROM", 32)
+    monkeypatch.setattr(even, "FEW_DECODES", 16)
     rows, steps = steps_of_steady_flow(600)
     monkeypatch.setattr(Admission, "pace", math.inf)
     uneven, steps_before = steps_of_steady_flow(600)
@@ -118,6 +120,24 @@ def test_steps_of_a_steady_flow_are_even(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.std(rows) < 0.6 * np.std(uneven)
     assert np.mean(rows) == pytest.approx(np.mean(uneven), rel=0.04)
     assert steps <= 1.03 * steps_before
+
+
+def test_segments_of_a_steady_flow_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a prompt is longer than all rows that decode, and one begins a step."""
+    monkeypatch.setattr(even, "FEW_DECODES", 32)
+    setup = Setup(
+        num_slots=64, page_size=16, num_pages=900, max_model_len=192, max_rows=512, cuts=(0.5,)
+    )
+    setup.add(*(request(n, 128, 192, ignore_eos=True) for n in range(400)))
+    longest = []
+    while setup.state.num_waiting > 170:
+        plan = setup.turn()
+        if setup.state.counters.finished["length"]:
+            starts = np.append(0, np.cumsum(plan.rows))
+            rows = np.diff(starts[plan.segment_requests])
+            longest.append(rows.max() / rows.mean())
+    assert np.mean(longest) < 1.15
+    setup.finish()
 
 
 def test_slots_bound_the_pace_where_pages_abound() -> None:

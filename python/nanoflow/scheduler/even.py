@@ -6,6 +6,7 @@ import math
 import sys
 
 TILE_ROWS, TILED_FROM = 256, 1024  # multiples that steps of so many rows keep to
+FEW_DECODES = 128  # beside fewer, a prompt that takes its time keeps too large a share of them away
 SLACK = 1.1  # times the pace: prompts that are longer for once do not hold up those behind them
 SOON = 4  # steps in which prefills that have begun are to end
 
@@ -17,10 +18,10 @@ def prefill_rows(decodes: int, begun: int, pace: float) -> int:
     Steps that take prompts as they come have as many rows as prompts happened to begin: some are
     long, some read all weights for the decodes alone. Here all get what a step needs on average, in
     whole tiles of a GPU's products, at most an eighth of a step more or less: where it is less,
-    somewhat fewer requests come to run, and a step is that much shorter. Without a pace there is no
-    limit.
+    somewhat fewer requests come to run, and a step is that much shorter. Without a pace, or with
+    few decodes, there is no limit.
     """
-    if math.isinf(pace):
+    if math.isinf(pace) or decodes < FEW_DECODES:
         return sys.maxsize
     pace = max(SLACK * pace, begun / SOON)
     rows = math.ceil(decodes + pace)

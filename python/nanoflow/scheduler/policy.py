@@ -20,6 +20,7 @@ from nanoflow.scheduler.victims import Victims
 
 LITTLE = 16  # one part in so many of a segment
 WORTH_CUTTING = 128  # rows: a tile of a GPU's products
+PADDED_ROWS = 64  # to a multiple of which a GPU's segments are padded
 SCORED_ROWS = 64  # head rows that prompts can count on, beside one a request
 
 
@@ -115,7 +116,7 @@ class Policy:
             fits_later = fitting(waiting, forecast, slots, running, room)
             prefills += self._admissible(slots, prefills, fits_later, free_slots, spare, budget)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
-        return self._deal(slots, decodes, prefills, budget, free_pages, preempted)
+        return self._deal(slots, decodes, prefills, budget, free_pages, preempted, pace < math.inf)
 
     def _takers(self, slots: Slots, running: Ints) -> Ints:
         """Running slots with a row to compute in this step, if they get a page for it.
@@ -201,14 +202,16 @@ class Policy:
         budget: int,
         free_pages: int,
         preempted: list[int],
+        is_paced: bool,
     ) -> StepPlan:
         """Gives decodes and prefill chunks to segments.
 
         The next chunk goes to the segment that lacks the most rows. It is cut there when the step
         gets full all the same from the requests behind it, and where it would go a little beyond
         the segment's share of a full step: on a GPU a row more is padded to many, so that few are
-        better left to the next step. So is what makes a segment longer than the others where most
-        rows decode: they would all wait for it, and the prompt's rest has company in the next step.
+        better left to the next step. So is what makes a segment longer than the others: they would
+        all wait for it, and the prompt's rest has company in the next step, in a steady flow always
+        and otherwise where most rows decode.
         """
         segments = self._dealer.segments
         decode_segments = self._dealer.deal_decodes(slots.computed[decodes] + 1)
@@ -220,6 +223,7 @@ class Policy:
         admitted: list[tuple[int, Request]] = []
         prefixes: list[Prefix] = []
         rows_left = budget
+        least = PADDED_ROWS if is_paced else WORTH_CUTTING
         scored_left = self._max_scored_rows + len(slots.requests) - len(decodes) - len(prefills)
         for prefill in prefills:
             later -= prefill.left
@@ -230,7 +234,7 @@ class Policy:
             full = lack + int(spare[segment])
             if full < rows <= full + self._share(self._max_rows) // LITTLE:
                 rows = full
-            if rows > lack >= WORTH_CUTTING and len(decodes) >= prefill.left:
+            if rows > lack >= least and (is_paced or len(decodes) >= prefill.left):
                 rows = lack
             if prefill.is_scored:
                 rows = min(rows, scored_left)
