@@ -30,7 +30,7 @@ from nanoflow.request import Request, Sampling
 from nanoflow.scheduler.deal import Dealer
 from nanoflow.scheduler.pages import PageAllocator
 from nanoflow.scheduler.policy import Policy
-from nanoflow.scheduler.slots import Slots
+from nanoflow.scheduler.slots import Ints, Slots
 from nanoflow.scheduler.state import SchedulerState
 from nanoflow.scheduler.step import Step
 
@@ -79,6 +79,9 @@ class Row:
     steady_steps: int
     steady_pages_granted: float  # share of all, mean
     steady_running: float  # mean
+    steady_rows: float  # mean
+    steady_rows_deviation: float  # standard
+    steady_longest_segment: float  # rows of each step's, over those of its mean one, mean
     preempted: float  # share of requests that gave way at least once
     preemptions: int
     predicted_peak: float  # share of pages, by the forecast for those running, mean in steady state
@@ -132,7 +135,7 @@ class Simulation:
         self.slots = Slots(options.max_num_seqs, 4096, PAGE_SIZE)
         self.num_pages = options.kv_tokens // PAGE_SIZE
         self.state = SchedulerState(
-            Policy(Dealer([], options.max_num_seqs), options.max_num_batched_tokens),
+            Policy(Dealer(options.cuts, options.max_num_seqs), options.max_num_batched_tokens),
             self.slots,
             PageAllocator(self.num_pages),
             shares_prefixes=False,
@@ -140,7 +143,7 @@ class Simulation:
         if admission == "vllm":
             self.state.admission = AdmitWhatFits(self.num_pages, options.max_num_seqs, PAGE_SIZE)
         self.order = options.order
-        self.rows = 0
+        self.rows: list[Ints] = []  # of each segment of each step
         self.overlapped_seconds = 0.0
         self.seconds = self.scheduler_seconds = 0.0
         self.held: list[int] = []
@@ -188,8 +191,9 @@ class Simulation:
 
     def durations(self, step: Step) -> tuple[float, float]:
         """Seconds of matrix products, and of reading the KV cache."""
-        rows = int(step.plan.rows.sum())
-        self.rows += rows
+        before = np.append(0, np.cumsum(step.plan.rows))
+        self.rows.append(np.diff(before[step.plan.segment_requests]))
+        rows = int(self.rows[-1].sum())
         products = max(2 * PARAMETERS * rows / FLOPS, 2 * PARAMETERS / BYTES_PER_SECOND)
         read = int(self.slots.computed[step.plan.slots].sum()) * KV_BYTES_PER_TOKEN
         return products, read / BYTES_PER_SECOND
@@ -206,6 +210,8 @@ def measure(name: str, options: argparse.Namespace, admission: str = ADMISSIONS[
     is_full = np.array(run.held[first_end:last_admission]) >= FULL * run.num_pages
     steady_from = first_end + int(np.argmax(is_full))
     steady = slice(steady_from, last_admission)
+    rows = np.array(run.rows)
+    steady_rows = rows[steady].sum(1)
     tokens = int(workload.prompts.sum() + workload.outputs.sum())
     # The last token is computed by no step where it is known to be the last.
     num_known_ends = int(np.sum(workload.is_certain | (workload.outputs == MAX_TOKENS)))
@@ -218,11 +224,14 @@ def measure(name: str, options: argparse.Namespace, admission: str = ADMISSIONS[
         simulated_seconds=run.seconds,
         total_tokens_per_second=tokens / run.seconds,
         overlapped_tokens_per_second=tokens / run.overlapped_seconds,
-        recomputed_tokens=run.rows - tokens + num_known_ends,
+        recomputed_tokens=int(rows.sum()) - tokens + num_known_ends,
         steady_from=steady_from,
         steady_steps=len(run.held[steady]),
         steady_pages_granted=float(np.mean(run.held[steady])) / run.num_pages,
         steady_running=float(np.mean(run.running[steady])),
+        steady_rows=float(np.mean(steady_rows)),
+        steady_rows_deviation=float(np.std(steady_rows)),
+        steady_longest_segment=float(np.mean(rows[steady].max(1) / rows[steady].mean(1))),
         preempted=run.preempted / options.num_prompts,
         preemptions=counters.preemptions,
         predicted_peak=float(np.mean(run.peaks[steady])),
@@ -239,6 +248,8 @@ def describe(row: Row) -> str:
         f"{row.total_tokens_per_second:.0f} tokens/s "
         f"({row.overlapped_tokens_per_second:.0f} overlapped), "
         f"steady: {row.steady_pages_granted:.1%} of pages, {row.steady_running:.0f} running; "
+        f"{row.steady_rows:.0f} rows +-{row.steady_rows_deviation:.0f}, the longest segment "
+        f"{row.steady_longest_segment:.2f} of the mean; "
         f"preempted {row.preempted:.2%}, {row.recomputed_tokens:,} tokens recomputed; "
         f"predicted peak {row.predicted_peak:.1%}, "
         f"tokens {row.expected_tokens:.0f} for {row.actual_tokens:.0f} "
@@ -262,6 +273,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--kv-tokens", type=int, default=464_896)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--cuts", nargs="*", type=float, default=[0.5], help="of segments")
     parser.add_argument("--admissions", nargs="+", choices=ADMISSIONS, default=ADMISSIONS)
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--commit", help="what is measured, where git cannot say")
@@ -283,6 +295,7 @@ def main() -> None:
             "seed": SEED,
             "model": "roofline of Llama-3.1-8B on one H100: 700 TFLOP/s, 3 TB/s; nothing was run",
             "kv_tokens": options.kv_tokens,
+            "cuts": options.cuts,
             "results": [asdict(row) for row in rows],
         }
         options.output_json.write_text(json.dumps(report, indent=2) + "\n")
