@@ -44,5 +44,5 @@ def made_up_table(
         ),
         prefill=tuple(entry(1e10, at, 1e10 / 300e6 * width / at) for at in widths),
         rows=tuple(entry(1e8, at, 40.0 * width / at) for at in widths),
-        shared_bytes_per_us=1e9,  # more than all ops together read
+        shared_memory_rate=1e3,  # more than all ops together read
     )

@@ -99,7 +99,7 @@ def test_a_profile_finds_the_times_that_runs_were_made_with(cap_watts: float) ->
         assert found.energy_exponent == pytest.approx(0.8, abs=0.05)
     assert oracle.runs == GRID.runs
     # Runs do not tell what memory lets through.
-    shared = dataclasses.replace(found, shared_bytes_per_us=oracle.table.shared_bytes_per_us)
+    shared = dataclasses.replace(found, shared_memory_rate=oracle.table.shared_memory_rate)
     model = CostModel(shared, llama_8b())
     for load in (Load(256, 512), Load(128, 512), Load(128, 512, 128, 64)):
         for schedule in (

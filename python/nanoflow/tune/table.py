@@ -79,17 +79,16 @@ class OpTable:
     energy_exponent: float = 0.0  # the same work takes joules in proportion to the clock to this
     row_granularity: int = 1  # of the backend: what rows are padded to
     kernels: str = ""  # of products: "cuda" where _core.cuda_gemm_us knows their tiles
-    # What memory lets through to attention and products side by side; 0: as much as decodes alone
-    # read on the whole device.
-    shared_bytes_per_us: float = 0.0
+    # What memory lets through to attention and products side by side, of what decodes alone read on
+    # the whole device. From steps of Llama-2-7B on an H200: tests/python/test_tune_search.py.
+    shared_memory_rate: float = 0.92
 
     def interference(self) -> LaneWidths:
         """What ops side by side do to each other."""
-        limit = self.shared_bytes_per_us
-        if limit == 0 and self.decode:
-            most = max(self.decode, key=lambda entry: (entry.width, entry.size))
-            limit = most.size / most.us
-        return LaneWidths(self.slowdown, limit)
+        if not self.decode:
+            return LaneWidths(self.slowdown)
+        most = max(self.decode, key=lambda entry: (entry.width, entry.size))
+        return LaneWidths(self.slowdown, self.shared_memory_rate * most.size / most.us)
 
     def product(self, rows: int, features: int, depth: int, width: int, clock: float = 1.0) -> Cost:
         """By the measured shape most like this one, in proportion to their weights.
