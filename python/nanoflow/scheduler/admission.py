@@ -46,11 +46,8 @@ class Admission:
 
     @property
     def pace(self) -> float:
-        """Rows a step that requests begin with in a steady flow; infinite while the queue is short:
-        then nobody waits longer than he must."""
-        if not self._is_pacing or self._begun_steps == 0:
-            return math.inf
-        return self._begun_tokens / self._begun_steps
+        """Rows a step that requests begin with in a steady flow; infinite before any has begun."""
+        return self._begun_tokens / self._begun_steps if self._begun_steps else math.inf
 
     def offer(self, waiting: WaitingQueue, running: int) -> Iterator[Request]:
         """Those of `waiting` that may begin in this step, in order; one at least if none runs."""
@@ -71,17 +68,16 @@ class Admission:
 
     def charge(self, request: Request) -> None:
         """A request that was offered begins."""
-        if not self._is_pacing:
-            return
         steps = self._cost(request)
-        self._credit -= steps
+        if self._is_pacing:
+            self._credit -= steps
         self._begun_tokens += request.num_tokens - self._begun_tokens / MEMORY
         self._begun_steps += steps - self._begun_steps / MEMORY
 
     def _is_long(self, waiting: WaitingQueue, first: Request) -> bool:
-        tokens_at_end = first.num_tokens + self.forecast.steps_left(first)
-        at_once = min(self._num_slots, self._num_tokens / tokens_at_end)
-        return len(waiting) > LONG_QUEUE * at_once
+        """Nor is a flow made where all slots fit in step: it would take a life to become steady."""
+        at_once = self._num_tokens / (first.num_tokens + self.forecast.steps_left(first))
+        return at_once < self._num_slots and len(waiting) > LONG_QUEUE * at_once
 
     def _cost(self, request: Request) -> float:
         steps = self.forecast.steps_left(request)

@@ -8,12 +8,12 @@ import sys
 TILE_ROWS, TILED_FROM = 256, 1024  # multiples that steps of so many rows keep to
 FEW_DECODES = 128  # beside fewer, a prompt that takes its time keeps too large a share of them away
 SLACK = 1.1  # times the pace: prompts that are longer for once do not hold up those behind them
-SOON = 4  # steps in which prefills that have begun are to end
+SOON = 4  # steps in which what could be prefilled now is to be
 
 
-def prefill_rows(decodes: int, begun: int, pace: float) -> int:
-    """At most so many beside `decodes` rows, where those that have begun lack `begun` rows and
-    `pace` rows a step begin on average.
+def prefill_rows(decodes: int, left: int, pace: float) -> int:
+    """At most so many beside `decodes` rows, while requests wait for others to end: `left` rows of
+    prompts have begun or could begin, and `pace` rows a step begin on average.
 
     Steps that take prompts as they come have as many rows as prompts happened to begin: some are
     long, some read all weights for the decodes alone. Here all get what a step needs on average, in
@@ -23,7 +23,7 @@ def prefill_rows(decodes: int, begun: int, pace: float) -> int:
     """
     if math.isinf(pace) or decodes < FEW_DECODES:
         return sys.maxsize
-    pace = max(SLACK * pace, begun / SOON)
+    pace = max(SLACK * pace, left / SOON)
     rows = math.ceil(decodes + pace)
     tiled = round(rows / TILE_ROWS) * TILE_ROWS
     if rows >= TILED_FROM and tiled - decodes >= pace / 2:

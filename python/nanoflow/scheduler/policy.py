@@ -12,7 +12,7 @@ from nanoflow.request import Request
 from nanoflow.scheduler.admission import fitting
 from nanoflow.scheduler.choose import Mix
 from nanoflow.scheduler.deal import Dealer
-from nanoflow.scheduler.even import prefill_rows
+from nanoflow.scheduler.even import SOON, prefill_rows
 from nanoflow.scheduler.forecast import Forecast
 from nanoflow.scheduler.prefix import Prefix
 from nanoflow.scheduler.slots import Ints, Slots
@@ -90,6 +90,7 @@ class Policy:
         retired_pages: int,
         forecast: Forecast,
         victims: Victims,
+        num_waiting: int = 0,
         pace: float = math.inf,
     ) -> StepPlan:
         """Plans a step and changes nothing.
@@ -97,7 +98,8 @@ class Policy:
         `waiting` are in order of age, each with what the cache holds of it, and may be admitted to
         `free_slots`, the last of them first.
         `retired_pages` will be free when the steps in flight have completed.
-        `pace`: prefill rows of a step in a steady flow, infinite where there is none.
+        `num_waiting`: of whom `waiting` may be but some.
+        `pace`: prefill rows of a step in a steady flow.
         """
         running, takers, preempted = self._preempt(slots, free_pages, retired_pages, victims)
         fits = _fits(slots, takers, free_pages)
@@ -107,16 +109,22 @@ class Policy:
         decodes, prefilling = takers[is_decode], takers[~is_decode]
         lacked = int(_pages_lacking(slots, decodes).sum())
         free_pages -= lacked
-        begun = int((slots.prefill_len[prefilling] - slots.computed[prefilling]).sum())
-        budget = min(self._max_rows - len(decodes), prefill_rows(len(decodes), begun, pace))
+        room = self._max_rows - len(decodes)
         prefills = _running_prefills(slots, prefilling)
+        admissible: list[_Prefill] = []
         if not (preempted or stalled):
             spare = free_pages - _pages_of_prefills_to_come(slots, running)
-            room = free_pages + lacked + retired_pages
-            fits_later = fitting(waiting, forecast, slots, running, room)
-            prefills += self._admissible(slots, prefills, fits_later, free_slots, spare, budget)
+            pages = free_pages + lacked + retired_pages
+            fits_later = fitting(waiting, forecast, slots, running, pages)
+            admissible = self._admissible(
+                slots, prefills, fits_later, free_slots, spare, SOON * room
+            )
+        prefills += admissible
+        left = sum(prefill.left for prefill in prefills)
+        is_steady = len(admissible) < num_waiting
+        budget = min(room, prefill_rows(len(decodes), left, pace)) if is_steady else room
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
-        return self._deal(slots, decodes, prefills, budget, free_pages, preempted, pace < math.inf)
+        return self._deal(slots, decodes, prefills, budget, free_pages, preempted, is_steady)
 
     def _takers(self, slots: Slots, running: Ints) -> Ints:
         """Running slots with a row to compute in this step, if they get a page for it.
@@ -202,7 +210,7 @@ class Policy:
         budget: int,
         free_pages: int,
         preempted: list[int],
-        is_paced: bool,
+        is_steady: bool,
     ) -> StepPlan:
         """Gives decodes and prefill chunks to segments.
 
@@ -223,7 +231,7 @@ class Policy:
         admitted: list[tuple[int, Request]] = []
         prefixes: list[Prefix] = []
         rows_left = budget
-        least = PADDED_ROWS if is_paced else WORTH_CUTTING
+        least = PADDED_ROWS if is_steady else WORTH_CUTTING
         scored_left = self._max_scored_rows + len(slots.requests) - len(decodes) - len(prefills)
         for prefill in prefills:
             later -= prefill.left
@@ -234,7 +242,7 @@ class Policy:
             full = lack + int(spare[segment])
             if full < rows <= full + self._share(self._max_rows) // LITTLE:
                 rows = full
-            if rows > lack >= least and (is_paced or len(decodes) >= prefill.left):
+            if rows > lack >= least and (is_steady or len(decodes) >= prefill.left):
                 rows = lack
             if prefill.is_scored:
                 rows = min(rows, scored_left)

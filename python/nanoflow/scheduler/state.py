@@ -162,6 +162,7 @@ class SchedulerState:
             self.pages.num_retired,
             self.admission.forecast,
             self._victims,
+            len(self._waiting),
             self.admission.pace,
         )
         self.counters.preemptions += len(plan.preempted)
