@@ -62,6 +62,7 @@ SIZES: dict[str, Any] = {
     "max_num_seqs": 1024,
     "max_num_batched_tokens": 2048,
     "order": "fcfs",
+    "cuts": [0.5],
 }
 
 
