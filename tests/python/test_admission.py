@@ -84,12 +84,17 @@ def test_prompts_are_prefilled_at_the_pace_they_begin_at() -> None:
 
 
 def test_prefill_rows_of_a_step() -> None:
-    assert even.prefill_rows(900, 0, math.inf) > 10**9
-    assert even.prefill_rows(100, 0, 50.0) > 10**9  # few decodes
-    assert even.prefill_rows(200, 0, 50.0) == 55  # few rows: as they are, and a tenth more
-    assert even.prefill_rows(860, 100, 430.0) == 1280 - 860
-    assert even.prefill_rows(256, 8000, 430.0) == 2304 - 256  # what has begun ends soon
-    assert even.prefill_rows(1020, 0, 30.0) == 33  # not the 4 up to the next tile
+    def rows(decodes: int, left: int, pace: float, segments: int = 1) -> int:
+        return even.prefill_rows(decodes, left, pace, segments)
+
+    assert rows(900, 0, math.inf) > 10**9
+    assert rows(100, 0, 50.0) > 10**9  # few decodes
+    assert rows(300, 0, 20.0) == 22  # a tenth more; 256 or 512 in all are far
+    assert rows(860, 100, 430.0) == rows(860, 100, 430.0, 2) == 1280 - 860
+    assert rows(430, 0, 50.0) == 512 - 430
+    assert rows(430, 0, 50.0, 2) == 55  # to be shared by segments
+    assert rows(256, 8000, 430.0) == 2304 - 256  # what has begun ends soon
+    assert rows(1020, 0, 30.0) == 33  # not the 4 up to the next tile
 
 
 def steps_of_steady_flow(count: int, waiting: range) -> tuple[list[int], int]:
@@ -111,7 +116,6 @@ def test_steps_of_a_steady_flow_are_even(waiting: range, monkeypatch: pytest.Mon
     """64 decodes and 1.45 prompts of 16 rows a step, which are 87 rows: 88 in tiles of 8. Also
     while the queue is short, and all begin that fit."""
     monkeypatch.setattr(even, "TILE_ROWS", 8)
-    monkeypatch.setattr(even, "TILED_FROM", 32)
     monkeypatch.setattr(even, "FEW_DECODES", 16)
     rows, steps = steps_of_steady_flow(600, waiting)
     monkeypatch.setattr(Admission, "pace", math.inf)

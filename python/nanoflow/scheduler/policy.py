@@ -122,7 +122,10 @@ class Policy:
         prefills += admissible
         left = sum(prefill.left for prefill in prefills)
         is_steady = len(admissible) < num_waiting
-        budget = min(room, prefill_rows(len(decodes), left, pace)) if is_steady else room
+        budget = room
+        if is_steady:
+            even = prefill_rows(len(decodes), left, pace, self._dealer.segments)
+            budget = min(room, even)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
         return self._deal(slots, decodes, prefills, budget, free_pages, preempted, is_steady)
 
