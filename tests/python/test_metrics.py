@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def test_a_line_of_status_every_few_seconds(
 
 
 def was_told(capsys: pytest.CaptureFixture[str]) -> bool:
+    """Status is told when requests end, so that those in their place may not run yet."""
     told = capsys.readouterr().err
-    return "Avg generation throughput" in told and "Running: 2 reqs" in told
+    return re.search(r"Avg generation throughput: [1-9].*Running: [0-2] reqs", told) is not None
 
 
 @pytest.mark.parametrize("shows", [True, False])
