@@ -57,17 +57,19 @@ class _Trial:
 
     unsettled: int  # steps still to come that are not measured
     seconds: float = 0.0
-    ratios: list[float] = field(default_factory=list)  # of each step
+    ratios: list[float] = field(default_factory=list)  # of each step's time to the predicted one
+    correction: float = 1.0  # of predictions, once it is over
 
     @property
     def is_over(self) -> bool:
         return self.seconds >= TRIAL_SECONDS
 
-    @property
-    def correction(self) -> float:
-        """Time of a step over the predicted one. The median, for now and then a step waits for a
-        graph to be captured."""
-        return median(self.ratios)
+    def measure(self, seconds: float, expected: float) -> None:
+        """The median counts, for now and then a step waits for a graph to be captured."""
+        self.seconds += seconds
+        self.ratios.append(seconds / expected)
+        if self.is_over:
+            self.correction = median(self.ratios)
 
 
 @dataclass(slots=True)
@@ -93,27 +95,27 @@ class Chooser:
         """The option for a step that will be much like `mix`."""
         standing = self._standing(mix)
         if len(standing) == 1:
-            return standing[0]
+            return next(iter(standing))
         trials = self._groups[_key(mix)].trials
         for number in standing:
             if number not in trials or not trials[number].is_over:
                 return number
-        return min(standing, key=lambda n: self._expected(n, mix) * trials[n].correction)
+        return min(standing, key=lambda number: standing[number] * trials[number].correction)
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
         """A step ran with an option and took so long, nothing else running on the device."""
-        group = self._groups[_key(mix)]
+        key = _key(mix)
+        group = self._groups[key]
         trial = group.trials.setdefault(number, _Trial(SETTLE_STEPS))
         if trial.is_over:
             group.seconds += seconds
             if group.seconds >= KEEP_SECONDS:
-                del self._groups[_key(mix)]
+                del self._groups[key]
             return
         if trial.unsettled > 0:
             trial.unsettled -= 1
             return
-        trial.seconds += seconds
-        trial.ratios.append(seconds / self._expected(number, mix))
+        trial.measure(seconds, self._expected(number, mix))
         if trial.is_over:
             logger.info(
                 "schedule %s takes %.3g times its prediction in steps like one of %d rows, of "
@@ -124,14 +126,15 @@ class Chooser:
                 mix.decodes,
             )
 
-    def _standing(self, mix: Mix) -> list[int]:
-        """The best first, by what is predicted."""
+    def _standing(self, mix: Mix) -> dict[int, float]:
+        """What is predicted of those that stand, the best first."""
         times = {number: self._expected(number, mix) for number in range(len(self.options))}
         limit = NEAR * min(times.values())
-        standing = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
-        if self._always is not None and self._always not in standing[:STANDING]:
-            return [*standing[: STANDING - 1], self._always]
-        return standing[:STANDING]
+        near = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
+        standing = near[:STANDING]
+        if self._always is not None and self._always not in standing:
+            standing = [*standing[: STANDING - 1], self._always]
+        return {number: times[number] for number in standing}
 
     def _expected(self, number: int, mix: Mix) -> float:
         like = Mix(_rounded(mix.rows), _rounded(mix.decodes), _rounded(mix.keys))
