@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -90,8 +89,8 @@ class Policy:
         retired_pages: int,
         forecast: Forecast,
         victims: Victims,
-        num_waiting: int = 0,
-        pace: float = math.inf,
+        num_waiting: int,
+        pace: float,
     ) -> StepPlan:
         """Plans a step and changes nothing.
 
@@ -120,10 +119,10 @@ class Policy:
                 slots, prefills, fits_later, free_slots, spare, SOON * room
             )
         prefills += admissible
-        left = sum(prefill.left for prefill in prefills)
         is_steady = len(admissible) < num_waiting
         budget = room
         if is_steady:
+            left = sum(prefill.left for prefill in prefills)
             even = prefill_rows(len(decodes), left, pace, self._dealer.segments)
             budget = min(room, even)
         free_pages -= int(_pages_lacking(slots, prefilling).sum())
