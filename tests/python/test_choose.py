@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import exp
+
 import pytest
 
 from fake_engine import expected_output
@@ -9,7 +12,8 @@ from nanoflow.metrics import make_metrics
 from nanoflow.scheduler.choose import (
     KEEP_SECONDS,
     SETTLE_STEPS,
-    TRIAL_SECONDS,
+    TURN_SECONDS,
+    TURNS,
     Chooser,
     Mix,
     Option,
@@ -46,11 +50,11 @@ def test_those_near_the_best_are_tried_and_the_fastest_is_kept() -> None:
     chooser = Chooser(options(4), predict)
     speed = {0: 1.0, 1: 0.9, 2: 1.1}
     chosen = serve(chooser, FULL, speed, 400)
-    assert [n for i, n in enumerate(chosen) if i == 0 or n != chosen[i - 1]] == [0, 1, 2, 1]
-    trials = [chosen.index(1), chosen.index(2) - chosen.index(1)]
-    for steps, number in zip(trials, (0, 1), strict=True):
-        assert steps - SETTLE_STEPS == pytest.approx(TRIAL_SECONDS / (STEP * speed[number]), abs=1)
-    assert chosen[-1] == 1
+    begins = [i for i, n in enumerate(chosen) if i == 0 or n != chosen[i - 1]]
+    assert [chosen[i] for i in begins] == [0, 1, 2] * TURNS + [1]
+    for (begin, end), number in zip(pairwise(begins), [0, 1, 2] * TURNS, strict=True):
+        measured = TURN_SECONDS / (STEP * speed[number])
+        assert end - begin - SETTLE_STEPS == pytest.approx(measured, abs=1)
 
 
 def test_few_requests_run_with_the_plan_for_few_at_once() -> None:
@@ -69,6 +73,22 @@ def test_trials_with_more_work_are_not_held_against_a_schedule() -> None:
         heavier = Mix(1023, 511, 500_000) if number == 1 else Mix(600, 300, 300_000)
         chooser.observe(number, heavier, heavier.rows * (1e-4 if number == 0 else 0.9e-4))
     assert chooser.choose(FULL) == 1
+
+
+@pytest.mark.parametrize("faster", [0, 1])
+def test_what_changes_during_the_trials_is_not_held_against_those_that_come_first(
+    faster: int,
+) -> None:
+    """2 % between them, while all steps become 10 % shorter or longer."""
+    for change in (0.1, -0.1):
+        chooser = Chooser(options(2), lambda number, mix: float(mix.rows))
+        now = 0.0
+        for _ in range(300):
+            number = chooser.choose(FULL)
+            seconds = STEP * (0.98 if number == faster else 1.0) * (1 + change * exp(-now / 1.5))
+            now += seconds
+            chooser.observe(number, FULL, seconds)
+        assert chooser.choose(FULL) == faster
 
 
 def test_steps_right_after_a_switch_are_not_measured() -> None:
@@ -106,7 +126,7 @@ def test_full_steps_are_of_one_kind() -> None:
         mix = Mix(2048 - step % 9, 1024 - step % 5, 780_000 + 1000 * (step % 10))
         number = chooser.choose(mix)
         chooser.observe(number, mix, STEP * (0.9 if number == 1 else 1.0))
-        if step * STEP > 2 * TRIAL_SECONDS + (2 * SETTLE_STEPS + 2) * STEP:
+        if step * STEP > 2 * TURNS * (TURN_SECONDS + (SETTLE_STEPS + 1) * STEP):
             assert number == 1
 
 

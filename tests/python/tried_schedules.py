@@ -35,6 +35,6 @@ def try_schedules(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(runtime, "choose_schedules", several)
     monkeypatch.setattr(Chooser, "choose", restless)
-    monkeypatch.setattr(choose, "TRIAL_SECONDS", 1e-6)
+    monkeypatch.setattr(choose, "TURN_SECONDS", 1e-6)
     monkeypatch.setattr(choose, "SETTLE_STEPS", 1)
     return tried

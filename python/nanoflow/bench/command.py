@@ -27,6 +27,7 @@ from nanoflow.bench.workload import (
 )
 from nanoflow.errors import EngineError
 from nanoflow.ordering import ORDERS
+from nanoflow.progress import logs_beside_bar
 
 STEADY_SECONDS = 20.0
 NUM_PROMPTS_STEADY = 4000  # what is left of them at the window's end is dropped
@@ -130,7 +131,8 @@ def run_throughput(options: argparse.Namespace) -> None:
         schedules = ablation_schedules(arguments)
     elif options.compare:
         schedules = find_schedules(options.compare, arguments)
-    results = _run(options, workload, arguments, schedules)
+    with logs_beside_bar(is_shown=True):
+        results = _run(options, workload, arguments, schedules)
     if options.result_dir is not None:
         for one in results:
             write(result_path(options.result_dir, one), one)

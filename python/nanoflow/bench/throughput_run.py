@@ -25,9 +25,10 @@ from nanoflow.config import EngineArgs
 from nanoflow.llm import LLM
 from nanoflow.metrics import Counter
 from nanoflow.schedule import AUTO
-from nanoflow.scheduler.choose import STANDING, TRIAL_SECONDS
+from nanoflow.scheduler.choose import STANDING, TURN_SECONDS, TURNS
 
-CHOICE_SECONDS = (STANDING + 1) * TRIAL_SECONDS  # until "auto" has tried what it chooses from
+# Until "auto" has tried what it chooses from, with what is not measured of each turn.
+CHOICE_SECONDS = 1.7 * STANDING * TURNS * TURN_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """Which schedule the next step runs with: what the load is, what was predicted, what was measured.
 
 Only schedules that are predicted to come near the best one for a step stand. Those that stand are
-tried in turn in real traffic: what a schedule's steps took, over what they were predicted to take,
-says by how much predictions of it are wrong. From then on each step runs with the schedule whose
-corrected prediction for that very step is best, for some minutes. So few requests get the plan for
-few requests, a load may grow after the trials, and the tables that predictions come from need not
-be exact. Steps are corrected, and schedules tried, in groups: by how many rows they have, by how
-many of those decode, and, more coarsely, by how many keys they read.
+tried in real traffic: what a schedule's steps took, over what they were predicted to take, says by
+how much predictions of it are wrong. They take several short turns each, for while they are tried
+the device warms up and the load may still grow, which is not to count against those that come
+first. From then on each step runs with the schedule whose corrected prediction for that very step
+is best, for some minutes. So few requests get the plan for few requests, a load may grow after the
+trials, and the tables that predictions come from need not be exact. Steps are corrected, and
+schedules tried, in groups: by how many rows they have, by how many of those decode, and, more
+coarsely, by how many keys they read.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from nanoflow.scheduler.deal import Dealer
 
 logger = logging.getLogger(__name__)
 
-TRIAL_SECONDS = 3.0  # of measured steps; a GPU's power and clock have settled by then
-SETTLE_STEPS = 8  # of a trial that are not measured: plans are made and graphs captured
+TURNS = 3  # of a trial
+TURN_SECONDS = 1.0  # of measured steps
+SETTLE_STEPS = 8  # of a turn that are not measured: graphs are captured, power and clock settle
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
 STANDING = 4  # at most
@@ -55,26 +58,39 @@ Predict = Callable[[int, Mix], float]
 class _Trial:
     """What was measured of one option in one group of steps."""
 
-    unsettled: int  # steps still to come that are not measured
-    seconds: float = 0.0
-    ratios: list[float] = field(default_factory=list)  # of each step's time to the predicted one
-    correction: float = 1.0  # of predictions, once it is over
+    steps: int = 0  # of this turn
+    seconds: float = 0.0  # of those that are measured
+    ratios: list[float] = field(default_factory=list)  # of each one's time to the predicted one
+    turns: list[float] = field(default_factory=list)  # the median ratio of each that is over
 
     @property
     def is_over(self) -> bool:
-        return self.seconds >= TRIAL_SECONDS
+        return len(self.turns) == TURNS
+
+    @property
+    def in_turn(self) -> bool:
+        return self.steps > 0
+
+    @property
+    def correction(self) -> float:
+        """Of predictions. Of the turns too the median counts: the first may be unlike the rest."""
+        return median(self.turns)
 
     def measure(self, seconds: float, expected: float) -> None:
-        """The median counts, for now and then a step waits for a graph to be captured."""
+        """A step. The median counts, for now and then one waits for a graph to be captured."""
+        self.steps += 1
+        if self.steps <= SETTLE_STEPS:
+            return
         self.seconds += seconds
         self.ratios.append(seconds / expected)
-        if self.is_over:
-            self.correction = median(self.ratios)
+        if self.seconds >= TURN_SECONDS:
+            self.turns.append(median(self.ratios))
+            self.steps, self.seconds, self.ratios = 0, 0.0, []
 
 
 @dataclass(slots=True)
 class _Group:
-    trials: dict[int, _Trial] = field(default_factory=dict)
+    trials: defaultdict[int, _Trial] = field(default_factory=lambda: defaultdict(_Trial))
     seconds: float = 0.0  # of steps with options that have been tried
 
 
@@ -97,23 +113,20 @@ class Chooser:
         if len(standing) == 1:
             return next(iter(standing))
         trials = self._groups[_key(mix)].trials
-        for number in standing:
-            if number not in trials or not trials[number].is_over:
-                return number
+        if untried := [number for number in standing if not trials[number].is_over]:
+            # A turn that has begun is ended; then those that have had fewer are next.
+            return min(untried, key=lambda n: (len(trials[n].turns), not trials[n].in_turn))
         return min(standing, key=lambda number: standing[number] * trials[number].correction)
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
         """A step ran with an option and took so long, nothing else running on the device."""
         key = _key(mix)
         group = self._groups[key]
-        trial = group.trials.setdefault(number, _Trial(SETTLE_STEPS))
+        trial = group.trials[number]
         if trial.is_over:
             group.seconds += seconds
             if group.seconds >= KEEP_SECONDS:
                 del self._groups[key]
-            return
-        if trial.unsettled > 0:
-            trial.unsettled -= 1
             return
         trial.measure(seconds, self._expected(number, mix))
         if trial.is_over:
