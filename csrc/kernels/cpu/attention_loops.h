@@ -40,8 +40,9 @@ struct TileBuffers {
   }
 };
 
-inline size_t attend_scratch(int group, int head_dim) {
-  return TileBuffers(nullptr, tile_rows(group), group, head_dim).bytes;
+template <typename Buffers>
+size_t attend_scratch(int group, int head_dim) {
+  return Buffers(nullptr, tile_rows(group), group, head_dim).bytes;
 }
 
 /// Copies a head as floats to vectors that lie `step` vectors apart.
@@ -55,20 +56,26 @@ inline float* key_at(const TileBuffers& b, int j) {
   return b.keys + (j - j % kLanes) * b.width + j % kLanes * kLanes;
 }
 
-template <typename T>
-void start(const AttentionTile& tile, const TileBuffers& b) {
-  for (int row = 0; row < tile.rows; ++row) {
-    const T* q = static_cast<const T*>(tile.q) + row * tile.q_stride;
-    for (int i = 0; i < tile.group; ++i) {
-      widen<1>(q + i * tile.head_dim, tile.head_dim, b.q + (row * tile.group + i) * b.width);
-    }
-  }
+/// Nothing has been attended to yet.
+template <typename Buffers>
+void clear(const AttentionTile& tile, const Buffers& b) {
   for (int i = 0; i < tile.rows * tile.group; ++i) {
     b.softmax.highest[i] = -__builtin_inff();
     b.softmax.total[i] = 0.0f;
   }
   const int64_t floats = tile.rows * tile.group * b.width;
   for (int64_t i = 0; i < floats; i += kLanes) store(b.sums + i, splat(0.0f));
+}
+
+template <typename T>
+void start(const AttentionTile& tile, const TileBuffers& b) {
+  clear(tile, b);
+  for (int row = 0; row < tile.rows; ++row) {
+    const T* q = static_cast<const T*>(tile.q) + row * tile.q_stride;
+    for (int i = 0; i < tile.group; ++i) {
+      widen<1>(q + i * tile.head_dim, tile.head_dim, b.q + (row * tile.group + i) * b.width);
+    }
+  }
 }
 
 /// Widens the keys and values of a block into the tile's buffers, and asks for half of those of the
@@ -191,22 +198,22 @@ inline void add_values(const TileBuffers& b, int group, int begin, int n, float*
 /// One row against keys [begin, n) of the block in the buffers. Asks for its share of the next
 /// block.
 template <typename T>
-void attend_row(const AttentionTile& tile, const TileBuffers& b, int row, int begin, int n,
-                Ahead<T>& ahead) {
+void attend_row(const AttentionTile& tile, const TileBuffers& b, const BlockRows<T>&, int row,
+                int begin, int n, Ahead<T>& ahead) {
   const int first = row * tile.group;
   for (int i = 0; i < tile.group; ++i) {
     float* weights = b.weights + i * kKeyBlock;
     multiply_keys(b.q + (first + i) * b.width, b, begin, n, weights);
     b.factors[i] = soften(weights, begin, n, tile.scale, b.softmax, first + i);
-    const int queries = tile.rows * tile.group;
-    ahead.keep_up(queries + first + i + 1, 2 * queries);
+    ahead.keep_up_with(tile, first + i);
   }
   add_values(b, tile.group, begin, n, b.sums + first * b.width);
 }
 
-template <typename T>
+/// By the functions above, or what overloads them for other buffers.
+template <typename T, typename Buffers>
 void attend(const AttentionTile& tile, const AttentionTile* next, std::byte* scratch) {
-  const TileBuffers b(scratch, tile.rows, tile.group, tile.head_dim);
+  const Buffers b(scratch, tile.rows, tile.group, tile.head_dim);
   start<T>(tile, b);
   BlockRows<T> blocks[2];  // in turn the block in hand and the one after it
   blocks[tile.first_block() / kKeyBlock % 2].find(tile, tile.first_block());
@@ -215,18 +222,19 @@ void attend(const AttentionTile& tile, const AttentionTile* next, std::byte* scr
     BlockRows<T>& following = blocks[1 - begin / kKeyBlock % 2];
     following.find_next(tile, begin, next);
     Ahead<T> ahead(following, tile.head_dim);
-    load_block<T>(rows, b, tile.head_dim, ahead);
+    load_block(rows, b, tile.head_dim, ahead);
     for (int row = 0; row < tile.rows; ++row) {
       const int limit = tile.first_limit + row - begin, first = tile.begin_of(row) - begin;
       const int n = limit < kKeyBlock ? limit : kKeyBlock;
-      if (first < n) attend_row<T>(tile, b, row, first > 0 ? first : 0, n, ahead);
+      if (first < n) attend_row<T>(tile, b, rows, row, first > 0 ? first : 0, n, ahead);
     }
   }
   write_out<T>(tile, b.sums, b.width, b.softmax.total);
 }
 
 template <typename T>
-constexpr AttentionLoops kAttentionLoops{&tile_rows, &attend_scratch, &attend<T>};
+constexpr AttentionLoops kAttentionLoops{&tile_rows, &attend_scratch<TileBuffers>,
+                                         &attend<T, TileBuffers>};
 
 }  // namespace
 }  // namespace nanoflow::cpu

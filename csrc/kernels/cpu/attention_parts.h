@@ -76,6 +76,11 @@ class Ahead {
   void keep_up(int done, int all) {
     while (key_ * all < done * rows_.n) fetch();
   }
+  /// The same with the queries of a tile, whose products with keys are half of the work.
+  void keep_up_with(const AttentionTile& tile, int query) {
+    const int queries = tile.rows * tile.group;
+    keep_up(queries + query + 1, 2 * queries);
+  }
 
  private:
   const BlockRows<T>& rows_;

@@ -99,9 +99,6 @@ inline bool pack_values(const Rows& rows, const MatrixBuffers& b, int begin, int
                         AheadRows& ahead) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   __mmask32 is_bad = 0;
   const int padded = (n + kStep - 1) / kStep * kStep;
   for (int j = 0; j < padded; j += 2) {
@@ -112,8 +109,7 @@ inline bool pack_values(const Rows& rows, const MatrixBuffers& b, int begin, int
         return key >= begin && key < n ? _mm512_loadu_si512(rows.v[key] + d) : zero;
       };
       const __m512i even = value(j), odd = value(j + 1);
-      _mm512_store_si512(to + 2 * d, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(to + 2 * d + kStep, _mm512_permutex2var_epi16(even, high, odd));
+      store_pairs(even, odd, to + 2 * d);
       if (j + 1 >= doubtful) {
         is_bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
         is_bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
@@ -277,13 +273,13 @@ inline void attend_bf16(const AttentionTile& tile, const AttentionTile* next, st
   if (takes_tiles(tile.head_dim)) {
     attend_with_tiles(tile, next, scratch);
   } else {
-    attend<BFloat16>(tile, next, scratch);
+    attend<BFloat16, TileBuffers>(tile, next, scratch);
   }
 }
 
 inline size_t attend_bf16_scratch(int group, int head_dim) {
   return takes_tiles(head_dim) ? MatrixBuffers(nullptr, tile_rows(group), group, head_dim).bytes
-                               : attend_scratch(group, head_dim);
+                               : attend_scratch<TileBuffers>(group, head_dim);
 }
 
 constexpr AttentionLoops kTileAttentionLoops{&tile_rows, &attend_bf16_scratch, &attend_bf16};

@@ -34,5 +34,15 @@ inline void transpose_16x4(const void* in, int64_t stride, Vec (&out)[4]) {
   out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
 }
 
+/// Two rows of 32 elements of 16 bits side by side: [32, 2].
+inline void store_pairs(__m512i even, __m512i odd, void* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  auto* pairs = static_cast<__m512i*>(to);
+  _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_storeu_si512(pairs + 1, _mm512_permutex2var_epi16(even, high, odd));
+}
+
 }  // namespace
 }  // namespace nanoflow::cpu
