@@ -168,6 +168,7 @@ Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue
       program.size());  // by id: its lane's row once it has run
   Plan plan{.schedule_id = {}, .key = {}, .lanes = lanes, .ops = {}};
   plan.ops.reserve(program.size());
+  OpId last_in_turn = -1;
   for (size_t i = 0; i < issue.size(); ++i) {
     const EmittedOp& emitted = program.at(static_cast<size_t>(issue[i]));
     NanoOp op{.op = emitted.op,
@@ -186,6 +187,13 @@ Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue
                to_string(program[hazard].label.stage), "), on which it depends");
       OpId& last = latest[plan.ops[dep].lane];
       last = std::max(last, dep);
+    }
+    if (emitted.in_turn) {
+      if (last_in_turn >= 0) {
+        OpId& last = latest[plan.ops[last_in_turn].lane];
+        last = std::max(last, last_in_turn);
+      }
+      last_in_turn = op.id;
     }
     std::vector<OpId>& mine = seen[op.lane];
     for (size_t lane = 0; lane < num_lanes; ++lane) {
@@ -212,11 +220,11 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
            "' has ", cuts.size() + 1, " segments, not ", key.segment_rows.size());
   std::vector<EmittedOp> program;
   const int collectives = schedule.collective_lane();
-  const auto append = [&](std::vector<Op> ops, OpLabel label, int lane) {
+  const auto append = [&](std::vector<Op> ops, OpLabel label, int lane, bool in_turn = false) {
     for (Op& op : ops) {
       const bool is_apart = is_collective(op) && label.stage != Stage::kHead;
       const int own = is_apart ? collectives : lane;
-      program.push_back({std::move(op), label, own});
+      program.push_back({std::move(op), label, own, in_turn});
     }
   };
   for (int layer = 0; has_layers && layer < decoder.spec().num_layers; ++layer) {
@@ -228,7 +236,7 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
         const bool gathers = std::ranges::find(spec.gather, part) != spec.gather.end();
         append(decoder.emit(stage, layer, parts[part], gathers),
                {.stage = stage, .layer = layer, .part = part},
-               schedule.lane_of(std::string(to_string(stage)), part));
+               schedule.lane_of(std::string(to_string(stage)), part), spec.in_turn);
       }
     }
   }

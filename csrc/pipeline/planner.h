@@ -12,15 +12,17 @@ struct EmittedOp {
   Op op;
   OpLabel label;
   int lane = 0;
+  bool in_turn = false;  // not beside another one of these
 };
 
 /// For every op, the earlier ops whose reads or writes conflict with it. Redundant edges through an
 /// op that overwrites the same region are left out.
 std::vector<std::vector<OpId>> find_hazards(const std::vector<EmittedOp>& program);
 
-/// Places a program in the order of `issue` (a permutation of its indices). Dependencies within a
-/// lane, and those that earlier waits of the lane already imply, are dropped. Throws Error when the
-/// order runs an op before one that it depends on.
+/// Places a program in the order of `issue` (a permutation of its indices). Of ops in turn each
+/// depends on the one issued before it. Dependencies within a lane, and those that earlier waits of
+/// the lane already imply, are dropped. Throws Error when the order runs an op before one that it
+/// depends on.
 Plan place(const std::vector<EmittedOp>& program, const std::vector<OpId>& issue,
            const std::vector<LaneSpec>& lanes);
 

@@ -20,6 +20,7 @@ struct StageSpec {
   std::vector<std::string> lanes;  // one for all parts, or one for each; empty is the first lane
   std::string reduce = {};         // of o and mlp: the lane of their collectives
   std::vector<int> gather = {};    // of o: parts that gather instead of reducing, see Decoder
+  bool in_turn = false;            // parts run one after the other, whatever lanes they are on
 
   bool operator==(const StageSpec&) const = default;
 };
@@ -47,6 +48,9 @@ OrderItem parse_order_item(const std::string& text);
 /// Collectives of several ranks all run on one lane, so that ranks meet in one order: that which o
 /// or mlp name as `reduce`, else the lane of stage o; those of the head on its own. A rank alone
 /// has none.
+///
+/// What is limited by something that lanes share, as attention is by memory, may be told to run
+/// in_turn: no two parts of such stages run at once, so that each has something else beside it.
 struct Schedule {
   static constexpr const char* kStages[] = {"qkv", "attn", "o", "mlp", "head"};
 

@@ -244,11 +244,17 @@ class StageSpec:
         lane: str | collections.abc.Sequence[str] = "",
         reduce: str = "",
         gather: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        in_turn: bool = False,
     ) -> None: ...
     @property
     def gather(self) -> list[int]:
         """
         Parts of stage o that gather attention outputs instead of summing products.
+        """
+    @property
+    def in_turn(self) -> bool:
+        """
+        Whether its parts run one after the other, whatever lanes they are on.
         """
     @property
     def lanes(self) -> list[str]:

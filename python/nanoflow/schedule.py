@@ -23,7 +23,7 @@ def built_in_schedule(name: str, width: int) -> Schedule:
     nano: the nano-batches of overlap, nothing beside anything: what they cost by themselves.
     overlap: attention of one half beside o, mlp and the next layer's qkv of the other half; the
         head on the whole device. Two threads, which cannot be shared out like that, take a half
-        each.
+        each, and attention in turn.
     tp-overlap: for several ranks, collectives beside all of that: qkv and attention of quarters, o
         and mlp of halves, the first of which gathers before o while the second reduces after it
         (NanoFlow, OSDI'25, section 4.2).
@@ -53,8 +53,9 @@ def _overlap(name: str, width: int) -> Schedule:
 
 def _halves(name: str, width: int) -> Schedule:
     lanes = [LaneSpec("first", 1), LaneSpec("second", 1), LaneSpec("whole", width)]
-    each = StageSpec([0.5], ["first", "second"])
-    stages = {"qkv": each, "attn": each, "o": each, "mlp": each}
+    halves = [0.5], ["first", "second"]
+    each, beside = StageSpec(*halves), StageSpec(*halves, in_turn=True)
+    stages = {"qkv": each, "attn": beside, "o": each, "mlp": each}
     return Schedule(name, lanes, stages | {"head": StageSpec([], "whole")})
 
 
@@ -163,12 +164,14 @@ def _stage_to_json(stage: StageSpec) -> dict[str, Any]:
         content["reduce"] = stage.reduce
     if stage.gather:
         content["gather"] = stage.gather
+    if stage.in_turn:
+        content["in_turn"] = True
     return content
 
 
 def _stage_from_json(name: str, stage: Any) -> StageSpec:
     what = f"stage {name!r}"
-    _check_object(what, stage, optional=("split", "lane", "reduce", "gather"))
+    _check_object(what, stage, optional=("split", "lane", "reduce", "gather", "in_turn"))
     split, lane = stage.get("split", []), stage.get("lane", [])
     lanes = [lane] if isinstance(lane, str) else lane
     reduce, gather = stage.get("reduce", ""), stage.get("gather", [])
@@ -180,7 +183,10 @@ def _stage_from_json(name: str, stage: Any) -> StageSpec:
         raise ValueError(f"'reduce' of {what} is {reduce!r}, not the name of a lane")
     if not isinstance(gather, list) or not all(type(part) is int for part in gather):
         raise ValueError(f"'gather' of {what} is {gather!r}, not a list of part numbers")
-    return StageSpec(split, lanes, reduce, gather)
+    in_turn = stage.get("in_turn", False)
+    if not isinstance(in_turn, bool):
+        raise ValueError(f"'in_turn' of {what} is {in_turn!r}, not true or false")
+    return StageSpec(split, lanes, reduce, gather, in_turn)
 
 
 def _check_object(

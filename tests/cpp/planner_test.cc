@@ -133,6 +133,27 @@ TEST_CASE("halves on lanes of their own wait for nothing of each other") {
   }
 }
 
+TEST_CASE("parts in turn wait for each other and for nothing else") {
+  Fixture f;
+  Schedule schedule = pingpong(4, 4);
+  for (const char* stage : {"qkv", "attn", "o", "mlp"}) {
+    schedule.stages[stage].lanes = {"compute", "memory"};
+  }
+  schedule.stages["attn"].in_turn = true;
+  const Plan plan = build_plan(f.decoder, schedule, {.segment_rows = {8, 8}, .samples = 0});
+  CHECK(validate(plan, 8).empty());
+  OpId before = -1;
+  for (const NanoOp& op : plan.ops) {
+    if (op.label.stage != Stage::kAttention) {
+      CHECK(op.deps.empty());
+      continue;
+    }
+    CHECK(op.deps == (before < 0 ? std::vector<OpId>{} : std::vector<OpId>{before}));
+    before = op.id;
+  }
+  CHECK(before >= 0);
+}
+
 TEST_CASE("a stage cut finer than its neighbour waits for all parts it covers") {
   Fixture f;
   Schedule schedule = pingpong(4, 2);

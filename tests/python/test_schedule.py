@@ -60,6 +60,7 @@ def test_attention_has_a_lane_of_its_own() -> None:
 
 def test_each_of_two_threads_takes_a_half() -> None:
     schedule = built_in_schedule("overlap", 2)
+    assert [name for name, stage in schedule.stages.items() if stage.in_turn] == ["attn"]
     for stage in ("qkv", "attn", "o", "mlp"):
         lanes = [schedule.lanes[schedule.lane_of(stage, part)].name for part in range(2)]
         assert lanes == ["first", "second"]
@@ -117,6 +118,7 @@ def test_an_unknown_name_or_file() -> None:
         ({"stages": {"o": {"gather": 0}}}, "'gather' of stage 'o' is 0, not a list of part"),
         ({"stages": {"o": {"gather": [1]}}}, "part 1 of stage o gathers, but there are 1 parts"),
         ({"stages": {"mlp": {"gather": [0]}}}, "stage mlp has parts that gather; only those"),
+        ({"stages": {"attn": {"in_turn": 1}}}, "'in_turn' of stage 'attn' is 1, not true or"),
         ({"order": "qkv.0"}, "'order' is 'qkv.0', not a list of strings"),
         ({"order": ["qkv.7"]}, "qkv.7"),
         ({"order": ["qkv.0"]}, "order"),

@@ -76,7 +76,8 @@ def schedules(draw: st.DrawFn) -> _core.Schedule:
         split = draw(splits)
         number = draw(st.sampled_from([1, len(split) + 1]))
         lane = draw(st.lists(st.sampled_from(names), min_size=number, max_size=number))
-        stages[name] = _core.StageSpec(split, lane)
+        in_turn = draw(st.sampled_from([False, False, True]))
+        stages[name] = _core.StageSpec(split, lane, in_turn=in_turn)
     stages["head"] = _core.StageSpec([], draw(st.sampled_from(names)))
     parts = {name: [f"{name}.{i}" for i in range(len(s.split) + 1)] for name, s in stages.items()}
     kind = draw(st.sampled_from(["stages in turn", "shuffled parts", "next layer early"]))

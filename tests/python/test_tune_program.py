@@ -58,7 +58,7 @@ def check(schedule: _core.Schedule, plan: _core.Plan) -> None:
     last: dict[int, tuple[str, int]] = {}
     for index, layer in program.issue(LAYERS):
         task = program.tasks[index]
-        direct = {(name, layer - back) for name, back in task.after if layer >= back}
+        direct = set(task.waits(layer, LAYERS))
         direct |= {last[task.lane]} if task.lane in last else set()
         before[task.name, layer] = direct.union(*(before[other] for other in direct))
         last[task.lane] = (task.name, layer)
@@ -122,9 +122,8 @@ def test_tasks_keep_to_lanes_and_order() -> None:
         assert all(a.end_us <= b.begin_us for a, b in itertools.pairwise(mine))
     for span in spans:
         assert span.end_us - span.begin_us == pytest.approx(costs[span.task].us)
-        for name, back in program.tasks[span.task].after:
-            if span.layer >= back:
-                assert ends[name, span.layer - back] <= span.begin_us
+        for awaited in program.tasks[span.task].waits(span.layer, 4):
+            assert ends[awaited] <= span.begin_us
 
 
 def test_neighbours_are_orders_of_the_same_tasks() -> None:

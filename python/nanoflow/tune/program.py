@@ -3,14 +3,15 @@
 The order of issue and the dependencies are those of csrc/pipeline/planner.cc, at the grain of stage
 parts: the ops of a part follow each other on one lane, and all that two parts of a step share are
 rows. A row goes through the stages in turn, so a part waits for the parts of the stage before it
-that hold some of its segments. `tests/python/test_tune_program.py` holds both against real plans.
+that hold some of its segments; parts of stages that run in turn wait for each other, too.
+`tests/python/test_tune_program.py` holds both against real plans.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoflow._core import Schedule
 
@@ -25,6 +26,10 @@ class Task:
     name: str  # "mlp.1"
     lane: int
     after: tuple[tuple[str, int], ...] = ()  # tasks that must have finished, so many layers earlier
+
+    def waits(self, layer: int, layers: int) -> list[tuple[str, int]]:
+        """The tasks of `layers` layers that it waits for in one of them."""
+        return [(name, layer - back) for name, back in self.after if 0 <= layer - back < layers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,18 @@ def program_of(schedule: Schedule) -> Program:
             if other.stage == before and part.shares(other)
         )
         tasks.append(Task(part.name, lane, after))
-    return Program(tuple(tasks), _order(schedule.order, parts))
+    order = _order(schedule.order, parts)
+    in_turn = {name for name, spec in schedule.stages.items() if spec.in_turn}
+    turns = [(index, ahead) for index, ahead in order if parts[index].stage in in_turn]
+    for place, (index, ahead) in enumerate(turns):
+        # Those issued since its own turn before: earlier in this period, or later in the last one.
+        others = tuple(
+            (parts[other].name, ahead - others_ahead + int(others_place > place))
+            for others_place, (other, others_ahead) in enumerate(turns)
+            if other != index
+        )
+        tasks[index] = replace(tasks[index], after=tasks[index].after + others)
+    return Program(tuple(tasks), order)
 
 
 def _order(items: Sequence[str], parts: Sequence[Part]) -> tuple[tuple[int, int], ...]:

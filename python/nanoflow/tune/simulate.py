@@ -184,7 +184,7 @@ def _instances(program: Program, layers: int) -> tuple[list[list[int]], list[lis
     needs: list[list[int]] = []
     for i, (index, layer) in enumerate(program.issue(layers)):
         task = program.tasks[index]
-        needed = [(name, layer - back) for name, back in task.after if layer >= back]
+        needed = task.waits(layer, layers)
         if missing := [name for name in needed if name not in place]:
             raise ValueError(
                 f"{task.name} of layer {layer} is issued before {missing[0][0]} of layer "
