@@ -124,6 +124,17 @@ template <int kTiles, int kRows, typename Fn>
   }
 }
 
+/// Asks for the n-th part of as many weight rows as `w` has, behind them, to be brought from
+/// memory.
+template <int kRows>
+void fetch_next(const WeightRows& w, int n) {
+  for (int64_t step = n; step < w.steps; step += kPlaces) {
+    for (int row = 0; row < kRows; ++row) {
+      __builtin_prefetch(w.at + (kRows + row) * w.stride + step * kStep);
+    }
+  }
+}
+
 /// saved [kRows][kTiles][16] (+)= weight rows x a block of packed activations.
 template <int kTiles, int kRows>
 void multiply(const WeightRows& w, const char* x, bool is_first, float* saved) {
@@ -135,6 +146,7 @@ void multiply(const WeightRows& w, const char* x, bool is_first, float* saved) {
     _mm512_store_si512(edge + row * kStep, _mm512_maskz_loadu_epi16(mask, from));
   }
   for (int n = 0; n < kPlaces; ++n) {
+    fetch_next<kRows>(w, n);
     Vec sums[kRows][kTiles] = {};
     const BFloat16* at = w.at + 2 * place(n);
     for (int64_t step = 0; step < w.steps; ++step) {
