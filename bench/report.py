@@ -122,6 +122,7 @@ ROWS: Mapping[str, Callable[[Result], Rows]] = {
     "scheduler_overhead.json": overhead_rows,
     "multi_round.json": round_rows,
     "without_reuse.json": round_rows,
+    "multi_round_ssd.json": round_rows,
     "constrained.json": constrained_rows,
 }
 HIGHLIGHTS = ("cpu/compare.json", "h200/cold_start.json", "h200/multi_round.json")
