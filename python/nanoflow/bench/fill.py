@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nanoflow.bench.datasets import Lengths
 from nanoflow.config import EngineLimits
-from nanoflow.scheduler.admission import steps_of_the_cache
+from nanoflow.scheduler.admission import at_their_ends, steps_of_the_cache
 
 
 def running_requests(lengths: Sequence[Lengths], limits: EngineLimits) -> int:
@@ -41,7 +41,8 @@ def fill_lengths(
     """`count` requests in the state of running ones, those with most tokens generated first.
 
     They are prefilled in this order, with what those before them leave of a step's rows by
-    decoding, and no faster than a long queue is let in (scheduler.admission). A request generates
+    decoding, and where pages are short no faster than a long queue is let in (scheduler.admission).
+    A request generates
     from its own prefill until the last one's, so it begins with so many tokens less than it is to
     have then, or with none.
     """
@@ -58,10 +59,13 @@ def fill_lengths(
         generated = max(int(target[index] - steps_to_go), 0)
         request = Lengths(int(inputs[index]) + generated, int(outputs[index]) - generated)
         rows = max(limits.max_num_batched_tokens - decoding, 1)
-        pace = steps_of_the_cache(
-            request.input, request.output, num_tokens, limits.max_num_seqs, limits.page_size
-        )
-        steps_to_go += max(request.input / rows, pace)
+        steps = request.input / rows
+        if at_their_ends(request.input, request.output, num_tokens) < limits.max_num_seqs:
+            pace = steps_of_the_cache(
+                request.input, request.output, num_tokens, limits.max_num_seqs, limits.page_size
+            )
+            steps = max(steps, pace)
+        steps_to_go += steps
         fill.append(request)
     return fill[::-1]
 

@@ -76,7 +76,7 @@ class Admission:
 
     def _is_long(self, waiting: WaitingQueue, first: Request) -> bool:
         """Nor is a flow made where all slots fit in step: it would take a life to become steady."""
-        at_once = self._num_tokens / (first.num_tokens + self.forecast.steps_left(first))
+        at_once = at_their_ends(first.num_tokens, self.forecast.steps_left(first), self._num_tokens)
         return at_once < self._num_slots and len(waiting) > LONG_QUEUE * at_once
 
     def _cost(self, request: Request) -> float:
@@ -84,6 +84,12 @@ class Admission:
         return steps_of_the_cache(
             request.num_tokens, steps, self._num_tokens, self._num_slots, self._page_size
         )
+
+
+def at_their_ends(tokens: int, steps: float, num_tokens: int) -> float:
+    """How many requests a cache of `num_tokens` holds that have `tokens` and run for `steps` more,
+    when they end. They are let in at a pace only where that is less than there are slots."""
+    return num_tokens / (tokens + steps)
 
 
 def steps_of_the_cache(
