@@ -124,8 +124,8 @@ class LLM(Front):
     def set_schedule(self, schedule: str | Path | Schedule) -> None:
         """Steps run with this schedule from now on, those of open requests too.
 
-        `schedule`: as the LLM's argument, but not "auto". Raises ValueError on one that there is
-        not, EngineError on one that does not fit the device or the weights' layout.
+        `schedule`: as the LLM's argument; "auto" only where that was it. Raises ValueError on one
+        that there is not, EngineError on one that does not fit the device or the weights' layout.
         """
         self._runtime.use_schedule(schedule)
 

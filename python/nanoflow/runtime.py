@@ -24,6 +24,7 @@ from nanoflow.memory import MemoryUse
 from nanoflow.models.config import ModelConfig
 from nanoflow.offload.offload import Offload
 from nanoflow.offload.setup import make_offload
+from nanoflow.schedule import AUTO as AUTO_SCHEDULE
 from nanoflow.schedule import find_schedule
 from nanoflow.scheduler.choose import Option
 from nanoflow.scheduler.deal import Dealer
@@ -57,6 +58,7 @@ class Runtime:
     config: Mapping[str, Any]  # as in config.json
     generation_config: Mapping[str, Any]  # as in generation_config.json
     tokenizer: Tokenizer | None
+    auto: _core.Schedule | None  # what schedule="auto" started with
     loop: SchedulerLoop
     state: SchedulerState  # the loop's: for its thread, or when it is closed; stats() always
 
@@ -80,9 +82,10 @@ class Runtime:
 
     def use_schedule(self, schedule: str | Path | _core.Schedule) -> None:
         """As LLM.set_schedule says."""
-        found = find_schedule(schedule, self.width)
+        start = self.auto if schedule == AUTO_SCHEDULE else None
+        found = find_schedule(schedule, self.width) if start is None else start
         dealer = Dealer(found.cuts(), self.limits.max_num_seqs)
-        self.loop.use_schedule(Option(found.id, found, dealer))
+        self.loop.use_schedule(Option(found.id, found, dealer), is_choice=start is not None)
 
 
 def start_runtime(args: EngineArgs) -> Runtime:
@@ -132,6 +135,7 @@ def start_runtime(args: EngineArgs) -> Runtime:
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
         tokenizer=tokenizer,
+        auto=schedule if args.schedule == AUTO_SCHEDULE else None,
         loop=loop,
         state=state,
     )

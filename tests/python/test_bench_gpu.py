@@ -83,6 +83,17 @@ class FakeNvml:
         return 1700 if handle == BUS_IDS[1] else 1500
 
 
+def test_spans_count_by_their_length():
+    readings = Telemetry("cpu")
+    readings.samples += [Sample(0.1 * i, 30.0 * i, 1500) for i in range(11)]
+    readings.samples += [Sample(1 + 0.1 * i, 300 + 60.0 * i, 1200) for i in range(1, 21)]
+    found = readings.mean_power([(0.0, 1.0), (1.05, 3.05)])
+    assert found is not None
+    assert found.watts == pytest.approx((300 + 2 * 600) / 3)
+    assert found.sm_mhz == pytest.approx((1500 + 2 * 1200) / 3)
+    assert readings.mean_power([(0.0, 1.0), (5.0, 6.0)]) is None
+
+
 def test_samples_while_it_is_entered(monkeypatch, two_gpus):
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.setattr(telemetry, "SAMPLES_PER_SECOND", 1000)

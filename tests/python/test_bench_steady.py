@@ -7,7 +7,7 @@ import pytest
 
 from nanoflow.bench.datasets import Lengths
 from nanoflow.bench.fill import fill_lengths, running_requests
-from nanoflow.bench.steady import SteadyState, steady_state, window
+from nanoflow.bench.steady import SteadyState, steady_state, together, window
 from nanoflow.config import EngineLimits
 
 
@@ -86,6 +86,11 @@ def test_the_lower_rate_counts(prompt, output, rate):
     assert told["prompt_per_output_in_the_long_run"] == 2
 
 
+def test_windows_count_together_by_what_they_hold():
+    parts = [SteadyState(2.0, 4, 100, 50, 200, 100), SteadyState(1.0, 3, 20, 30, 200, 100)]
+    assert together(parts) == SteadyState(3.0, 7, 120, 80, 200, 100)
+
+
 LIMITS = EngineLimits(
     max_num_batched_tokens=2048, max_num_seqs=512, max_model_len=1100, page_size=64, num_pages=7348
 )
@@ -98,16 +103,16 @@ def test_as_many_run_as_have_slots_or_pages():
     assert running_requests([Lengths(10**7, 10)], LIMITS) == 1
 
 
-def play(fill: list[Lengths], limits: EngineLimits) -> tuple[int, list[int]]:
-    """Steps until the fill is prefilled, and the tokens each has yet to generate then. Every step
-    lets in as many as would keep all slots busy for one step."""
+def play(fill: list[Lengths], limits: EngineLimits, is_paced: bool) -> tuple[int, list[int]]:
+    """Steps until the fill is prefilled, and the tokens each has yet to generate then. With a pace,
+    every step lets in as many as would keep all slots busy for one step."""
     to_prefill = [request.input for request in fill]
     left = [request.output for request in fill]
     steps = begun = 0
     credit = 0.0
     while any(to_prefill):
         credit = min(credit, 1) + 1
-        while begun < len(fill) and credit > 0:
+        while begun < len(fill) and (credit > 0 or not is_paced):
             credit -= fill[begun].output / limits.max_num_seqs
             begun += 1
         rows = limits.max_num_batched_tokens
@@ -123,14 +128,18 @@ def play(fill: list[Lengths], limits: EngineLimits) -> tuple[int, list[int]]:
     return steps, left
 
 
+@pytest.mark.parametrize("is_paced", [True, False])
 @pytest.mark.parametrize("rows", [1100, 1400, 2048])
-def test_when_the_fill_is_prefilled_progress_is_spread_evenly(rows):
+def test_when_the_fill_is_prefilled_progress_is_spread_evenly(rows, is_paced):
+    """There is a pace where pages are what is short."""
     rng = np.random.default_rng(0)
     limits = replace(LIMITS, max_num_batched_tokens=rows)
+    if not is_paced:
+        limits = replace(limits, num_pages=2 * LIMITS.num_pages)
     fill = fill_lengths([Lengths(512, 512)], 512, limits, rng)
     assert all(request.input + request.output == 1024 for request in fill)
-    steps, left = play(fill, limits)
-    assert steps >= 0.95 * max(256, 512 * 768 / rows)
+    steps, left = play(fill, limits, is_paced)
+    assert steps >= 0.95 * max(256 if is_paced else 0, 512 * 768 / rows)
     assert np.abs(np.sort(left) - np.arange(512)).max() < 16
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanoflow import LLM, EngineError, SamplingParams, _core
+from nanoflow.metrics import Counter
 from nanoflow.scheduler.stats import StepStats
 
 PARAMS = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
@@ -35,6 +36,25 @@ def test_requests_go_on_with_another_schedule(model: Path) -> None:
                     break
         assert run.result() == expected
         assert len(steps) >= 50
+
+
+def test_auto_goes_on_after_another_schedule(model: Path) -> None:
+    with LLM(model, max_model_len=64, cpu_threads=2) as llm:  # schedule="auto"
+        expected = tokens(llm)
+        for schedule in ("nano", "auto"):
+            before = sum(steps_of(llm).values())
+            llm.set_schedule(schedule)
+            assert tokens(llm) == expected
+            assert (sum(steps_of(llm).values()) > before) == (schedule == "auto")
+
+
+def steps_of(llm: LLM) -> dict[str, float]:
+    """That were chosen."""
+    return {
+        metric.labels["schedule"]: metric.value
+        for metric in llm.get_metrics()
+        if isinstance(metric, Counter) and metric.name == "nanoflow:steps"
+    }
 
 
 def test_an_error_does_not_keep_the_engine(model: Path) -> None:

@@ -81,6 +81,19 @@ class SteadyState:
         }
 
 
+def together(states: Sequence[SteadyState]) -> SteadyState:
+    """Several windows of one workload as one."""
+    first = states[0]
+    return SteadyState(
+        seconds=sum(state.seconds for state in states),
+        steps=sum(state.steps for state in states),
+        prompt_tokens=sum(state.prompt_tokens for state in states),
+        output_tokens=sum(state.output_tokens for state in states),
+        mean_input=first.mean_input,
+        mean_output=first.mean_output,
+    )
+
+
 def window(
     steps: Sequence[Step], begin: int, end: int, mean_input: float, mean_output: float
 ) -> SteadyState | None:

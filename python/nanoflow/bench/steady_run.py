@@ -9,7 +9,7 @@ from time import perf_counter
 
 from nanoflow.bench.datasets import Request
 from nanoflow.bench.gpu_profile import Profile, ProfileError, Profiler
-from nanoflow.bench.steady import SteadyState, window
+from nanoflow.bench.steady import SteadyState, together, window
 from nanoflow.bench.throughput import sampling_params
 from nanoflow.llm import LLM
 from nanoflow.scheduler.stats import StepStats
@@ -22,8 +22,15 @@ TRACED_STEPS = 3  # before them
 @dataclass(frozen=True, slots=True)
 class SteadyMeasurement:
     state: SteadyState
-    begin: float  # of the window, in seconds of time.perf_counter
+    spans: tuple[tuple[float, float], ...]  # its windows, in seconds of time.perf_counter
     mean_running: float
+
+    @staticmethod
+    def together(parts: Sequence[SteadyMeasurement]) -> SteadyMeasurement:
+        state = together([part.state for part in parts])
+        running = sum(part.mean_running * part.state.steps for part in parts)
+        spans = tuple(span for part in parts for span in part.spans)
+        return SteadyMeasurement(state, spans, running / state.steps)
 
 
 class StepLog:
@@ -137,7 +144,7 @@ class SteadyBatch:
             raise ValueError(f"no token was generated in {seconds} s: raise --steady-seconds")
         return SteadyMeasurement(
             state=state,
-            begin=steps[begin].time_done,
+            spans=((steps[begin].time_done, steps[end].time_done),),
             mean_running=sum(step.running for step in steps[begin + 1 : end + 1]) / state.steps,
         )
 

@@ -87,6 +87,18 @@ class Telemetry:
     def power(self, begin: float, end: float) -> Power | None:
         return power(list(self.samples), begin, end)
 
+    def mean_power(self, spans: Sequence[tuple[float, float]]) -> Power | None:
+        """Over spans of time of which each is long enough for itself."""
+        found = [self.power(begin, end) for begin, end in spans]
+        whole = sum(end - begin for begin, end in spans)
+        watts = mhz = 0.0
+        for one, (begin, end) in zip(found, spans, strict=True):
+            if one is None:
+                return None
+            watts += one.watts * (end - begin) / whole
+            mhz += one.sm_mhz * (end - begin) / whole
+        return Power(watts, mhz)
+
     def __enter__(self) -> Telemetry:
         if self.reason is None:
             self._thread.start()

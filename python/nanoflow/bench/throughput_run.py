@@ -28,6 +28,7 @@ from nanoflow.schedule import AUTO
 from nanoflow.scheduler.choose import STANDING, TURN_SECONDS, TURNS
 
 # Until "auto" has tried what it chooses from, with what is not measured of each turn.
+ROUNDS = 3  # in which several schedules take turns
 CHOICE_SECONDS = 1.7 * STANDING * TURNS * TURN_SECONDS
 
 
@@ -36,8 +37,7 @@ class _Outcome:
     rates: dict[str, Any]  # of the result
     kernels: dict[str, Any]  # of the result
     text: list[str]
-    begin: float  # of what was measured, in seconds of time.perf_counter
-    seconds: float
+    spans: Sequence[tuple[float, float]]  # that were measured, in seconds of time.perf_counter
     tokens_per_second: float  # what power is divided by
     phases: dict[str, float]
 
@@ -71,7 +71,7 @@ def measure_workload(
         requests = runner.draw(workload, workload.num_prompts)
         if options.num_warmups > 0:
             few = runner.draw(workload, options.num_warmups)
-            phases["warm_up"] = runner.whole(few).seconds
+            phases["warm_up"] = runner.whole(few).phases["run"]
         if options.steady_start:
             outcomes = runner.steady(requests, profiler, no_profile)
         else:
@@ -81,7 +81,7 @@ def measure_workload(
         )
         results = []
         for schedule, done in zip(turns, outcomes, strict=True):
-            power = telemetry.power(done.begin, done.begin + done.seconds)
+            power = telemetry.mean_power(done.spans)
             found = {
                 **circumstances,
                 **({} if schedule is None else {"schedule": _name(schedule)}),
@@ -186,8 +186,7 @@ class _Runner:
             rates=throughput.to_json(run),
             kernels=result.kernels(None, "only with --steady-start"),
             text=throughput.lines(run),
-            begin=run.begin,
-            seconds=run.seconds,
+            spans=[(run.begin, run.begin + run.seconds)],
             tokens_per_second=run.total_tokens / run.seconds,
             phases={"run": run.seconds},
         )
@@ -195,7 +194,8 @@ class _Runner:
     def steady(
         self, requests: list[Request], profiler: Profiler | None, no_profile: str | None
     ) -> list[_Outcome]:
-        """All are measured before any is profiled, for that may slow down what follows."""
+        """Several schedules take turns, for the load is never quite the same. All are measured
+        before any is profiled, which may slow down what follows."""
         limits = self._llm.limits
         lengths = [Lengths(len(one.prompt_token_ids), one.output_len) for one in requests]
         count = running_requests(lengths, limits)
@@ -203,17 +203,20 @@ class _Runner:
         filling = random_requests(
             fill, self._target.vocab_size, self._target.special_ids, self._rng
         )
-        runs: list[SteadyMeasurement] = []
+        rounds = ROUNDS if len(self._schedules) > 1 else 1
+        windows: list[list[SteadyMeasurement]] = [[] for _ in self._schedules]
         profiles: list[tuple[Profile | None, str | None]]
         profiles = [(None, no_profile)] * len(self._schedules)
         with SteadyBatch(self._sync_llm, filling, requests, **self._how) as batch:
             say(f"{len(fill)} requests prefilled in {batch.fill_seconds:.1f} s")
-            for schedule in self._schedules:
-                self._use(schedule)
-                if schedule == AUTO and _steps_by_schedule(self._llm):  # there is a choice
-                    batch.wait(CHOICE_SECONDS)
-                runs.append(batch.measure(self._steady_seconds))
-                say(throughput.steady_line(runs[-1].state))
+            for turn in range(rounds):
+                for schedule, mine in zip(self._schedules, windows, strict=True):
+                    self._use(schedule)
+                    if schedule == AUTO and turn == 0 and _steps_by_schedule(self._llm):
+                        batch.wait(CHOICE_SECONDS)
+                    mine.append(batch.measure(self._steady_seconds / rounds))
+                    say(throughput.steady_line(mine[-1].state))
+            runs = [SteadyMeasurement.together(mine) for mine in windows]
             if profiler is not None:
                 profiles = [
                     self._profile(schedule, batch, profiler) for schedule in self._schedules
@@ -225,8 +228,6 @@ class _Runner:
     def _profile(
         self, schedule: Schedule | str | None, batch: SteadyBatch, profiler: Profiler
     ) -> tuple[Profile | None, str | None]:
-        if schedule == AUTO and len(self._schedules) > 1:
-            return None, "another schedule was set before"
         self._use(schedule)
         return batch.profile(profiler)
 
@@ -238,8 +239,7 @@ class _Runner:
             rates=_rates(run, batch.fill_requests) | {"matrix_tflops": tflops},
             kernels=result.kernels(profile, why),
             text=[throughput.steady_line(run.state)],
-            begin=run.begin,
-            seconds=run.state.seconds,
+            spans=run.spans,
             tokens_per_second=run.state.tokens_per_second,
             phases={"fill": batch.fill_seconds, "window": run.state.seconds},
         )
@@ -248,8 +248,7 @@ class _Runner:
         if schedule is None:
             return
         say(f"schedule {_name(schedule)}")
-        if isinstance(schedule, Schedule):
-            self._sync_llm.set_schedule(schedule)
+        self._sync_llm.set_schedule(schedule)
 
 
 def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None, str | None]:

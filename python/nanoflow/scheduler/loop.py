@@ -100,12 +100,13 @@ class SchedulerLoop:
             self._inbox.forgets_prefixes = True
             self._inbox.changed.notify()
 
-    def use_schedule(self, option: Option) -> None:
-        """Steps run with this schedule from now on. Returns when the next one will.
+    def use_schedule(self, option: Option, is_choice: bool = False) -> None:
+        """Steps run with this schedule from now on; with `is_choice` it is where the chooser goes
+        on from. Returns when the next step will.
 
         Raises EngineError when the schedule does not fit the engine, or the loop is closed.
         """
-        self._call(lambda worker: worker.use(option))
+        self._call(lambda worker: worker.use(option, is_choice))
 
     def sleep(self, level: int) -> None:
         """See LLM.sleep."""

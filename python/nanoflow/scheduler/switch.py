@@ -13,7 +13,7 @@ from nanoflow.scheduler.stats import Counters
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    option: int
+    option: int | None  # None: not chosen
     mix: Mix
     time: float  # seconds of time.perf_counter
 
@@ -26,6 +26,7 @@ class ScheduleSwitch:
         self, chooser: Chooser | None, engine: Engine, policy: Policy, counters: Counters
     ) -> None:
         self._chooser, self._engine, self._policy = chooser, engine, policy
+        self._is_choosing = chooser is not None
         self._counters = counters
         if chooser is not None:
             counters.schedules = {option.name: 0 for option in chooser.options}
@@ -34,15 +35,17 @@ class ScheduleSwitch:
         self._started: deque[_Started] = deque()  # oldest first
         self._last_done = 0.0  # seconds of time.perf_counter
 
-    def use(self, option: Option) -> None:
-        """From the next step on, and nothing is chosen any more. Raises EngineError on a schedule
-        that does not fit the engine, which goes on as before then."""
+    def use(self, option: Option, is_choice: bool) -> None:
+        """From the next step on, and nothing is chosen any more; with `is_choice` the chooser goes
+        on from it, if there is one. Raises EngineError on a schedule that does not fit the engine,
+        which goes on as before then."""
         self._follow(option)
-        self._chooser = None
+        self._option = None
+        self._is_choosing = is_choice and self._chooser is not None
 
     def prepare(self) -> None:
         """Before a step is planned, which will be much like the last one."""
-        if self._chooser is None:
+        if self._chooser is None or not self._is_choosing:
             return
         number = self._chooser.choose(self._mix)
         if number == self._option:
@@ -57,13 +60,13 @@ class ScheduleSwitch:
     def start(self, mix: Mix, time: float) -> None:
         """A step has been submitted."""
         self._mix = mix
-        self._started.append(_Started(self._option or 0, mix, time))
+        self._started.append(_Started(self._option, mix, time))
 
     def complete(self, time: float) -> None:
         """The oldest step is done. One that was queued while the step before it ran took all the
         time since that was done."""
         step = self._started.popleft()
-        if self._chooser is not None:
+        if self._chooser is not None and step.option is not None:
             self._counters.schedules[self._chooser.options[step.option].name] += 1
             if step.time <= self._last_done:
                 self._chooser.observe(step.option, step.mix, time - self._last_done)

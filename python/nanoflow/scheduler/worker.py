@@ -144,9 +144,9 @@ class Worker:
         else:
             done.set_result(None)
 
-    def use(self, option: Option) -> None:
-        """Steps run with this schedule from now on."""
-        self._switch.use(option)
+    def use(self, option: Option, is_choice: bool) -> None:
+        """Steps run with this schedule from now on, or with what is chosen from then on."""
+        self._switch.use(option, is_choice)
 
     def sleep(self, level: int) -> None:
         """See LLM.sleep."""
