@@ -7,13 +7,14 @@ the device warms up and the load may still grow, which is not to count against t
 first. From then on each step runs with the schedule whose corrected prediction for that very step
 is best, for some minutes. So few requests get the plan for few requests, a load may grow after the
 trials, and the tables that predictions come from need not be exact. Steps are corrected, and
-schedules tried, in groups: by how many rows they have, by how many of those decode, and, more
-coarsely, by how many keys they read.
+schedules tried, in groups of steps that are alike. A group is known by its first step, and goes on
+while steps are like that one or, now and then, are not: a load that varies has one group.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ SETTLE_STEPS = 8  # of a turn that are not measured: graphs are captured, power 
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
 STANDING = 4  # at most
+WORTH_A_SWITCH = 1.01  # times what the best option takes: what is in use stays otherwise
+# Of two steps that are alike: times the rows, times the keys, and parts of the rows that decode.
+ROWS_APART, KEYS_APART, DECODING_APART = 1.5, 3.0, 0.25
+PATIENCE = 16  # steps in a row that are unlike a group's before it is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,19 @@ class Mix:
     rows: int
     decodes: int = 0  # rows of them
     keys: int = 0  # that all requests of the step have in the KV cache
+
+    @property
+    def decoding(self) -> float:
+        """Part of the rows."""
+        return self.decodes / max(1, self.rows)
+
+    def distance(self, other: Mix) -> float:
+        """At most 1 where both are alike."""
+        return max(
+            _apart(self.rows, other.rows, ROWS_APART),
+            _apart(self.keys, other.keys, KEYS_APART),
+            abs(self.decoding - other.decoding) / DECODING_APART,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +108,7 @@ class _Trial:
 
 @dataclass(slots=True)
 class _Group:
+    first: Mix
     trials: defaultdict[int, _Trial] = field(default_factory=lambda: defaultdict(_Trial))
     seconds: float = 0.0  # of steps with options that have been tried
 
@@ -105,28 +124,37 @@ class Chooser:
         self._predict = predict
         self._always = always
         self._memo: dict[tuple[int, Mix], float] = {}
-        self._groups: defaultdict[tuple[int, int, int], _Group] = defaultdict(_Group)
+        self._groups: list[_Group] = []
+        self._kept = -1  # the option in use since what was tried decides
+        self._group: _Group | None = None  # that is going on
+        self._unlike = 0  # steps in a row
 
     def choose(self, mix: Mix) -> int:
         """The option for a step that will be much like `mix`."""
         standing = self._standing(mix)
         if len(standing) == 1:
             return next(iter(standing))
-        trials = self._groups[_key(mix)].trials
+        trials = self._group_of(mix).trials
         if untried := [number for number in standing if not trials[number].is_over]:
             # A turn that has begun is ended; then those that have had fewer are next.
             return min(untried, key=lambda n: (len(trials[n].turns), not trials[n].in_turn))
-        return min(standing, key=lambda number: standing[number] * trials[number].correction)
+        times = {number: standing[number] * trials[number].correction for number in standing}
+        best = min(times, key=lambda number: times[number])
+        if self._kept not in times or times[self._kept] > WORTH_A_SWITCH * times[best]:
+            self._kept = best
+        return self._kept
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
         """A step ran with an option and took so long, nothing else running on the device."""
-        key = _key(mix)
-        group = self._groups[key]
+        group = self._group
+        if group is None or group.first.distance(mix) > 1:
+            return
         trial = group.trials[number]
         if trial.is_over:
             group.seconds += seconds
             if group.seconds >= KEEP_SECONDS:
-                del self._groups[key]
+                self._groups.remove(group)
+                self._group = None
             return
         trial.measure(seconds, self._expected(number, mix))
         if trial.is_over:
@@ -138,6 +166,19 @@ class Chooser:
                 mix.rows,
                 mix.decodes,
             )
+
+    def _group_of(self, mix: Mix) -> _Group:
+        """That of a step to come."""
+        group = self._group
+        self._unlike = self._unlike + 1 if group and group.first.distance(mix) > 1 else 0
+        if group is None or self._unlike > PATIENCE:
+            alike = [other for other in self._groups if other.first.distance(mix) <= 1]
+            if not alike:
+                alike = [_Group(mix)]
+                self._groups += alike
+            group = min(alike, key=lambda other: other.first.distance(mix))
+            self._group, self._unlike = group, 0
+        return group
 
     def _standing(self, mix: Mix) -> dict[int, float]:
         """What is predicted of those that stand, the best first."""
@@ -156,11 +197,9 @@ class Chooser:
         return self._memo[number, like] * mix.rows / max(1, like.rows)
 
 
-def _key(mix: Mix) -> tuple[int, int, int]:
-    """Of its group. Full steps have as many rows as a power of two or a few less, and about half of
-    them decode: neither lies at a border of groups."""
-    decoding = round(4 * mix.decodes / max(1, mix.rows))
-    return (max(0, mix.rows - 1).bit_length(), mix.keys.bit_length() // 2, decoding)
+def _apart(a: int, b: int, limit: float) -> float:
+    """0 where both are the same, 1 where one is `limit` times the other."""
+    return abs(math.log((a + 1) / (b + 1))) / math.log(limit)
 
 
 def _rounded(count: int) -> int:
