@@ -74,24 +74,27 @@ inline void load_block(const BlockRows<BFloat16>& rows, const DotBuffers& b, int
   }
 }
 
+/// sums += products of a part of kQueries queries, D apart, with that of four keys.
+template <int kQueries, typename LoadPart>
+[[gnu::always_inline]] inline void add_products(const BFloat16* q, int64_t D,
+                                                const BFloat16* const* keys, int64_t d,
+                                                const LoadPart& part, Vec (&sums)[kQueries][4]) {
+  __m512i query[kQueries];
+#pragma GCC unroll 4
+  for (int i = 0; i < kQueries; ++i) query[i] = part(q + i * D + d);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i key = part(keys[j] + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < kQueries; ++i) sums[i][j] = add_dots(sums[i][j], query[i], key);
+  }
+}
+
 /// products[i][j] = query i · key j for the whole vectors that hold keys [begin, n). Heads have
 /// kParts vectors, or where that is 0 as many as D takes.
 template <int kQueries, int kParts>
 void multiply_keys(const BFloat16* q, int64_t D, const BlockRows<BFloat16>& rows, int begin, int n,
                    float* products) {
-  const auto add = [&](int64_t d, const BFloat16* const* keys, auto part, Vec(&sums)[kQueries][4])
-                       __attribute__((always_inline)) {
-                         __m512i query[kQueries];
-#pragma GCC unroll 4
-                         for (int i = 0; i < kQueries; ++i) query[i] = part(q + i * D + d);
-#pragma GCC unroll 4
-                         for (int j = 0; j < 4; ++j) {
-                           const __m512i key = part(keys[j] + d);
-#pragma GCC unroll 4
-                           for (int i = 0; i < kQueries; ++i)
-                             sums[i][j] = add_dots(sums[i][j], query[i], key);
-                         }
-                       };
   for (int first = begin - begin % kLanes; first < n; first += kLanes) {
     Vec fours[kQueries][4];
 #pragma GCC unroll 4
@@ -105,11 +108,13 @@ void multiply_keys(const BFloat16* q, int64_t D, const BlockRows<BFloat16>& rows
       if constexpr (kParts > 0) {
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
-          add(part * kPart, keys, [](const BFloat16* p) { return _mm512_loadu_si512(p); }, sums);
+          const auto whole = [](const BFloat16* p) { return _mm512_loadu_si512(p); };
+          add_products(q, D, keys, part * kPart, whole, sums);
         }
       } else {
         for (int64_t d = 0; d < D; d += kPart) {
-          add(d, keys, [=](const BFloat16* p) { return load_part(p, D - d); }, sums);
+          const auto rest = [=](const BFloat16* p) { return load_part(p, D - d); };
+          add_products(q, D, keys, d, rest, sums);
         }
       }
 #pragma GCC unroll 4
