@@ -28,7 +28,7 @@ struct Dot : Avx512 {
   static void multiply_add(Sum& sum, Operand x, Operand w) { sum = _mm512_dpbf16_ps(sum, x, w); }
 };
 
-constexpr int64_t kFewRows = 24;                // for which packing does not pay
+constexpr int64_t kFewRows = 2;                 // for which packing does not pay
 constexpr int kPlaces = 16;                     // of pairs in a step of K
 constexpr int64_t kMostTiles = 4;               // tiles of activations multiplied at a time
 constexpr int64_t kPanel = kMostTiles * kTile;  // rows of them
