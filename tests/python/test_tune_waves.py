@@ -134,10 +134,10 @@ def loads_of(workload: str, run: dict[str, Any]) -> list[tuple[float, Load]]:
 @pytest.mark.parametrize("workload", CONTEXTS)
 def test_steps_of_five_workloads_are_predicted_as_measured(workload: str) -> None:
     """The built-in schedules within 5 %, though each workload had another GPU, of which some are
-    5 % slower; 8 % where the lanes are not those that were measured, and of lmsys, whose steps
-    often lack the prompts for a whole tile."""
+    5 % slower; 8 % where the lanes are not those that were measured, and of halves of lmsys,
+    whose steps often lack the prompts for a whole tile."""
     for name, (predicted, measured) in steps_of(workload).items():
-        is_known = name in BUILT_IN and workload != "lmsys"
+        is_known = name in BUILT_IN and (workload, name) != ("lmsys", "nano")
         assert predicted == pytest.approx(measured, rel=0.05 if is_known else 0.08)
 
 

@@ -42,9 +42,8 @@ def fill_lengths(
 
     They are prefilled in this order, with what those before them leave of a step's rows by
     decoding, and where pages are short no faster than a long queue is let in (scheduler.admission).
-    A request generates
-    from its own prefill until the last one's, so it begins with so many tokens less than it is to
-    have then, or with none.
+    A request generates from its own prefill until the last one's, so it begins with so many tokens
+    less than it is to have then, or with none.
     """
     inputs, outputs = _columns(lengths)
     num_tokens = limits.num_pages * limits.page_size

@@ -27,8 +27,8 @@ from nanoflow.metrics import Counter
 from nanoflow.schedule import AUTO
 from nanoflow.scheduler.choose import STANDING, TURN_SECONDS, TURNS
 
-# Until "auto" has tried what it chooses from, with what is not measured of each turn.
 ROUNDS = 3  # in which several schedules take turns
+# Until "auto" has tried what it chooses from, with what is not measured of each turn.
 CHOICE_SECONDS = 1.7 * STANDING * TURNS * TURN_SECONDS
 
 
