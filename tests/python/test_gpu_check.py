@@ -68,3 +68,12 @@ def test_commands_name_files_that_exist(tmp_path, name):
         outputs += (str(tmp_path / "tuned"),)
         paths = [word for word in step.command if word.startswith("/")]
         assert [p for p in paths if not p.startswith(outputs) and not Path(p).exists()] == []
+
+
+def test_the_time_of_a_section_can_be_chosen(tmp_path, monkeypatch):
+    slow = [Step(python("import time; time.sleep(60)"))]
+    monkeypatch.setattr(gpu_check, "SECTIONS", {"slow": lambda options: slow})
+    flags = ["--output-dir", str(tmp_path), "--device", "cpu", "--section-seconds", "0.5"]
+    assert gpu_check.main(flags) == 1
+    [step] = json.loads((tmp_path / "gpu_check.json").read_text())["sections"]["slow"]
+    assert step["returncode"] is None and step["seconds"] < 30
