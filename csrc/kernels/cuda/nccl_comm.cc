@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <shared_mutex>
+#include <thread>
 #include <utility>
 
 #include "core/error.h"
@@ -75,11 +76,16 @@ class Group {
     fn(comms_.at(ctas)[rank]);
   }
 
+  /// Every communicator is told to end what it runs, and is freed once no graph uses it any more.
+  /// NCCL waits for that, for ever where a device has failed for good: so it does in threads that
+  /// nobody joins. Those own what they use.
   std::exception_ptr abort(std::exception_ptr cause) {
     const std::exception_ptr first = meeting_.abort(std::move(cause));
     const std::unique_lock lock(mutex_);
-    for (const auto& [width, comms] : comms_) {
-      for (NcclComm* comm : comms) api_.comm_abort(comm);
+    for (auto& [width, comms] : comms_) {
+      std::thread([api = api_, comms = std::move(comms)] {
+        for (NcclComm* comm : comms) api.comm_abort(comm);
+      }).detach();
     }
     comms_.clear();
     return first;

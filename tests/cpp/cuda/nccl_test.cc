@@ -1,8 +1,12 @@
 #include <cuda_runtime_api.h>
 #include <doctest/doctest.h>
 
+#include <chrono>
+#include <future>
+#include <memory>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/error.h"
@@ -86,4 +90,26 @@ TEST_CASE("what was aborted stays so") {
   const Tensor x(memory.data(), DType::kF32, backend->device(), {1, 16});
   CHECK_THROWS_WITH_AS(backend->kernels().run(AllReduce{.x = x}, *lane), "trouble elsewhere",
                        Error);
+}
+
+TEST_CASE("an abort does not wait for the graphs of collectives") {
+  const auto backend = gpu_with_nccl();
+  if (backend == nullptr) return;
+  const auto lane = backend->make_lane(8);
+  backend->communicator().prepare(lane->width());
+  const Buffer memory = backend->allocate(64);
+  const Tensor x(memory.data(), DType::kF32, backend->device(), {1, 16});
+  NF_CUDA_CHECK(cudaMemset(x.bytes(), 0, x.span_bytes()));
+  const auto run = [&] { backend->kernels().run(AllReduce{.x = x}, *lane); };
+  run();  // what connects the ranks is not captured
+  const auto graph = backend->capture(*lane, run);
+  graph->launch(*lane);
+  std::promise<void> returned;
+  std::future<void> done = returned.get_future();
+  std::thread([backend, returned = std::move(returned)]() mutable {
+    backend->communicator().abort(std::make_exception_ptr(Error("trouble elsewhere")));
+    returned.set_value();
+  }).detach();
+  CHECK(done.wait_for(std::chrono::seconds(30)) == std::future_status::ready);
+  CHECK_THROWS_WITH_AS(run(), "trouble elsewhere", Error);
 }
