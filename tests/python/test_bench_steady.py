@@ -8,7 +8,9 @@ import pytest
 from nanoflow.bench.datasets import Lengths
 from nanoflow.bench.fill import fill_lengths, running_requests
 from nanoflow.bench.steady import SteadyState, steady_state, together, window
+from nanoflow.bench.steady_run import CHOSEN_SECONDS, trials_are_over
 from nanoflow.config import EngineLimits
+from nanoflow.scheduler.stats import StepStats
 
 
 @dataclass
@@ -156,3 +158,22 @@ def test_requests_that_end_during_the_fill_begin_anew():
     rng = np.random.default_rng(0)
     fill = fill_lengths([Lengths(1000, 4)], 100, replace(LIMITS, max_num_batched_tokens=128), rng)
     assert fill[0] == Lengths(1000, 4)
+
+
+@pytest.mark.parametrize(
+    ("trials", "steps"),
+    [
+        ([True] * 6 + [False] * 9, 6 + 2),
+        ([False, True] * 3 + [False] * 9, 6 + 2),
+        ([False, False, False, True], 3),
+        ([True, False] * 9, None),
+        ([], None),
+    ],
+)
+def test_trials_are_over_when_none_is_seen_for_a_while(trials, steps):
+    log = [
+        StepStats(i, 7 + i * CHOSEN_SECONDS / 2, 8, 8, 8, 8, 8, 8, 0.001, is_trial)
+        for i, is_trial in enumerate(trials)
+    ]
+    over = [count for count in range(len(log) + 1) if trials_are_over(log[:count])]
+    assert (over[0] if over else None) == steps

@@ -19,6 +19,7 @@ from nanoflow.scheduler.choose import (
     Option,
 )
 from nanoflow.scheduler.deal import Dealer
+from nanoflow.scheduler.stats import StepStats
 from test_loop import VOCAB_SIZE, check_nothing_leaked
 from test_loop import serve as serve_loop
 
@@ -49,7 +50,11 @@ def serve(chooser: Chooser, mix: Mix, speed: dict[int, float], steps: int) -> li
 def test_those_near_the_best_are_tried_and_the_fastest_is_kept() -> None:
     chooser = Chooser(options(4), predict)
     speed = {0: 1.0, 1: 0.9, 2: 1.1}
-    chosen = serve(chooser, FULL, speed, 400)
+    assert not chooser.is_trying
+    chosen = serve(chooser, FULL, speed, 100)
+    assert chooser.is_trying
+    chosen += serve(chooser, FULL, speed, 300)
+    assert not chooser.is_trying
     begins = [i for i, n in enumerate(chosen) if i == 0 or n != chosen[i - 1]]
     assert [chosen[i] for i in begins] == [0, 1, 2] * TURNS + [1]
     for (begin, end), number in zip(pairwise(begins), [0, 1, 2] * TURNS, strict=True):
@@ -211,6 +216,7 @@ class Restless(Chooser):
 
     def choose(self, mix: Mix) -> int:
         self.steps += 1
+        self.is_trying = self.steps % 2 == 0
         return self.steps % len(self.options)
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
@@ -220,12 +226,17 @@ class Restless(Chooser):
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
 def test_requests_do_not_notice_that_schedules_change(steps_in_flight: int) -> None:
     chooser = Restless()
-    service = serve_loop(steps_in_flight=steps_in_flight, chooser=chooser)
+    heard: list[StepStats] = []
+    service = serve_loop(
+        steps_in_flight=steps_in_flight, chooser=chooser, step_listener=heard.append
+    )
     requests = [service.request(i, prompt_len=3 + i) for i in range(12)]
     service.loop.submit(requests)
     for name, request in service.wait(len(requests)).items():
         tokens, reason, _ = expected_output(requests[int(name)], VOCAB_SIZE)
         assert (request.output_token_ids, request.finish_reason) == (tokens, reason)
+    trials = [stats.is_trial for stats in heard]
+    assert trials == [i % 2 == 1 for i in range(len(trials))]
     segments = {len(batch.segment_requests) - 1 for batch in service.engine.batches}
     assert segments == {1, 2, 4}
     check_nothing_leaked(service)

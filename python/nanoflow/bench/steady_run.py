@@ -15,6 +15,8 @@ from nanoflow.llm import LLM
 from nanoflow.scheduler.stats import StepStats
 
 SETTLE_SECONDS = 2.0  # between the last prefill of the fill and the window
+CHOICE_SECONDS = 90.0  # at most, for schedules to be tried
+CHOSEN_SECONDS = 2.0  # without a trial: all are over
 PROFILE_STEPS = 24
 TRACED_STEPS = 3  # before them
 
@@ -31,6 +33,14 @@ class SteadyMeasurement:
         running = sum(part.mean_running * part.state.steps for part in parts)
         spans = tuple(span for part in parts for span in part.spans)
         return SteadyMeasurement(state, spans, running / state.steps)
+
+
+def trials_are_over(steps: Sequence[StepStats]) -> bool:
+    """Whether schedules were tried in none of these steps for a while."""
+    if not steps:
+        return False
+    trials = [step.time_done for step in steps if step.is_trial]
+    return steps[-1].time_done - (trials or [steps[0].time_done])[-1] >= CHOSEN_SECONDS
 
 
 class StepLog:
@@ -64,6 +74,18 @@ class StepLog:
     def wait_for_time(self, time: float) -> None:
         """Until a step has completed at that time of time.perf_counter."""
         self._wait(lambda: bool(self.steps) and self.steps[-1].time_done >= time)
+
+    def wait_for_choice(self, time: float) -> bool:
+        """Until no schedule has been tried for a while, or a step completes at that time of
+        time.perf_counter; whether it is the former."""
+        begin = len(self.steps)
+        self._wait(
+            lambda: (
+                trials_are_over(self.steps[begin:])
+                or (bool(self.steps) and self.steps[-1].time_done >= time)
+            )
+        )
+        return trials_are_over(self.steps[begin:])
 
     def _wait(self, is_there: Callable[[], bool]) -> None:
         """Raises ValueError when the run ends, or has nobody waiting: it is steady no more."""
@@ -127,6 +149,10 @@ class SteadyBatch:
 
     def wait(self, seconds: float) -> None:
         self._log.wait_for_time(perf_counter() + seconds)
+
+    def wait_for_choice(self) -> bool:
+        """Whether the trials of schedules are over in time."""
+        return self._log.wait_for_choice(perf_counter() + CHOICE_SECONDS)
 
     def settle(self) -> None:
         """Until power and clock are those of what runs now."""

@@ -25,11 +25,8 @@ from nanoflow.config import EngineArgs
 from nanoflow.llm import LLM
 from nanoflow.metrics import Counter
 from nanoflow.schedule import AUTO
-from nanoflow.scheduler.choose import STANDING, TURN_SECONDS, TURNS
 
 ROUNDS = 3  # in which several schedules take turns
-# Until "auto" has tried what it chooses from, with what is not measured of each turn.
-CHOICE_SECONDS = 1.7 * STANDING * TURNS * TURN_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +209,8 @@ class _Runner:
             for turn in range(rounds):
                 for schedule, mine in zip(self._schedules, windows, strict=True):
                     self._use(schedule)
-                    if schedule == AUTO and turn == 0 and _steps_by_schedule(self._llm):
-                        batch.wait(CHOICE_SECONDS)
+                    if turn == 0 and self._is_choosing(schedule) and not batch.wait_for_choice():
+                        say("schedules are still being tried")
                     mine.append(batch.measure(self._steady_seconds / rounds))
                     say(throughput.steady_line(mine[-1].state))
             runs = [SteadyMeasurement.together(mine) for mine in windows]
@@ -243,6 +240,10 @@ class _Runner:
             tokens_per_second=run.state.tokens_per_second,
             phases={"fill": batch.fill_seconds, "window": run.state.seconds},
         )
+
+    def _is_choosing(self, schedule: Schedule | str | None) -> bool:
+        """Whether there is something to try."""
+        return schedule in (None, AUTO) and bool(_steps_by_schedule(self._llm))
 
     def _use(self, schedule: Schedule | str | None) -> None:
         if schedule is None:

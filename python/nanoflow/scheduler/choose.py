@@ -128,14 +128,17 @@ class Chooser:
         self._kept = -1  # the option in use since what was tried decides
         self._group: _Group | None = None  # that is going on
         self._unlike = 0  # steps in a row
+        self.is_trying = False  # with the option that was chosen last
 
     def choose(self, mix: Mix) -> int:
         """The option for a step that will be much like `mix`."""
         standing = self._standing(mix)
+        self.is_trying = False
         if len(standing) == 1:
             return next(iter(standing))
         trials = self._group_of(mix).trials
         if untried := [number for number in standing if not trials[number].is_over]:
+            self.is_trying = True
             # A turn that has begun is ended; then those that have had fewer are next.
             return min(untried, key=lambda n: (len(trials[n].turns), not trials[n].in_turn))
         times = {number: standing[number] * trials[number].correction for number in standing}

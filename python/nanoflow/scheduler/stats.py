@@ -26,6 +26,7 @@ class StepStats:
     waiting: int
     free_pages: int
     scheduler_seconds: float  # all work on this step in Python, none of it waiting
+    is_trial: bool = False  # of its schedule, which is being chosen
 
 
 StepListener = Callable[[StepStats], None]

@@ -14,6 +14,7 @@ from nanoflow.scheduler.stats import Counters
 @dataclass(frozen=True, slots=True)
 class _Started:
     option: int | None  # None: not chosen
+    is_trial: bool
     mix: Mix
     time: float  # seconds of time.perf_counter
 
@@ -60,17 +61,20 @@ class ScheduleSwitch:
     def start(self, mix: Mix, time: float) -> None:
         """A step has been submitted."""
         self._mix = mix
-        self._started.append(_Started(self._option, mix, time))
+        chooser = self._chooser if self._option is not None else None
+        is_trial = chooser is not None and chooser.is_trying
+        self._started.append(_Started(self._option, is_trial, mix, time))
 
-    def complete(self, time: float) -> None:
+    def complete(self, time: float) -> bool:
         """The oldest step is done. One that was queued while the step before it ran took all the
-        time since that was done."""
+        time since that was done. Returns whether its schedule was being tried."""
         step = self._started.popleft()
         if self._chooser is not None and step.option is not None:
             self._counters.schedules[self._chooser.options[step.option].name] += 1
             if step.time <= self._last_done:
                 self._chooser.observe(step.option, step.mix, time - self._last_done)
         self._last_done = time
+        return step.is_trial
 
     def forget(self) -> None:
         """The steps on their way have failed."""

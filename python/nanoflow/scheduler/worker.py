@@ -214,7 +214,7 @@ class Worker:
             self._idle.waited(time_done)
             is_last = not self._in_flight
             self._copies.after_wait(oldest.step, oldest.submit_time, is_last=is_last)
-        self._switch.complete(time_done)
+        is_trial = self._switch.complete(time_done)
         self._state.complete_step(oldest.step, result, time_done)
         seconds = oldest.seconds + perf_counter() - time_done
         self._state.counters.step_times.add(seconds)
@@ -233,6 +233,7 @@ class Worker:
                 waiting=self._state.num_waiting,
                 free_pages=self._state.pages.num_free,
                 scheduler_seconds=seconds,
+                is_trial=is_trial,
             )
         )
 
