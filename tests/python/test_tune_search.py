@@ -336,6 +336,8 @@ def test_the_clock_settles_where_power_meets_the_cap(exponent: float) -> None:
 
 def test_tables_are_kept_as_json(tmp_path: Path) -> None:
     table = dataclasses.replace(made_up_table(), slowdown={("compute", "memory"): 1.25})
+    general = dataclasses.replace(table.products[0], is_general=True)
+    table = dataclasses.replace(table, products=(general, *table.products[1:]))
     path = tmp_path / "table.json"
     save_table(table, path)
     assert load_table(path) == table

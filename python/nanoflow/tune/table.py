@@ -240,7 +240,8 @@ def table_from_json(content: Mapping[str, Any]) -> OpTable:
     """Raises KeyError or TypeError where it is no table."""
     fields = dict(content)
     fields["products"] = tuple(
-        Product(p["features"], p["depth"], _entries(p["entries"])) for p in content["products"]
+        Product(**{**product, "entries": _entries(product["entries"])})
+        for product in content["products"]
     )
     for name in ("decode", "prefill", "rows"):
         fields[name] = _entries(content[name])
