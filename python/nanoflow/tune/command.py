@@ -21,12 +21,13 @@ from nanoflow.devices import make_backends
 from nanoflow.loading import open_checkpoint
 from nanoflow.mixed_step import PAGE_SIZE, StepMix, capacities, deal_step
 from nanoflow.schedule import built_in_schedule, schedule_to_json
-from nanoflow.tune.costs import CostModel, shape_of
+from nanoflow.tune.calibrate import calibrated
+from nanoflow.tune.costs import CostModel
 from nanoflow.tune.measure import Run, Runner
-from nanoflow.tune.profile import Device, Grid, load_of, profile
+from nanoflow.tune.profile import Device, Grid, load_of, measured_step, profile
 from nanoflow.tune.results import device_name, key_of, save_result
 from nanoflow.tune.search import Candidate, memory_widths, search
-from nanoflow.tune.table import MeasuredStep, OpTable, save_table, table_to_json
+from nanoflow.tune.table import OpTable, save_table, table_to_json
 
 ENGINE_FLAGS = (
     "model",
@@ -206,18 +207,15 @@ def _tune(
             backend.row_granularity,
             kernels="cuda" if kind == "cuda" else "",
         )
-        table = profile(measure, spec, device, grid, _origin(telemetry))
+        found = profile(measure, spec, device, grid, _origin(telemetry))
+        table = calibrated(found, spec)
         if options.table is not None:
             save_table(table, options.table)  # should what follows fail
         candidates = search(CostModel(table, spec), load_of(grid.full), options.candidates)
         results = [Result(one, measure(one.schedule, grid.full)) for one in candidates]
     results.sort(key=lambda result: result.run.us)
-    load = asdict(load_of(grid.full))
-    steps = tuple(
-        MeasuredStep(shape_of(spec), schedule_to_json(r.candidate.schedule), load, r.run.us)
-        for r in results
-    )
-    return Tuned(replace(table, steps=steps), results)
+    steps = tuple(measured_step(spec, r.candidate.schedule, grid.full, r.run) for r in results)
+    return Tuned(calibrated(replace(found, steps=found.steps + steps), spec), results)
 
 
 def _origin(telemetry: Telemetry) -> dict[str, str]:

@@ -10,18 +10,18 @@ as many prompt rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from statistics import linear_regression, mean
 
 from nanoflow import _core
 from nanoflow.mixed_step import StepMix, deal_step
-from nanoflow.schedule import built_in_schedule
-from nanoflow.tune.costs import CostModel, Load, Spec
+from nanoflow.schedule import built_in_schedule, schedule_to_json
+from nanoflow.tune.costs import CostModel, Load, Spec, shape_of
 from nanoflow.tune.measure import Run
 from nanoflow.tune.program import parts_of
 from nanoflow.tune.search import parted, ping_pong
-from nanoflow.tune.table import Entry, OpTable, Product
+from nanoflow.tune.table import Entry, MeasuredStep, OpTable, Product
 
 Measure = Callable[[_core.Schedule, StepMix], Run]
 STAGES_OF_PRODUCTS = ("qkv", "o", "mlp")
@@ -95,8 +95,8 @@ class Device:
 def profile(
     measure: Measure, spec: Spec, device: Device, grid: Grid, origin: Mapping[str, str]
 ) -> OpTable:
-    """Runs the grid. Raises EngineError on widths that the device does not have, ValueError on a
-    model whose layers are not dense."""
+    """Runs the grid; the table's steps are those of two halves in ping-pong. Raises EngineError on
+    widths that the device does not have, ValueError on a model whose layers are not dense."""
     profiler = _Profiler(spec)
     runs: list[Run] = []
     whole: list[tuple[StepMix, Run]] = []  # decodes on all of the device
@@ -139,11 +139,20 @@ def profile(
         energy_exponent=_energy_exponent([run for _, run in pairs], device.idle_watts),
         row_granularity=device.row_granularity,
         kernels=device.kernels,
+        steps=tuple(
+            measured_step(spec, ping_pong(width, device.width), grid.full, run)
+            for width, run in pairs
+        ),
     )
     for mix, run in whole:
         profiler.add_decode(run, mix, device.width, profiler.watts_of_decode(table, mix, run))
     table = replace(table, decode=tuple(profiler.found.decode))
     return replace(table, slowdown=_slowdown(table, spec, grid.full, pairs))
+
+
+def measured_step(spec: Spec, schedule: _core.Schedule, mix: StepMix, run: Run) -> MeasuredStep:
+    load = asdict(load_of(mix))
+    return MeasuredStep(shape_of(spec), schedule_to_json(schedule), load, run.us)
 
 
 class _Profiler:
