@@ -4,7 +4,8 @@
     python bench/gpu_check.py --output-dir check --only throughput     # one of them
 
 Every section ends within --section-seconds. What fails does not keep the rest from running, but the
-exit code is 1. nanoflow must be importable; --build-dir names a CMake build folder with the C++
+exit code is 1. What ran before in the same folder stays in the JSON, if it was the same commit on
+the same device. nanoflow must be importable; --build-dir names a CMake build folder with the C++
 tests and the kernels' library, which are left out without.
 """
 
@@ -182,6 +183,15 @@ def run_command(command: Sequence[str], seconds: float) -> tuple[int | None, str
     return ended.returncode, ended.stdout
 
 
+def earlier_sections(path: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the same commit on the same device, as the file has them."""
+    if not path.exists():
+        return {}
+    earlier: dict[str, Any] = json.loads(path.read_text())
+    is_same = all(earlier[name] == report[name] for name in ("device", "commit", "versions"))
+    return earlier["sections"] if is_same else {}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -200,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": _core.Backend(options.device).description,
         "commit": options.commit or environment.commit(),
         "versions": environment.versions(),
-        "sections": {},
     }
+    report["sections"] = earlier_sections(path, report)
     failed = 0
     for name in options.only:
         print(f"=== {name}", flush=True)

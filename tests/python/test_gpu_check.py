@@ -50,6 +50,18 @@ def test_sections_can_be_chosen(tmp_path, monkeypatch):
     assert ran == ["c", "a"]
 
 
+@pytest.mark.parametrize(("commit", "expected"), [("abc", ["a", "b"]), ("abd", ["b"])])
+def test_sections_of_one_commit_gather_in_one_file(tmp_path, monkeypatch, commit, expected):
+    sections = {name: lambda options: [Step(python("print('good')"))] for name in "ab"}
+    monkeypatch.setattr(gpu_check, "SECTIONS", sections)
+    flags = ["--output-dir", str(tmp_path), "--device", "cpu"]
+    assert gpu_check.main([*flags, "--commit", "abc", "--only", "a"]) == 0
+    assert gpu_check.main([*flags, "--commit", commit, "--only", "b"]) == 0
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert (report["commit"], list(report["sections"])) == (commit, expected)
+    assert report["sections"]["b"][0]["output_tail"] == ["good"]
+
+
 @pytest.mark.parametrize("name", gpu_check.SECTIONS)
 def test_commands_name_files_that_exist(tmp_path, name):
     (tmp_path / "libnanoflow_cuda_kernels.so").touch()
