@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow import _core
+from nanoflow.bench.environment import command_line
 
 ROWS = (16, 64, 256, 512, 1024, 2048)  # of a step; each goes to `active` experts
 SECONDS = 1.5  # of a run, the first half dropped
@@ -98,7 +99,7 @@ def main() -> None:
     content = {
         "device": _core.Backend(device).description,
         "commit": sys.argv[2],
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "results": results,
     }
     Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from nanoflow.bench.environment import command_line
 from nanoflow.bench.telemetry import Telemetry
 
 
@@ -19,7 +19,7 @@ def environment(commit: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "commit": commit,
-        "command": f"python {sys.argv[0]}",
+        "command": command_line(),
         "seed": torch.initial_seed(),
     }
 
