@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ CONTEXTS = {  # keys that a decode and a prompt's row read, in the mean of the w
     "512x1024-auto": (1024, 256),
     "1024x512": (1280, 512),
     "sharegpt": (513, 741),
+    "sharegpt-again": (513, 741),
     "lmsys": (301, 191),
+    "lmsys-again": (301, 191),
 }
 # What searches had chosen: counts of parts, width of attention's lane. On 40 SMs, and in quarters,
 # attention was never measured alone.
@@ -133,12 +137,14 @@ def loads_of(workload: str, run: dict[str, Any]) -> list[tuple[float, Load]]:
 
 @pytest.mark.parametrize("workload", CONTEXTS)
 def test_steps_of_five_workloads_are_predicted_as_measured(workload: str) -> None:
-    """The built-in schedules within 5 %, though each workload had another GPU, of which some are
-    5 % slower; 8 % where the lanes are not those that were measured, and of halves of lmsys,
-    whose steps often lack the prompts for a whole tile."""
-    for name, (predicted, measured) in steps_of(workload).items():
-        is_known = name in BUILT_IN and (workload, name) != ("lmsys", "nano")
-        assert predicted == pytest.approx(measured, rel=0.05 if is_known else 0.08)
+    """Each was measured on another GPU, of which some are 5 % slower: all of its schedules come
+    out within 7 %, and beside each other within 2 %; 4 % of lmsys, whose steps often lack the
+    prompts for a whole tile."""
+    off = {name: log(predicted / us) for name, (predicted, us) in steps_of(workload).items()}
+    gpu = mean(off.values())
+    assert abs(gpu) < 0.07
+    for ratio in off.values():
+        assert abs(ratio - gpu) < (0.04 if workload.startswith("lmsys") else 0.02)
 
 
 @pytest.mark.parametrize(
