@@ -7,16 +7,15 @@ from dataclasses import replace
 from math import log
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pytest
 
 from nanoflow import _core
 from nanoflow.schedule import BUILT_IN, built_in_schedule
-from nanoflow.scheduler.even import TILE_ROWS
 from nanoflow.tune.costs import CostModel, Load
 from nanoflow.tune.search import ping_pong
 from nanoflow.tune.table import OpTable, shipped_table
+from roofline import loads_of
 from test_tune_search import llama_8b
 
 ABLATIONS = Path(__file__).parents[2] / "bench" / "results" / "h200" / "ablations"
@@ -114,25 +113,11 @@ def steps_of(workload: str) -> dict[str, tuple[float, float]]:
     for schedule in schedules:
         run = runs[schedule.id]
         predicted = sum(
-            share * model.predict(schedule, load).step_us for share, load in loads_of(workload, run)
+            share * model.predict(schedule, load).step_us
+            for share, load in loads_of(run, CONTEXTS[workload])
         )
         found[schedule.id] = predicted / 1e3, run["step_ms"]
     return found
-
-
-def loads_of(workload: str, run: dict[str, Any]) -> list[tuple[float, Load]]:
-    """Steps keep to whole tiles of rows: so many of them have the next fewer, or more, than on
-    average."""
-    window = run["steady_state"]
-    decodes = round(window["output_tokens"] / window["steps"])
-    rows = decodes + window["prompt_tokens"] / window["steps"]
-    fewer = int(rows / TILE_ROWS) * TILE_ROWS
-    more = (rows - fewer) / TILE_ROWS
-    context, prefill_context = CONTEXTS[workload]
-    return [
-        (share, Load(decodes, context, rows - decodes, prefill_context))
-        for share, rows in ((1 - more, fewer), (more, fewer + TILE_ROWS))
-    ]
 
 
 @pytest.mark.parametrize("workload", CONTEXTS)
