@@ -37,4 +37,5 @@ def try_schedules(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Chooser, "choose", restless)
     monkeypatch.setattr(choose, "TURN_SECONDS", 1e-6)
     monkeypatch.setattr(choose, "SETTLE_STEPS", 1)
+    monkeypatch.setattr(choose, "SETTLE_SECONDS", 0.0)
     return tried

@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 TURNS = 3  # of a trial
 TURN_SECONDS = 1.0  # of measured steps
-SETTLE_STEPS = 8  # of a turn that are not measured: graphs are captured, power and clock settle
+# Of a turn that are not measured: graphs are captured, and a GPU takes the better part of a second
+# to come from the clock of one schedule to that of another.
+SETTLE_STEPS, SETTLE_SECONDS = 8, 1.0
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
 STANDING = 4  # at most
@@ -77,7 +79,8 @@ class _Trial:
     """What was measured of one option in one group of steps."""
 
     steps: int = 0  # of this turn
-    seconds: float = 0.0  # of those that are measured
+    settling: float = 0.0  # seconds of those that are not measured
+    seconds: float = 0.0  # of those that are
     ratios: list[float] = field(default_factory=list)  # of each one's time to the predicted one
     turns: list[float] = field(default_factory=list)  # the median ratio of each that is over
 
@@ -97,13 +100,14 @@ class _Trial:
     def measure(self, seconds: float, expected: float) -> None:
         """A step. The median counts, for now and then one waits for a graph to be captured."""
         self.steps += 1
-        if self.steps <= SETTLE_STEPS:
+        if self.steps <= SETTLE_STEPS or self.settling < SETTLE_SECONDS:
+            self.settling += seconds
             return
         self.seconds += seconds
         self.ratios.append(seconds / expected)
         if self.seconds >= TURN_SECONDS:
             self.turns.append(median(self.ratios))
-            self.steps, self.seconds, self.ratios = 0, 0.0, []
+            self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
 
 
 @dataclass(slots=True)
