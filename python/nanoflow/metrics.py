@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from time import perf_counter
@@ -48,6 +48,15 @@ class Histogram(Metric):
     count: int
     sum: float
     buckets: Mapping[str, int]
+
+
+def counted_by(label: str, name: str, metrics: Iterable[Metric]) -> dict[str, float]:
+    """Values of the counters of this name, by this one of their labels."""
+    return {
+        metric.labels[label]: metric.value
+        for metric in metrics
+        if isinstance(metric, Counter) and metric.name == name
+    }
 
 
 def make_metrics(

@@ -8,7 +8,7 @@ from math import exp
 import pytest
 
 from fake_engine import expected_output
-from nanoflow.metrics import make_metrics
+from nanoflow.metrics import counted_by, make_metrics
 from nanoflow.scheduler import choose
 from nanoflow.scheduler.choose import (
     KEEP_SECONDS,
@@ -259,11 +259,7 @@ def test_requests_do_not_notice_that_schedules_change(steps_in_flight: int) -> N
     segments = {len(batch.segment_requests) - 1 for batch in service.engine.batches}
     assert segments == {1, 2, 4}
     check_nothing_leaked(service)
-    counted = {
-        metric.labels["schedule"]: metric.value  # type: ignore[attr-defined]
-        for metric in make_metrics(service.state.stats(), "tiny")
-        if metric.name == "nanoflow:steps"
-    }
+    counted = counted_by("schedule", "nanoflow:steps", make_metrics(service.state.stats(), "tiny"))
     assert set(counted) == {"0", "1", "3"} and min(counted.values()) > 0
     assert sum(counted.values()) == len(service.engine.batches)
     # What is measured is a step that waited for the one before it.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanoflow import LLM, EngineError, SamplingParams, _core
-from nanoflow.metrics import Counter
+from nanoflow.metrics import counted_by
 from nanoflow.scheduler.stats import StepStats
 
 PARAMS = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
@@ -50,11 +50,7 @@ def test_auto_goes_on_after_another_schedule(model: Path) -> None:
 
 def steps_of(llm: LLM) -> dict[str, float]:
     """That were chosen."""
-    return {
-        metric.labels["schedule"]: metric.value
-        for metric in llm.get_metrics()
-        if isinstance(metric, Counter) and metric.name == "nanoflow:steps"
-    }
+    return counted_by("schedule", "nanoflow:steps", llm.get_metrics())
 
 
 def test_an_error_does_not_keep_the_engine(model: Path) -> None:

@@ -23,7 +23,7 @@ from nanoflow.bench.telemetry import Telemetry
 from nanoflow.bench.workload import Target, Workload
 from nanoflow.config import EngineArgs
 from nanoflow.llm import LLM
-from nanoflow.metrics import Counter
+from nanoflow.metrics import counted_by
 from nanoflow.schedule import AUTO
 
 ROUNDS = 3  # in which several schedules take turns
@@ -266,11 +266,7 @@ def _profiler(options: argparse.Namespace, device: str) -> tuple[Profiler | None
 
 def _steps_by_schedule(llm: LLM | AsyncBatch) -> dict[str, float]:
     """Where schedules were chosen from; whole run, trials included."""
-    return {
-        metric.labels["schedule"]: metric.value
-        for metric in llm.get_metrics()
-        if isinstance(metric, Counter) and metric.name == "nanoflow:steps"
-    }
+    return counted_by("schedule", "nanoflow:steps", llm.get_metrics())
 
 
 def _warm_up(options: argparse.Namespace) -> str:
