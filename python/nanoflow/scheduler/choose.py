@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 TURNS = 3  # of a trial
 TURN_SECONDS = 1.0  # of measured steps
-# Of a turn that are not measured: graphs are captured, and a GPU's clock comes from what the schedule
-# before left its power at to what this one does.
+# Of a turn that are not measured: graphs are captured, and a GPU's clock follows the schedule.
 SETTLE_STEPS, SETTLE_SECONDS = 8, 1.0
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
