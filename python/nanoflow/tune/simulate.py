@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from nanoflow.tune.program import Program
@@ -125,46 +126,50 @@ def simulate(
     `costs`: of the program's tasks. Raises ValueError where the order issues a task before one
     that it waits for, as the planner does.
     """
-    lanes, needs = _instances(program, layers)
+    issued = _instances(program, layers)
+    us = [cost.us for cost in costs]
     memo: dict[tuple[int, ...], list[float]] = {}
-    left = [0.0] * len(needs)
-    begin, end = [0.0] * len(needs), [-1.0] * len(needs)
-    heads = [0] * len(lanes)
+    left, waits_for = [0.0] * len(issued.tasks), [*issued.needs]
+    begin, end = [0.0] * len(issued.tasks), [0.0] * len(issued.tasks)
+    heads, is_busy = [0] * len(issued.queues), [False] * len(issued.queues)
     running: list[int] = []
     now = 0.0
-    issue = program.issue(layers)
     while True:
-        for lane, queue in enumerate(lanes):
-            if heads[lane] >= len(queue):
+        for lane, queue in enumerate(issued.queues):
+            if is_busy[lane] or heads[lane] == len(queue) or waits_for[queue[heads[lane]]]:
                 continue
             item = queue[heads[lane]]
-            if item not in running and all(end[need] >= 0 for need in needs[item]):
-                running.append(item)
-                begin[item] = now
-                left[item] = costs[issue[item][0]].us
+            running.append(item)
+            is_busy[lane] = True
+            begin[item], left[item] = now, us[issued.tasks[item]]
         if not running:
             break
-        key = tuple(issue[item][0] for item in running)
+        key = tuple([issued.tasks[item] for item in running])
         if key not in memo:
             memo[key] = interference.speeds([costs[task] for task in key])
         speeds = memo[key]
-        wait = min(
-            (left[item] / speed for item, speed in zip(running, speeds, strict=True) if speed > 0),
-            default=None,
-        )
-        if wait is None:
+        waits = [
+            left[item] / speed for item, speed in zip(running, speeds, strict=True) if speed > 0
+        ]
+        if not waits:
             raise ValueError(f"nothing gets on: {[program.tasks[task].name for task in key]}")
+        wait = min(waits)
         now += wait
         still = []
-        for item, speed in zip(running, speeds, strict=True):
+        for item, task, speed in zip(running, key, speeds, strict=True):
             left[item] -= wait * speed
-            if left[item] <= 1e-9 * costs[issue[item][0]].us:
-                end[item] = now
-                heads[program.tasks[issue[item][0]].lane] += 1
-            else:
+            if left[item] > 1e-9 * us[task]:
                 still.append(item)
+                continue
+            end[item] = now
+            lane = program.tasks[task].lane
+            heads[lane] += 1
+            is_busy[lane] = False
+            for other in issued.needed_by[item]:
+                waits_for[other] -= 1
         running = still
-    return [Span(task, layer, begin[i], end[i]) for i, (task, layer) in enumerate(issue)]
+    spans = zip(issued.tasks, issued.layers, begin, end, strict=True)
+    return [Span(*span) for span in spans]
 
 
 def steady(program: Program, costs: Sequence[Cost], interference: Interference) -> Steady:
@@ -177,12 +182,25 @@ def steady(program: Program, costs: Sequence[Cost], interference: Interference) 
     return Steady(period, ends[LAYERS - 1])
 
 
-def _instances(program: Program, layers: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Each lane's queue, and what each issued task waits for; both as indices of the issue."""
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """The tasks of all layers in order of issue, and their indices there."""
+
+    tasks: Sequence[int]
+    layers: Sequence[int]
+    queues: Sequence[Sequence[int]]  # of each lane
+    needs: Sequence[int]  # how many others each waits for
+    needed_by: Sequence[Sequence[int]]
+
+
+@lru_cache(maxsize=64)  # the same program is simulated at several clocks
+def _instances(program: Program, layers: int) -> _Issued:
     place: dict[tuple[str, int], int] = {}
-    lanes: list[list[int]] = [[] for _ in range(1 + max(task.lane for task in program.tasks))]
-    needs: list[list[int]] = []
-    for i, (index, layer) in enumerate(program.issue(layers)):
+    issue = program.issue(layers)
+    queues: list[list[int]] = [[] for _ in range(1 + max(task.lane for task in program.tasks))]
+    needs: list[int] = []
+    needed_by: list[list[int]] = [[] for _ in issue]
+    for i, (index, layer) in enumerate(issue):
         task = program.tasks[index]
         needed = task.waits(layer, layers)
         if missing := [name for name in needed if name not in place]:
@@ -190,7 +208,9 @@ def _instances(program: Program, layers: int) -> tuple[list[list[int]], list[lis
                 f"{task.name} of layer {layer} is issued before {missing[0][0]} of layer "
                 f"{missing[0][1]}, on which it depends"
             )
-        needs.append([place[name] for name in needed])
+        needs.append(len(needed))
+        for name in needed:
+            needed_by[place[name]].append(i)
         place[task.name, layer] = i
-        lanes[task.lane].append(i)
-    return lanes, needs
+        queues[task.lane].append(i)
+    return _Issued([t for t, _ in issue], [at for _, at in issue], queues, needs, needed_by)
