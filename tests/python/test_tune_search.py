@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,8 +60,19 @@ def test_the_search_overlaps_where_that_is_faster(searched: list[Candidate]) -> 
     assert 1.05 < ratio < 1.5
     assert [lane.width for lane in searched[0].schedule.lanes] == [3, 1, 4]
     times = [candidate.prediction.clock_us for candidate in searched]
-    assert times == sorted(times)
+    assert all(later > 0.99 * earlier for earlier, later in pairwise(times))
     assert len({candidate.schedule.id for candidate in searched}) == len(searched) == 5
+
+
+def test_halves_come_before_quarters_that_are_predicted_alike() -> None:
+    """On an H200 quarters of attention were predicted to take 0.5 % less, and took 0.4 % more."""
+    table = shipped_table("NVIDIA H200")
+    assert table is not None
+    model, load = CostModel(table, llama_8b()), Load(1024, 768, 1024, 256)
+    found = [candidate.schedule for candidate in search(model, load, 4)]
+    assert [schedule.id for schedule in found[:1]] == ["overlap-2222-104+28"]
+    quarters = ping_pong(28, 132, (2, 4, 2, 2))
+    assert model.predict(quarters, load).step_us < model.predict(found[0], load).step_us
 
 
 def test_sequential_wins_where_attention_needs_all_of_the_device() -> None:
