@@ -112,19 +112,29 @@ def test_ablation_runs_three_schedules_on_equal_requests(model, tmp_path, capsys
     assert "is no result of `nanoflow bench throughput --ablate`" in capsys.readouterr().err
 
 
-def test_schedules_take_turns_in_one_steady_state(model, tmp_path, monkeypatch):
+def test_schedules_take_turns_in_one_steady_state(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steady_run, "SETTLE_SECONDS", 0.1)
     path = tmp_path / "ablation.json"
     load = ("--input-len", "12", "--output-len", "6", "--max-num-seqs", "8")
     steady = ("--steady-start", "--steady-seconds", "0.2", "--num-prompts", "20000")
     flags = (*load, *steady, "--ablate", "--output-json", path)
     assert bench("throughput", "--model", model, *flags) == 0
-    runs = json.loads(path.read_text())["runs"]
+    found = json.loads(path.read_text())
+    runs = found["runs"]
     assert list(runs) == ["sequential", "nano", "overlap"]
     begins = [run["phase_seconds"]["fill"] for run in runs.values()]
     assert len(set(begins)) == 1
     assert min(run["steady_state"]["seconds"] for run in runs.values()) >= 0.2
     assert {run["measured"] for run in runs.values()} == {"steady state"}
+    for run in runs.values():
+        windows = run["steady_state"]["windows"]
+        assert len(windows) == 3
+        for name in ("seconds", "steps", "prompt_tokens", "output_tokens"):
+            assert sum(one[name] for one in windows) == pytest.approx(run["steady_state"][name])
+    assert found["long_run_tok_s"].keys() == runs.keys()
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    for row, rate in zip(rows, found["long_run_tok_s"].values(), strict=True):
+        assert row.split()[5] == f"{rate:.0f}"
 
 
 def test_any_schedules_are_compared(model, tmp_path, capsys):

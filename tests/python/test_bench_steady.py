@@ -7,7 +7,7 @@ import pytest
 
 from nanoflow.bench.datasets import Lengths
 from nanoflow.bench.fill import fill_lengths, running_requests
-from nanoflow.bench.steady import SteadyState, steady_state, together, window
+from nanoflow.bench.steady import SteadyState, long_run_rates, steady_state, together, window
 from nanoflow.bench.steady_run import CHOSEN_SECONDS, trials_are_over
 from nanoflow.config import EngineLimits
 from nanoflow.scheduler.stats import StepStats
@@ -96,6 +96,29 @@ def test_windows_count_together_by_what_they_hold():
 LIMITS = EngineLimits(
     max_num_batched_tokens=2048, max_num_seqs=512, max_model_len=1100, page_size=64, num_pages=7348
 )
+
+
+def test_rates_are_compared_as_if_all_had_the_mix_of_the_long_run():
+    """The second schedule is 2 % faster, and had fewer prompts, which cost 0.6 of an output."""
+
+    def took(outputs, prompts, k):
+        seconds = k * (outputs + 0.6 * prompts)
+        return SteadyState(seconds, 50, prompts, outputs, mean_input=80.0, mean_output=100.0)
+
+    windows = {
+        "first": [took(1000, 900, 1e-3), took(990, 700, 1e-3), took(1010, 800, 1e-3)],
+        "second": [took(1000, 500, 0.98e-3), took(1020, 600, 0.98e-3)],
+    }
+    assert together(windows["second"]).counted_per_second < 1000 * 1.8 / 1.48
+    rates = long_run_rates(windows)
+    assert rates["first"] == pytest.approx(1000 * 1.8 / 1.48, rel=1e-3)
+    assert rates["second"] / rates["first"] == pytest.approx(1 / 0.98, rel=1e-3)
+
+
+def test_one_window_each_tells_no_long_run():
+    state = SteadyState(1.0, 5, 80, 100, mean_input=80.0, mean_output=100.0)
+    assert long_run_rates({"first": [state], "second": [state]}) == {}
+    assert long_run_rates({"first": [], "second": []}) == long_run_rates({}) == {}
 
 
 def test_as_many_run_as_have_slots_or_pages():

@@ -13,6 +13,7 @@ from typing import Any
 
 from nanoflow._core import Schedule
 from nanoflow.bench import environment
+from nanoflow.bench.steady import SteadyState, long_run_rates
 from nanoflow.config import EngineArgs
 from nanoflow.devices import make_backends
 from nanoflow.schedule import AUTO, built_in_schedule, find_schedule, without_overlap
@@ -66,6 +67,7 @@ def compare(results: Sequence[Result]) -> Result:
         "command": environment.command_line(),
         "total_tok_s": {name: rate(run) for name, run in runs.items()},
         "relative": {name: rate(run) / rate(first) for name, run in runs.items()},
+        "long_run_tok_s": long_run_rates({name: _windows(run) for name, run in runs.items()}),
         "runs": runs,
     }
 
@@ -76,15 +78,29 @@ def rate(run: Mapping[str, Any]) -> float:
     return float(run[key])
 
 
+def _windows(run: Mapping[str, Any]) -> list[SteadyState]:
+    """None of a whole run, which has no other mix than the others."""
+    state = run.get("steady_state") or {}
+    return [
+        SteadyState(**window, mean_input=state["mean_input"], mean_output=state["mean_output"])
+        for window in state.get("windows", ())
+    ]
+
+
 def table(found: Mapping[str, Any]) -> str:
+    long_run: Mapping[str, float] = found["long_run_tok_s"]
     lines = [
-        f"{'schedule':16}{'total tok/s':>12}{'relative':>10}{'output tok/s':>14}{'step ms':>9}"
+        f"{'schedule':20}{'total tok/s':>12}{'relative':>10}{'output tok/s':>14}{'step ms':>9}"
+        + f"{'at the long run mix':>21}{'relative':>10}" * bool(long_run)
     ]
     for name, run in found["runs"].items():
-        lines.append(
-            f"{name:16}{found['total_tok_s'][name]:12.0f}{found['relative'][name]:10.3f}"
+        line = (
+            f"{name:20}{found['total_tok_s'][name]:12.0f}{found['relative'][name]:10.3f}"
             f"{run['output_tok_s']:14.0f}{run['step_ms']:9.2f}"
         )
+        if long_run:
+            line += f"{long_run[name]:21.0f}{long_run[name] / next(iter(long_run.values())):10.3f}"
+        lines.append(line)
     return "\n".join(lines)
 
 

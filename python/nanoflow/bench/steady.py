@@ -10,12 +10,15 @@ of equal length may enter and leave in bursts. So two rates are taken of every w
 They agree when as many requests enter as leave. `SteadyState.tokens_per_second` is the lower one:
 a window that got more than its share of prompts (cheap tokens) says less, not more. Prompt tokens
 are rows computed, so those that a preempted request computes again count in the first rate only.
+
+Where schedules take turns, lengths that vary give each another mix: see `long_run_rates`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any, Protocol
 
 DEFINITION = (
@@ -70,6 +73,14 @@ class SteadyState:
     def step_ms(self) -> float:
         return self.seconds / self.steps * 1e3
 
+    def counts(self) -> dict[str, float]:
+        return {
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+        }
+
     def to_json(self) -> dict[str, Any]:
         return {
             "definition": DEFINITION,
@@ -92,6 +103,38 @@ def together(states: Sequence[SteadyState]) -> SteadyState:
         mean_input=first.mean_input,
         mean_output=first.mean_output,
     )
+
+
+def long_run_rates(windows: Mapping[str, Sequence[SteadyState]]) -> dict[str, float]:
+    """Total tokens a second of each of several schedules, where prompts and outputs come in the
+    proportion of the long run; {} where no two windows tell what that is.
+
+    A window takes k (output tokens + p x prompt tokens), with a k of each schedule and one p for
+    all, which is fitted to all windows: so none is favoured for having had the cheaper tokens.
+    """
+    if max(map(len, windows.values()), default=0) < 2:
+        return {}
+    prompt_cost = min(
+        (step / 100 for step in range(201)),
+        key=lambda cost: sum(_spread(of_one, cost) for of_one in windows.values()),
+    )
+    rates = {}
+    for name, of_one in windows.items():
+        mean_input, mean_output = of_one[0].mean_input, of_one[0].mean_output
+        seconds = mean(_costs(of_one, prompt_cost)) * (mean_output + prompt_cost * mean_input)
+        rates[name] = (mean_input + mean_output) / seconds
+    return rates
+
+
+def _costs(windows: Sequence[SteadyState], prompt_cost: float) -> list[float]:
+    """Seconds of an output token, in each window."""
+    return [w.seconds / (w.output_tokens + prompt_cost * w.prompt_tokens) for w in windows]
+
+
+def _spread(windows: Sequence[SteadyState], prompt_cost: float) -> float:
+    """Sum of squares, in parts of the mean."""
+    costs = _costs(windows, prompt_cost)
+    return sum((cost / mean(costs) - 1) ** 2 for cost in costs)
 
 
 def window(

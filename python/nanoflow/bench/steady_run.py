@@ -23,16 +23,20 @@ TRACED_STEPS = 3  # before them
 
 @dataclass(frozen=True, slots=True)
 class SteadyMeasurement:
-    state: SteadyState
-    spans: tuple[tuple[float, float], ...]  # its windows, in seconds of time.perf_counter
+    windows: tuple[SteadyState, ...]
+    spans: tuple[tuple[float, float], ...]  # of the windows, in seconds of time.perf_counter
     mean_running: float
+
+    @property
+    def state(self) -> SteadyState:
+        return together(self.windows)
 
     @staticmethod
     def together(parts: Sequence[SteadyMeasurement]) -> SteadyMeasurement:
-        state = together([part.state for part in parts])
-        running = sum(part.mean_running * part.state.steps for part in parts)
+        windows = tuple(window for part in parts for window in part.windows)
         spans = tuple(span for part in parts for span in part.spans)
-        return SteadyMeasurement(state, spans, running / state.steps)
+        running = sum(part.mean_running * part.state.steps for part in parts)
+        return SteadyMeasurement(windows, spans, running / together(windows).steps)
 
 
 def trials_are_over(steps: Sequence[StepStats]) -> bool:
@@ -169,7 +173,7 @@ class SteadyBatch:
         if state is None:
             raise ValueError(f"no token was generated in {seconds} s: raise --steady-seconds")
         return SteadyMeasurement(
-            state=state,
+            windows=(state,),
             spans=((steps[begin].time_done, steps[end].time_done),),
             mean_running=sum(step.running for step in steps[begin + 1 : end + 1]) / state.steps,
         )

@@ -290,6 +290,7 @@ def _rates(run: SteadyMeasurement, fill_requests: int) -> dict[str, Any]:
         "step_ms": state.step_ms,
         "steady_state": {
             **state.to_json(),
+            "windows": [window.counts() for window in run.windows],
             "fill_requests": fill_requests,
             "mean_running": run.mean_running,
         },
