@@ -5,10 +5,11 @@ tried in real traffic: what a schedule's steps took, over what they were predict
 how much predictions of it are wrong. They take several short turns each, for while they are tried
 the device warms up and the load may still grow, which is not to count against those that come
 first. From then on each step runs with the schedule whose corrected prediction for that very step
-is best, for some minutes. So few requests get the plan for few requests, a load may grow after the
-trials, and the tables that predictions come from need not be exact. Steps are corrected, and
-schedules tried, in groups of steps that are alike. A group is known by its first step, and goes on
-while steps are like that one or, now and then, are not: a load that varies has one group.
+is best, for some minutes. What is in use goes on being measured: of several that are alike, the one
+that was fast by chance comes first. So few requests get the plan for few requests, a load may grow
+after the trials, and the tables that predictions come from need not be exact. Steps are corrected,
+and schedules tried, in groups of steps that are alike. A group is known by its first step, and goes
+on while steps are like that one or, now and then, are not: a load that varies has one group.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 TURNS = 3  # of a trial
 TURN_SECONDS = 1.0  # of measured steps
+LATEST_TURNS = 9  # those that count
 # Of a turn that are not measured: graphs are captured, and a GPU's clock follows the schedule.
 SETTLE_STEPS, SETTLE_SECONDS = 8, 1.0
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
@@ -85,7 +87,7 @@ class _Trial:
 
     @property
     def is_over(self) -> bool:
-        return len(self.turns) == TURNS
+        return len(self.turns) >= TURNS
 
     @property
     def in_turn(self) -> bool:
@@ -94,7 +96,7 @@ class _Trial:
     @property
     def correction(self) -> float:
         """Of predictions. Of the turns too the median counts: the first may be unlike the rest."""
-        return median(self.turns)
+        return median(self.turns[-LATEST_TURNS:])
 
     def measure(self, seconds: float, expected: float) -> None:
         """A step. The median counts, for now and then one waits for a graph to be captured."""
@@ -106,7 +108,10 @@ class _Trial:
         self.ratios.append(seconds / expected)
         if self.seconds >= TURN_SECONDS:
             self.turns.append(median(self.ratios))
-            self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
+            self.begin_turn()
+
+    def begin_turn(self) -> None:
+        self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
 
 
 @dataclass(slots=True)
@@ -131,6 +136,7 @@ class Chooser:
         self._kept = -1  # the option in use since what was tried decides
         self._group: _Group | None = None  # that is going on
         self._unlike = 0  # steps in a row
+        self._measured = -1  # the option of the last step
         self.is_trying = False  # with the option that was chosen last
 
     def choose(self, mix: Mix) -> int:
@@ -158,12 +164,15 @@ class Chooser:
         trial = group.trials[number]
         if trial.is_over:
             group.seconds += seconds
+            if number != self._measured:
+                trial.begin_turn()
             if group.seconds >= KEEP_SECONDS:
                 self._groups.remove(group)
                 self._group = None
-            return
+        self._measured = number
+        was_over = trial.is_over
         trial.measure(seconds, self._expected(number, mix))
-        if trial.is_over:
+        if trial.is_over and not was_over:
             logger.info(
                 "schedule %s takes %.3g times its prediction in steps like one of %d rows, of "
                 "which %d decode",
