@@ -184,8 +184,43 @@ def test_options_that_are_as_good_do_not_take_turns() -> None:
         chosen.append(chooser.choose(mix))
         chooser.observe(chosen[-1], mix, STEP)
     assert len(set(chosen[400:])) == 1
-    assert chooser.choose(Mix(1000, 500, 330_000)) == 1  # by 14 %
-    assert chooser.choose(Mix(1000, 500, 470_000)) == 0
+    for keys, better in ((330_000, 1), (470_000, 0)):  # by 14 %
+        chosen = [chooser.choose(Mix(1000, 500, keys)) for _ in range(5)]
+        assert chosen[-1] == better
+
+
+def test_turns_are_ended_whatever_is_predicted_meanwhile() -> None:
+    """Which three of six stand changes from step to step."""
+
+    def predict(number: int, mix: Mix) -> float:
+        return mix.rows * (1 + 0.01 * ((number + mix.keys // 40_000) % 6))
+
+    chooser = Chooser(options(6), predict, always=5)
+    chosen = []
+    for step in range(1200):
+        mix = Mix(1000, 500, 400_000 + 40_000 * (step % 5))
+        chosen.append(chooser.choose(mix))
+        chooser.observe(chosen[-1], mix, STEP * (0.95 if chosen[-1] == 2 else 1.0))
+    ends = [0, *(i for i, (a, b) in enumerate(pairwise(chosen), 1) if a != b)]
+    turn = (SETTLE_SECONDS + TURN_SECONDS) / STEP
+    short = [b - a for a, b in pairwise(ends) if b - a < turn - 3]  # until another one stands
+    assert sum(short) < 15 and len(ends) < 6 * TURNS + 5
+    assert set(chosen[-100:]) == {2}
+
+
+def test_what_is_better_for_a_step_now_and_then_is_not_switched_to() -> None:
+    chooser = Chooser(
+        options(2), lambda number, mix: float(mix.rows + 60 * number * (mix.rows > 950))
+    )
+    mixes = (Mix(1000, 500, 400_000), Mix(900, 500, 400_000), Mix(900, 500, 400_000))
+    speed = {0: 1.0, 1: 0.975}  # of what is predicted: in two steps of three the second is better
+    chosen = []
+    for step in range(900):
+        mix = mixes[step % 3]
+        chosen.append(chooser.choose(mix))
+        took = (mix.rows + 60 * chosen[-1] * (mix.rows > 950)) * speed[chosen[-1]]
+        chooser.observe(chosen[-1], mix, took * STEP / 1000)
+    assert len(set(chosen[400:])) == 1
 
 
 def test_a_load_that_varies_is_tried_once() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -34,7 +34,9 @@ SETTLE_STEPS, SETTLE_SECONDS = 8, 1.0
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
 NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
 STANDING = 4  # at most
-WORTH_A_SWITCH = 1.01  # times what the best option takes: what is in use stays otherwise
+# What another option must gain to come into use, on the mean of about so many steps: after a switch
+# it takes a while until the device's clock suits what runs.
+WORTH_A_SWITCH, MEAN_STEPS = 0.01, 32
 # Of two steps that are alike: times the rows, times the keys, and parts of the rows that decode.
 ROWS_APART, KEYS_APART, DECODING_APART = 1.5, 3.0, 0.25
 PATIENCE = 16  # steps in a row that are unlike a group's before it is left
@@ -79,7 +81,8 @@ Predict = Callable[[int, Mix], float]
 class _Trial:
     """What was measured of one option in one group of steps."""
 
-    steps: int = 0  # of this turn
+    has_begun: bool = False  # a turn
+    steps: int = 0  # of it
     settling: float = 0.0  # seconds of those that are not measured
     seconds: float = 0.0  # of those that are
     ratios: list[float] = field(default_factory=list)  # of each one's time to the predicted one
@@ -91,7 +94,8 @@ class _Trial:
 
     @property
     def in_turn(self) -> bool:
-        return self.steps > 0
+        """Of the trial, which is to be ended."""
+        return self.has_begun and not self.is_over
 
     @property
     def correction(self) -> float:
@@ -108,15 +112,21 @@ class _Trial:
         self.ratios.append(seconds / expected)
         if self.seconds >= TURN_SECONDS:
             self.turns.append(median(self.ratios))
-            self.begin_turn()
+            self.has_begun = False
+            self._clear()
 
     def begin_turn(self) -> None:
+        self.has_begun = True
+        self._clear()
+
+    def _clear(self) -> None:
         self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
 
 
 @dataclass(slots=True)
 class _Group:
     first: Mix
+    trying: int = -1  # the option whose turn it is
     trials: defaultdict[int, _Trial] = field(default_factory=lambda: defaultdict(_Trial))
     seconds: float = 0.0  # of steps with options that have been tried
 
@@ -134,6 +144,7 @@ class Chooser:
         self._memo: dict[tuple[int, Mix], float] = {}
         self._groups: list[_Group] = []
         self._kept = -1  # the option in use since what was tried decides
+        self._gains: dict[int, float] = {}  # by which others were better, on the mean
         self._group: _Group | None = None  # that is going on
         self._unlike = 0  # steps in a row
         self._measured = -1  # the option of the last step
@@ -141,20 +152,36 @@ class Chooser:
 
     def choose(self, mix: Mix) -> int:
         """The option for a step that will be much like `mix`."""
-        standing = self._standing(mix)
+        near = self._near(mix)
+        standing = self._standing(near)
         self.is_trying = False
         if len(standing) == 1:
             return next(iter(standing))
-        trials = self._group_of(mix).trials
-        if untried := [number for number in standing if not trials[number].is_over]:
+        group = self._group_of(mix)
+        trials = group.trials
+        begun = group.trying in near and trials[group.trying].in_turn
+        untried = [number for number in standing if not trials[number].is_over]
+        if begun or untried:
             self.is_trying = True
-            # A turn that has begun is ended; then those that have had fewer are next.
-            return min(untried, key=lambda n: (len(trials[n].turns), not trials[n].in_turn))
-        times = {number: standing[number] * trials[number].correction for number in standing}
-        best = min(times, key=lambda number: times[number])
-        if self._kept not in times or times[self._kept] > WORTH_A_SWITCH * times[best]:
-            self._kept = best
+            if not begun:  # those that have had fewer turns are next
+                group.trying = min(untried, key=lambda n: len(trials[n].turns))
+                trials[group.trying].begin_turn()
+            return group.trying
+        self._keep({n: near[n] * trials[n].correction for n in near if trials[n].is_over})
         return self._kept
+
+    def _keep(self, times: Mapping[int, float]) -> None:
+        """What is in use, unless one of these has been better for a while."""
+        if self._kept not in times:
+            self._kept = min(times, key=lambda number: times[number])
+            self._gains = {}
+            return
+        for number, time in times.items():
+            gain = self._gains.get(number, 0.0)
+            self._gains[number] = gain + (times[self._kept] / time - 1 - gain) / MEAN_STEPS
+        best = max(times, key=lambda number: self._gains[number])
+        if self._gains[best] > WORTH_A_SWITCH:
+            self._kept, self._gains = best, {}
 
     def observe(self, number: int, mix: Mix, seconds: float) -> None:
         """A step ran with an option and took so long, nothing else running on the device."""
@@ -195,15 +222,20 @@ class Chooser:
             self._group, self._unlike = group, 0
         return group
 
-    def _standing(self, mix: Mix) -> dict[int, float]:
-        """What is predicted of those that stand, the best first."""
+    def _near(self, mix: Mix) -> dict[int, float]:
+        """What is predicted of those that come near the best one, the best first, and of the one
+        that always stands."""
         times = {number: self._expected(number, mix) for number in range(len(self.options))}
         limit = NEAR * min(times.values())
-        near = sorted((n for n in times if times[n] <= limit), key=lambda n: times[n])
-        standing = near[:STANDING]
+        near = [n for n in times if times[n] <= limit or n == self._always]
+        return {number: times[number] for number in sorted(near, key=lambda n: times[n])}
+
+    def _standing(self, near: Mapping[int, float]) -> dict[int, float]:
+        """Those that stand."""
+        standing = list(near)[:STANDING]
         if self._always is not None and self._always not in standing:
             standing = [*standing[: STANDING - 1], self._always]
-        return {number: times[number] for number in standing}
+        return {number: near[number] for number in standing}
 
     def _expected(self, number: int, mix: Mix) -> float:
         like = Mix(_rounded(mix.rows), _rounded(mix.decodes), _rounded(mix.keys))
