@@ -4,12 +4,13 @@ Only schedules that are predicted to come near the best one for a step stand. Th
 tried in real traffic: what a schedule's steps took, over what they were predicted to take, says by
 how much predictions of it are wrong. They take several short turns each, for while they are tried
 the device warms up and the load may still grow, which is not to count against those that come
-first. From then on each step runs with the schedule whose corrected prediction for that very step
-is best, for some minutes. What is in use goes on being measured: of several that are alike, the one
-that was fast by chance comes first. So few requests get the plan for few requests, a load may grow
-after the trials, and the tables that predictions come from need not be exact. Steps are corrected,
-and schedules tried, in groups of steps that are alike. A group is known by its first step, and goes
-on while steps are like that one or, now and then, are not: a load that varies has one group.
+first. Then the one whose corrected predictions are best comes into use, for some minutes or until
+another's have been better for a while: at once where the load changes much, and not for a step now
+and then. What is in use goes on being measured: of several that are alike, the one that was fast by
+chance comes first. So few requests get the plan for few requests, a load may grow after the trials,
+and the tables that predictions come from need not be exact. Steps are corrected, and schedules
+tried, in groups of steps that are alike. A group is known by its first step, and goes on while
+steps are like that one or, now and then, are not: a load that varies has one group.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class Chooser:
         standing = self._standing(near)
         self.is_trying = False
         if len(standing) == 1:
-            return next(iter(standing))
+            return standing[0]
         group = self._group_of(mix)
         trials = group.trials
         begun = group.trying in near and trials[group.trying].in_turn
@@ -230,12 +231,12 @@ class Chooser:
         near = [n for n in times if times[n] <= limit or n == self._always]
         return {number: times[number] for number in sorted(near, key=lambda n: times[n])}
 
-    def _standing(self, near: Mapping[int, float]) -> dict[int, float]:
-        """Those that stand."""
+    def _standing(self, near: Mapping[int, float]) -> list[int]:
+        """Of these, the best first."""
         standing = list(near)[:STANDING]
         if self._always is not None and self._always not in standing:
             standing = [*standing[: STANDING - 1], self._always]
-        return {number: near[number] for number in standing}
+        return standing
 
     def _expected(self, number: int, mix: Mix) -> float:
         like = Mix(_rounded(mix.rows), _rounded(mix.decodes), _rounded(mix.keys))
