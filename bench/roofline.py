@@ -78,14 +78,15 @@ def loads_of(
 def row_of(content: Mapping[str, Any], keys: tuple[int, int] | None = None) -> str:
     """Of a Markdown table: of each schedule tokens a joule and the two parts. Raises ValueError on
     a device without op times, and on ranks and experts, which the op times say nothing of."""
+    runs: Mapping[str, Mapping[str, Any]] = content["runs"]  # on one engine
+    first = next(iter(runs.values()))
+    table, spec = shipped_table(first["gpu"]), spec_of(content["model"])
+    if table is None:
+        raise ValueError(f"the package has no op times of {first['gpu']}")
+    if first["tensor_parallel_size"] > 1 or spec.num_experts > 0:
+        raise ValueError(f"{content['model']} is shared by GPUs or has experts")
     cells = [f"{content['model']} {content['workload']}"]
-    for name, run in content["runs"].items():
-        table = shipped_table(run["gpu"])
-        spec = spec_of(content["model"])
-        if table is None:
-            raise ValueError(f"the package has no op times of {run['gpu']}")
-        if run["tensor_parallel_size"] > 1 or spec.num_experts > 0:
-            raise ValueError(f"{content['model']} is shared by GPUs or has experts")
+    for name, run in runs.items():
         us = sum(part * roofline_us(table, spec, load) for part, load in loads_of(run, keys))
         cell = f"{name}: {1 / run['j_per_token']:.1f}, {us / 1e3 / run['step_ms']:.0%}"
         if ceiling := run["gemm_ceiling_tflops"]:

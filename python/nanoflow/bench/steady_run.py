@@ -39,12 +39,14 @@ class SteadyMeasurement:
         return SteadyMeasurement(windows, spans, running / together(windows).steps)
 
 
-def trials_are_over(steps: Sequence[StepStats]) -> bool:
-    """Whether schedules were tried in none of these steps for a while."""
-    if not steps:
-        return False
-    trials = [step.time_done for step in steps if step.is_trial]
-    return steps[-1].time_done - (trials or [steps[0].time_done])[-1] >= CHOSEN_SECONDS
+def trials_are_over(steps: Sequence[StepStats], begin: int = 0) -> bool:
+    """Whether schedules were tried in none of the steps from `begin` on for a while."""
+    for at in range(len(steps) - 1, begin - 1, -1):  # seldom far back
+        if steps[-1].time_done - steps[at].time_done >= CHOSEN_SECONDS:
+            return True
+        if steps[at].is_trial:
+            return False
+    return False
 
 
 class StepLog:
@@ -77,19 +79,14 @@ class StepLog:
 
     def wait_for_time(self, time: float) -> None:
         """Until a step has completed at that time of time.perf_counter."""
-        self._wait(lambda: bool(self.steps) and self.steps[-1].time_done >= time)
+        self._wait(lambda: self._is_past(time))
 
     def wait_for_choice(self, time: float) -> bool:
         """Until no schedule has been tried for a while, or a step completes at that time of
         time.perf_counter; whether it is the former."""
         begin = len(self.steps)
-        self._wait(
-            lambda: (
-                trials_are_over(self.steps[begin:])
-                or (bool(self.steps) and self.steps[-1].time_done >= time)
-            )
-        )
-        return trials_are_over(self.steps[begin:])
+        self._wait(lambda: trials_are_over(self.steps, begin) or self._is_past(time))
+        return trials_are_over(self.steps, begin)
 
     def _wait(self, is_there: Callable[[], bool]) -> None:
         """Raises ValueError when the run ends, or has nobody waiting: it is steady no more."""
@@ -100,6 +97,9 @@ class StepLog:
                     f"after {len(self.steps)} steps no request waited any more: the measurement "
                     "needs more, raise --num-prompts"
                 )
+
+    def _is_past(self, time: float) -> bool:
+        return bool(self.steps) and self.steps[-1].time_done >= time
 
     def _is_short(self) -> bool:
         return bool(self.steps) and self.steps[-1].waiting == 0

@@ -82,8 +82,7 @@ Predict = Callable[[int, Mix], float]
 class _Trial:
     """What was measured of one option in one group of steps."""
 
-    has_begun: bool = False  # a turn
-    steps: int = 0  # of it
+    steps: int = 0  # of this turn
     settling: float = 0.0  # seconds of those that are not measured
     seconds: float = 0.0  # of those that are
     ratios: list[float] = field(default_factory=list)  # of each one's time to the predicted one
@@ -94,40 +93,33 @@ class _Trial:
         return len(self.turns) >= TURNS
 
     @property
-    def in_turn(self) -> bool:
-        """Of the trial, which is to be ended."""
-        return self.has_begun and not self.is_over
-
-    @property
     def correction(self) -> float:
         """Of predictions. Of the turns too the median counts: the first may be unlike the rest."""
         return median(self.turns[-LATEST_TURNS:])
 
-    def measure(self, seconds: float, expected: float) -> None:
-        """A step. The median counts, for now and then one waits for a graph to be captured."""
+    def measure(self, seconds: float, expected: float) -> bool:
+        """A step, and whether it ended a turn. The median counts, for now and then one waits for a
+        graph to be captured."""
         self.steps += 1
         if self.steps <= SETTLE_STEPS or self.settling < SETTLE_SECONDS:
             self.settling += seconds
-            return
+            return False
         self.seconds += seconds
         self.ratios.append(seconds / expected)
-        if self.seconds >= TURN_SECONDS:
-            self.turns.append(median(self.ratios))
-            self.has_begun = False
-            self._clear()
+        if self.seconds < TURN_SECONDS:
+            return False
+        self.turns.append(median(self.ratios))
+        self.begin_turn()
+        return True
 
     def begin_turn(self) -> None:
-        self.has_begun = True
-        self._clear()
-
-    def _clear(self) -> None:
         self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
 
 
 @dataclass(slots=True)
 class _Group:
     first: Mix
-    trying: int = -1  # the option whose turn it is
+    trying: int | None = None  # the option whose turn has begun
     trials: defaultdict[int, _Trial] = field(default_factory=lambda: defaultdict(_Trial))
     seconds: float = 0.0  # of steps with options that have been tried
 
@@ -160,13 +152,14 @@ class Chooser:
             return standing[0]
         group = self._group_of(mix)
         trials = group.trials
-        begun = group.trying in near and trials[group.trying].in_turn
-        untried = [number for number in standing if not trials[number].is_over]
-        if begun or untried:
-            self.is_trying = True
-            if not begun:  # those that have had fewer turns are next
-                group.trying = min(untried, key=lambda n: len(trials[n].turns))
+        if group.trying not in near:
+            untried = [number for number in standing if not trials[number].is_over]
+            # Those that have had fewer turns are next.
+            group.trying = min(untried, key=lambda n: len(trials[n].turns), default=None)
+            if group.trying is not None:
                 trials[group.trying].begin_turn()
+        if group.trying is not None:
+            self.is_trying = True
             return group.trying
         self._keep({n: near[n] * trials[n].correction for n in near if trials[n].is_over})
         return self._kept
@@ -190,17 +183,18 @@ class Chooser:
         if group is None or group.first.distance(mix) > 1:
             return
         trial = group.trials[number]
-        if trial.is_over:
+        was_over = trial.is_over
+        if was_over and number != self._measured:
+            trial.begin_turn()
+        self._measured = number
+        if trial.measure(seconds, self._expected(number, mix)) and number == group.trying:
+            group.trying = None
+        if was_over:
             group.seconds += seconds
-            if number != self._measured:
-                trial.begin_turn()
             if group.seconds >= KEEP_SECONDS:
                 self._groups.remove(group)
                 self._group = None
-        self._measured = number
-        was_over = trial.is_over
-        trial.measure(seconds, self._expected(number, mix))
-        if trial.is_over and not was_over:
+        elif trial.is_over:
             logger.info(
                 "schedule %s takes %.3g times its prediction in steps like one of %d rows, of "
                 "which %d decode",

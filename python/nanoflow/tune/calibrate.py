@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nanoflow.schedule import schedule_from_json
 from nanoflow.tune.costs import CostModel, Load, Spec
+from nanoflow.tune.profile import MOST_EXPONENT
 from nanoflow.tune.table import OpTable
 
 _PAIRS = (("memory", "compute"), ("compute", "memory"))  # an op beside another
@@ -19,7 +20,6 @@ _DOUBT = np.array([0.4, 0.1, 0.1])
 _STEP_DOUBT = 0.02  # of a step's time, as a part of it
 _STRIDES = np.array([0.1, 0.03, 0.03])  # that tell the slopes
 _ROUNDS = 3
-_MOST_EXPONENT = 2.0  # see profile.py
 
 
 def calibrated(table: OpTable, spec: Spec) -> OpTable:
@@ -45,7 +45,7 @@ def calibrated(table: OpTable, spec: Spec) -> OpTable:
         matrix = np.vstack([np.transpose(slopes), np.diag(1 / _DOUBT)])
         aims = np.concatenate([-here, (told - point) / _DOUBT])
         point = point + np.linalg.lstsq(matrix, aims, rcond=None)[0]
-        point[0] = min(max(point[0], 0.0), _MOST_EXPONENT)
+        point[0] = min(max(point[0], 0.0), MOST_EXPONENT)
     return _with(table, point)
 
 

@@ -27,6 +27,9 @@ Measure = Callable[[_core.Schedule, StepMix], Run]
 STAGES_OF_PRODUCTS = ("qkv", "o", "mlp")
 _THROTTLED = 0.97  # of the full clock: below it the power limit is what counts
 _EXPONENT = 1.0  # of the clock, in the energy of the same work, where steps do not tell
+# More is an error of measurement: energy goes with the square of the voltage, which falls with the
+# clock, but not as far.
+MOST_EXPONENT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +239,7 @@ def _cap_watts(runs: Sequence[Run], max_mhz: float, limit: float) -> float:
 
 
 def _energy_exponent(runs: Sequence[Run], idle_watts: float) -> float:
-    """Of the clock, in what the same work takes above idle. Energy goes with the square of the
-    voltage, which falls with the clock, but not as far: more than 2 is an error of measurement."""
+    """Of the clock, in what the same work takes above idle."""
     points = [
         (log(run.mhz), log(run.joules - idle_watts * run.us * 1e-6))
         for run in runs
@@ -247,7 +249,7 @@ def _energy_exponent(runs: Sequence[Run], idle_watts: float) -> float:
     if not points or exp(max(clocks) - min(clocks)) * _THROTTLED < 1:
         return _EXPONENT
     slope, _ = linear_regression(clocks, [joules for _, joules in points])
-    return min(2.0, max(0.0, slope))
+    return min(MOST_EXPONENT, max(0.0, slope))
 
 
 def _slowdown(
