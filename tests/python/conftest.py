@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nanoflow import _core
 from nanoflow.scheduler.forecast import Outlook
+from nanoflow.tune.table import OpTable, shipped_table
 from reference import DTYPES, decode
 
 
@@ -132,6 +133,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import write_tiny_llama  # with torch, which takes its time
 
     return write_tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def h200() -> OpTable:
+    """The op times of an H200 that the package has."""
+    table = shipped_table("NVIDIA H200")
+    assert table is not None
+    return table
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from nanoflow.schedule import built_in_schedule
 from nanoflow.tune.costs import CostModel, Load
 from nanoflow.tune.search import search
-from nanoflow.tune.table import shipped_table
+from nanoflow.tune.table import OpTable
 from roofline import loads_of, roofline_us, row_of
 from test_tune_search import llama_8b
 
@@ -27,21 +27,19 @@ def result() -> dict[str, Any]:
     return content
 
 
-def test_no_schedule_is_predicted_to_take_less() -> None:
-    table = shipped_table("NVIDIA H200")
-    assert table is not None
-    bound = roofline_us(table, llama_8b(), LOAD)
-    model = CostModel(table, llama_8b())
+def test_no_schedule_is_predicted_to_take_less(h200: OpTable) -> None:
+    bound = roofline_us(h200, llama_8b(), LOAD)
+    model = CostModel(h200, llama_8b())
     best = search(model, LOAD, 2)[0].prediction.step_us
-    sequential = model.predict(built_in_schedule("sequential", table.width), LOAD).step_us
+    sequential = model.predict(built_in_schedule("sequential", h200.width), LOAD).step_us
     assert 0.8 * best < bound < best < sequential
     # More power is not what limits a step at full clock: the products are.
-    plenty = replace(table, cap_watts=10_000.0)
-    products = sum(model.stage(stage, 1.0, table.width, LOAD).us for stage in ("qkv", "o", "mlp"))
-    head = model.head(built_in_schedule("sequential", table.width), LOAD).us
+    plenty = replace(h200, cap_watts=10_000.0)
+    products = sum(model.stage(stage, 1.0, h200.width, LOAD).us for stage in ("qkv", "o", "mlp"))
+    head = model.head(built_in_schedule("sequential", h200.width), LOAD).us
     assert roofline_us(plenty, llama_8b(), LOAD) == pytest.approx(32 * products + head)
     with pytest.raises(ValueError, match="do not say what limits its power"):
-        roofline_us(replace(table, cap_watts=0.0), llama_8b(), LOAD)
+        roofline_us(replace(h200, cap_watts=0.0), llama_8b(), LOAD)
 
 
 def test_loads_hold_a_run_s_rows(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from nanoflow.schedule import built_in_schedule, schedule_from_json, schedule_to
 from nanoflow.tune.calibrate import calibrated
 from nanoflow.tune.costs import CostModel, Load, shape_of
 from nanoflow.tune.search import ping_pong
-from nanoflow.tune.table import MeasuredStep, OpTable, load_table, shipped_table
+from nanoflow.tune.table import MeasuredStep, OpTable, load_table
 from test_tune_search import llama_8b
 
 TUNED = Path(__file__).parents[2] / "bench" / "results" / "h200" / "tune.json"
@@ -36,13 +36,6 @@ def beside_sequential(ratios: dict[str, float]) -> dict[str, float]:
     """How far off the gain of each schedule is."""
     sequential = ratios["sequential"]
     return {name: ratio / sequential for name, ratio in ratios.items() if name != "sequential"}
-
-
-@pytest.fixture(scope="module")
-def h200() -> OpTable:
-    table = shipped_table("NVIDIA H200")
-    assert table is not None
-    return table
 
 
 def test_steps_tell_what_ops_did_not(h200: OpTable) -> None:

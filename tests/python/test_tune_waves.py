@@ -14,7 +14,7 @@ from nanoflow import _core
 from nanoflow.schedule import BUILT_IN, built_in_schedule
 from nanoflow.tune.costs import CostModel, Load
 from nanoflow.tune.search import ping_pong
-from nanoflow.tune.table import OpTable, shipped_table
+from nanoflow.tune.table import OpTable
 from roofline import loads_of
 from test_tune_search import llama_8b
 
@@ -32,13 +32,6 @@ CONTEXTS = {  # keys that a decode and a prompt's row read, in the mean of the w
 # What searches had chosen: counts of parts, width of attention's lane. On 40 SMs, and in quarters,
 # attention was never measured alone.
 SEARCHED = {"1024x512": ("2222", 32), "512x1024-auto": ("2422", 40)}
-
-
-@pytest.fixture(scope="module")
-def h200() -> OpTable:
-    table = shipped_table("NVIDIA H200")
-    assert table is not None
-    return table
 
 
 def test_products_on_a_gpu_take_whole_waves(h200: OpTable) -> None:
@@ -99,10 +92,8 @@ def test_a_product_of_nothing_is_refused() -> None:
         _core.cuda_gemm_us(0, 4096, 4096, 132)
 
 
-def steps_of(workload: str) -> dict[str, tuple[float, float]]:
+def steps_of(table: OpTable, workload: str) -> dict[str, tuple[float, float]]:
     """Milliseconds of a step by schedule: predicted, measured."""
-    table = shipped_table("NVIDIA H200")
-    assert table is not None
     model = CostModel(table, llama_8b())
     runs = json.loads((ABLATIONS / f"{workload}.json").read_text())["runs"]
     schedules = [built_in_schedule(name, table.width) for name in BUILT_IN if name in runs]
@@ -121,24 +112,34 @@ def steps_of(workload: str) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("workload", CONTEXTS)
-def test_steps_of_five_workloads_are_predicted_as_measured(workload: str) -> None:
+def test_steps_of_five_workloads_are_predicted_as_measured(h200: OpTable, workload: str) -> None:
     """Each was measured on another GPU, of which some are 5 % slower: all of its schedules come
     out within 7 %, and beside each other within 2 %; 4 % of lmsys, whose steps often lack the
-    prompts for a whole tile."""
-    off = {name: log(predicted / us) for name, (predicted, us) in steps_of(workload).items()}
+    prompts for a whole tile.
+
+    As first measured, the built-in schedules within 5 %; 8 % where the lanes are not those that
+    were measured, and of halves of lmsys."""
+    found = steps_of(h200, workload)
+    off = {name: log(predicted / us) for name, (predicted, us) in found.items()}
     gpu = mean(off.values())
     assert abs(gpu) < 0.07
     for ratio in off.values():
         assert abs(ratio - gpu) < (0.04 if workload.startswith("lmsys") else 0.02)
+    for name, (predicted, measured) in found.items():
+        is_known = name in BUILT_IN and (workload, name) != ("lmsys", "nano")
+        if not workload.endswith("-again"):
+            assert predicted == pytest.approx(measured, rel=0.05 if is_known else 0.08)
 
 
 @pytest.mark.parametrize(
     ("workload", "pays"),
     [("512x512", True), ("1024x512", True), ("512x1024-auto", True), ("lmsys", False)],
 )
-def test_overlap_is_predicted_to_pay_where_it_does(workload: str, pays: bool) -> None:
+def test_overlap_is_predicted_to_pay_where_it_does(
+    h200: OpTable, workload: str, pays: bool
+) -> None:
     """Not of sharegpt: what is measured, 1 %, is less than predictions are good for."""
-    found = steps_of(workload)
+    found = steps_of(h200, workload)
     for times in zip(*found.values(), strict=True):  # predicted, then measured
         by_name = dict(zip(found, times, strict=True))
         assert min(by_name, key=by_name.__getitem__).startswith("overlap") == pays
