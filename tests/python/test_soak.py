@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -40,6 +41,17 @@ def test_a_short_soak_leaks_nothing(
     assert set(found["ends"]) == {"length", "stop", "abort"}
     assert found["process_bytes"]["after_warm_up"] > 0
     assert found["gpu_bytes"] is None and found["gpu_bytes_are"] is None
+
+
+def test_a_soak_in_which_nothing_is_aborted_fails(
+    soak: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(soak, "ABORT_SHARE", 0.0)
+    monkeypatch.setattr(soak, "MOST_DRIFT", 0.5)
+    monkeypatch.setattr(soak, "PATIENCE", 3)
+    assert soak.main(["--model", "tiny", "--steps", "10"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"soak: \d{2,} steps saw \d+ preemptions and 0 aborts", error), error
 
 
 def watch(soak: ModuleType, runtime: Any = None) -> Any:
