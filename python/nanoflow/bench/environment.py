@@ -40,7 +40,7 @@ def command_line() -> str:
     """The command of this process as a user types it, without folders of the machine."""
     program = Path(sys.argv[0])
     interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]
-    if "-m" in interpreter:
+    if "-m" in interpreter[:-1]:  # its words may be cut short where others stand in for a program's
         start = ["python", "-m", interpreter[interpreter.index("-m") + 1]]
     elif program.suffix == ".py":
         start = ["python", os.path.relpath(program)]
