@@ -22,7 +22,7 @@ from nanoflow.tune.costs import CostModel, Load, shape_of
 from nanoflow.tune.improve import Order, improve, repaired
 from nanoflow.tune.program import Program, parts_of, program_of
 from nanoflow.tune.search import MORE_PARTS, Candidate, memory_widths, ping_pong, search
-from nanoflow.tune.simulate import Cost
+from nanoflow.tune.simulate import Cost, steady
 from nanoflow.tune.table import OpTable, load_table, save_table, shipped_table
 from test_schedule_invariance import LENGTHS, run
 from tiny_models import write_tiny_llama
@@ -344,6 +344,24 @@ def test_the_clock_settles_where_power_meets_the_cap(exponent: float) -> None:
         full = CostModel(free, llama_8b()).predict(schedule, LOAD)
         assert full.clock == 1 and full.step_us == full.clock_us == found.clock_us
         assert found.joules == pytest.approx(full.joules * found.clock**exponent)
+
+
+@pytest.mark.parametrize(("watts", "clock"), [(550, 0.82), (350, 0.61), (250, 0.49)])
+def test_a_step_takes_what_a_simulation_at_its_clock_says(
+    h200: OpTable, watts: float, clock: float
+) -> None:
+    """Not what a straight line from higher clocks leads to: memory does not slow down as they do,
+    so other ops come to wait for each other. `watts`: above idle."""
+    capped = dataclasses.replace(h200, cap_watts=h200.idle_watts + watts)
+    model = CostModel(capped, llama_8b())
+    load = Load(decodes=1024, context=1024, prefill_rows=512, prefill_context=256)
+    for schedule in (built_in_schedule("sequential", 132), ping_pong(28, 132), ping_pong(60, 132)):
+        found = model.predict(schedule, load)
+        assert found.clock == pytest.approx(clock, abs=0.03)
+        costs = model.costs(schedule, load, found.clock)
+        layers = steady(program_of(schedule), costs, h200.interference()).layers_us(32)
+        simulated = layers + model.head(schedule, load, found.clock).us
+        assert found.step_us == pytest.approx(simulated, rel=0.005)
 
 
 def test_tables_are_kept_as_json(tmp_path: Path) -> None:

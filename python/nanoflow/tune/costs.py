@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,9 +24,10 @@ _SHAPE = (
     "vocab_size",
     "dtype",
 )
-# Of the full clock. A step is simulated at both; between them its time is on a straight line over
-# the length of a cycle.
+# Of the full clock. A step is simulated at both, and at lower ones where power forces it there; its
+# time is on straight lines between them, over the length of a cycle.
 _LOW_CLOCK = 0.7
+_MOST_CLOCKS = 4
 _LEAST_CLOCK = 0.01
 _HALVINGS = 30  # of what is between the least and the full one
 
@@ -140,26 +143,38 @@ class CostModel:
         full = self._step(schedule, load, program, 1.0)
         if self.table.lets_through(full.us, full.joules):
             return Prediction(full.us, full.layer_us, full.us, full.joules)
-        low = self._step(schedule, load, program, _LOW_CLOCK)
+        known = {1.0: full}
+        clock = _LOW_CLOCK
+        while clock < min(known) and len(known) < _MOST_CLOCKS:  # else it lies between two of them
+            known[clock] = self._step(schedule, load, program, clock)
+            clock = self._clock(known)
+        step = self._between(known, clock)
+        return Prediction(step.us, step.layer_us, full.us, step.joules, clock)
 
-        def at(clock: float) -> _Step:
-            part = (1 / clock - 1) / (1 / _LOW_CLOCK - 1)
-            return _Step(
-                full.us + (low.us - full.us) * part,
-                full.layer_us + (low.layer_us - full.layer_us) * part,
-                full.joules * clock**self.table.energy_exponent,
-            )
-
+    def _clock(self, known: Mapping[float, _Step]) -> float:
+        """The highest that power lets through."""
         below, above = _LEAST_CLOCK, 1.0
         for _ in range(_HALVINGS):
             clock = (below + above) / 2
-            step = at(clock)
+            step = self._between(known, clock)
             if self.table.lets_through(step.us, step.joules):
                 below = clock
             else:
                 above = clock
-        step = at(below)
-        return Prediction(step.us, step.layer_us, full.us, step.joules, below)
+        return below
+
+    def _between(self, known: Mapping[float, _Step], clock: float) -> _Step:
+        """By the two known clocks around this one, or the two lowest."""
+        clocks = sorted(known)
+        high = clocks[min(max(1, bisect_left(clocks, clock)), len(clocks) - 1)]
+        low = clocks[clocks.index(high) - 1]
+        part = (1 / clock - 1 / high) / (1 / low - 1 / high)
+        fast, slow = known[high], known[low]
+        return _Step(
+            fast.us + (slow.us - fast.us) * part,
+            fast.layer_us + (slow.layer_us - fast.layer_us) * part,
+            known[1.0].joules * clock**self.table.energy_exponent,
+        )
 
     def _step(self, schedule: Schedule, load: Load, program: Program, clock: float) -> _Step:
         costs = self.costs(schedule, load, clock)
