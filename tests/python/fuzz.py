@@ -116,7 +116,7 @@ asked = st.builds(
     aborts=st.sampled_from([None] * 20 + [0, 1, 5]),
     bad_token=st.sampled_from([None] * 20 + [-1, VOCAB_SIZE]),
 )
-# What every engine is asked, so that each ends some requests in every way.
+# What every engine is asked, so that each ends some requests in every way, and preempts some.
 _TO_THE_END = (("ignore_eos", True), ("max_tokens", 30), ("seed", 0))
 _TO_A_STOP = (("allowed_token_ids", [5]), ("seed", 0), ("stop_token_ids", [5]))
 LENGTHS = [Asked(prompt, 4, _TO_THE_END) for prompt in range(5)]
@@ -252,6 +252,7 @@ def _shoot(fuzzer: Fuzzer, examples: int) -> None:
     )
     @example(requests=STOPS + LENGTHS, aborts_all=False, is_blind=False)
     @example(requests=LENGTHS, aborts_all=True, is_blind=False)
+    @example(requests=2 * LENGTHS, aborts_all=False, is_blind=True)
     def shoot(requests: list[Asked], aborts_all: bool, is_blind: bool) -> None:
         if fuzzer.broken:  # what is tried again is the example, on an engine that is not the same
             raise fuzzer.broken[0]
