@@ -1,7 +1,7 @@
 """Runs random requests for many steps and checks that nothing leaks.
 
 python bench/soak.py --device cuda --output-json soak.json  # two layers of Llama-3.1-8B's width
-python bench/soak.py --model tiny --steps 4000              # on a CPU
+python bench/soak.py --model tiny                           # on a CPU
 
 Prompts and outputs of random lengths, some beginning alike, every way of sampling, aborts at random
 moments, and a KV cache so small, half of the time filled so blindly, that requests are preempted.
