@@ -273,6 +273,7 @@ def test_first_run_answers_and_compares_the_schedules(model, capsys):
         (["python", "bench/x.py", "--to=/a/b", "/c/d", "e/f"],
          ["bench/x.py", "--to=/a/b", "/c/d", "e/f"], "python bench/x.py --to=b d e/f"),
         (["python", "-m", "pytest", "-q"], ["bench/x.py", "a", "b"], "python bench/x.py a b"),
+        (["python", "-m", "pytest", "-q"], ["bench/x.py", "a"], "python bench/x.py a"),
     ],
 )  # fmt: skip
 def test_command_line_is_what_a_user_types(monkeypatch, original, argv, command):

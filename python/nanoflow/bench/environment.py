@@ -38,15 +38,17 @@ def versions(packages: Iterable[str] = ("nanoflow", "numpy", "tokenizers")) -> d
 
 def command_line() -> str:
     """The command of this process as a user types it, without folders of the machine."""
-    program = Path(sys.argv[0])
-    interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]
-    if "-m" in interpreter[:-1]:  # its words may be cut short where others stand in for a program's
+    program, words = Path(sys.argv[0]), sys.argv[1:]
+    begin = len(sys.orig_argv) - len(words)
+    # The process's words end with the program's, unless others stand in for these.
+    interpreter = sys.orig_argv[1:begin] if sys.orig_argv[begin:] == words else []
+    if "-m" in interpreter:
         start = ["python", "-m", interpreter[interpreter.index("-m") + 1]]
     elif program.suffix == ".py":
         start = ["python", os.path.relpath(program)]
     else:
         start = [program.name]
-    return shlex.join([*start, *map(without_folders, sys.argv[1:])])
+    return shlex.join([*start, *map(without_folders, words)])
 
 
 def without_folders(word: str) -> str:
