@@ -166,8 +166,8 @@ class CostModel:
     def _between(self, known: Mapping[float, _Step], clock: float) -> _Step:
         """By the two known clocks around this one, or the two lowest."""
         clocks = sorted(known)
-        high = clocks[min(max(1, bisect_left(clocks, clock)), len(clocks) - 1)]
-        low = clocks[clocks.index(high) - 1]
+        at = min(max(1, bisect_left(clocks, clock)), len(clocks) - 1)
+        low, high = clocks[at - 1], clocks[at]
         part = (1 / clock - 1 / high) / (1 / low - 1 / high)
         fast, slow = known[high], known[low]
         return _Step(
