@@ -26,10 +26,11 @@ const char* guarded(Fn&& fn) {
   }
 }
 
-GemmType type_of(int x_dtype, int out_dtype, int is_silu_mul) {
+GemmType type_of(int x_dtype, int out_dtype, int is_silu_mul, int is_beside = 0) {
   return {.x = static_cast<DType>(x_dtype),
           .out = static_cast<DType>(out_dtype),
-          .is_silu_mul = is_silu_mul != 0};
+          .is_silu_mul = is_silu_mul != 0,
+          .is_beside = is_beside != 0};
 }
 
 }  // namespace
@@ -43,9 +44,9 @@ const char* nf_gemm_name(int kernel) {
 }
 
 int nf_choose_gemm(int rows, int features, int depth, int sms, int x_dtype, int out_dtype,
-                   int is_silu_mul) {
-  return static_cast<int>(
-      choose_gemm({rows, features, depth}, sms, type_of(x_dtype, out_dtype, is_silu_mul)));
+                   int is_silu_mul, int is_beside) {
+  return static_cast<int>(choose_gemm({rows, features, depth}, sms,
+                                      type_of(x_dtype, out_dtype, is_silu_mul, is_beside)));
 }
 
 const char* nf_gemm(int kernel, int x_dtype, int out_dtype, int is_silu_mul,

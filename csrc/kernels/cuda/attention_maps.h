@@ -14,6 +14,7 @@ struct AttentionMaps {
   CUtensorMap tile_k, tile_v;
 };
 
-AttentionMaps make_attention_maps(const AttentionArguments& arguments, int head_dim);
+AttentionMaps make_attention_maps(const AttentionArguments& arguments, int head_dim,
+                                  int stream_halves);
 
 }  // namespace nanoflow::cuda

@@ -44,9 +44,10 @@ cudaStream_t make_stream() {
 
 }  // namespace
 
-CudaLane::CudaLane(const DeviceInfo& device, int width)
+CudaLane::CudaLane(const DeviceInfo& device, int width, bool shares_sms)
     : device_(device),
       width_(width),
+      shares_sms_(shares_sms),
       workspace_(allocate_device(device.index, kWorkspaceBytes)),
       stream_(make_stream()) {}
 
