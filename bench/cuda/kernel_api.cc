@@ -26,11 +26,10 @@ const char* guarded(Fn&& fn) {
   }
 }
 
-GemmType type_of(int x_dtype, int out_dtype, int is_silu_mul, int is_beside = 0) {
+GemmType type_of(int x_dtype, int out_dtype, int is_silu_mul) {
   return {.x = static_cast<DType>(x_dtype),
           .out = static_cast<DType>(out_dtype),
-          .is_silu_mul = is_silu_mul != 0,
-          .is_beside = is_beside != 0};
+          .is_silu_mul = is_silu_mul != 0};
 }
 
 }  // namespace
@@ -44,9 +43,9 @@ const char* nf_gemm_name(int kernel) {
 }
 
 int nf_choose_gemm(int rows, int features, int depth, int sms, int x_dtype, int out_dtype,
-                   int is_silu_mul, int is_beside) {
-  return static_cast<int>(choose_gemm({rows, features, depth}, sms,
-                                      type_of(x_dtype, out_dtype, is_silu_mul, is_beside)));
+                   int is_silu_mul) {
+  return static_cast<int>(
+      choose_gemm({rows, features, depth}, sms, type_of(x_dtype, out_dtype, is_silu_mul)));
 }
 
 const char* nf_gemm(int kernel, int x_dtype, int out_dtype, int is_silu_mul,

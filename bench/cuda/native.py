@@ -12,7 +12,6 @@ import torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # core/dtype.h
 GEMM_WORKSPACE = 64 << 20
 NO_WINDOW = 1 << 30  # kernels/cuda/attention.h
-PARTS = ("all", "prefill", "decode")  # of attention, kernels/ops.h
 
 
 class GemmArguments(ctypes.Structure):
@@ -40,8 +39,6 @@ class PlanArguments(ctypes.Structure):
         ),
         *((name, ctypes.c_int) for name in ("window", "ctas")),
         ("tiles_all", ctypes.c_bool),
-        ("is_beside", ctypes.c_bool),
-        ("tile_ctas", ctypes.c_int),
         ("work", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     ]
@@ -59,8 +56,6 @@ class AttentionArguments(ctypes.Structure):
         ("work", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
         ("ctas", ctypes.c_int),
-        ("part", ctypes.c_int),
-        ("is_beside", ctypes.c_bool),
         ("stream", ctypes.c_void_p),
     ]
 
@@ -112,11 +107,9 @@ class Kernels:
         out: torch.Tensor,
         sms: int,
         silu_mul: bool = False,
-        beside: bool = False,
     ) -> int:
-        """`beside`: to leave room for attention on the same SMs."""
         rows, depth = x.shape
-        types = DTYPES[x.dtype], DTYPES[out.dtype], silu_mul, beside
+        types = DTYPES[x.dtype], DTYPES[out.dtype], silu_mul
         return int(self._native.nf_choose_gemm(rows, weight.shape[0], depth, sms, *types))
 
     def gemm(
@@ -129,7 +122,6 @@ class Kernels:
         bias: torch.Tensor | None = None,
         accumulate: bool = False,
         silu_mul: bool = False,
-        beside: bool = False,
     ) -> None:
         """out = x @ weight.T by the given kernel, or the one that nanoflow chooses.
 
@@ -137,7 +129,7 @@ class Kernels:
         """
         sms = sms or self.sms
         if kernel is None:
-            kernel = self.choose_gemm(x, weight, out, sms, silu_mul, beside)
+            kernel = self.choose_gemm(x, weight, out, sms, silu_mul)
         arguments = GemmArguments(
             x.data_ptr(),
             weight.data_ptr(),
@@ -175,10 +167,7 @@ class Kernels:
         segments: tuple[int, int],
         sms: int | None = None,
         tiles_all: bool = False,
-        beside: bool = False,
-        tile_sms: int = 0,
     ) -> None:
-        """`beside`: on SMs that have other work, too. `tile_sms`: of prefill that is apart."""
         arguments = PlanArguments(
             *(batch.tables[name].data_ptr() for name in PLAN_TABLES),
             *segments,
@@ -188,8 +177,6 @@ class Kernels:
             NO_WINDOW,
             sms or self.sms,
             tiles_all,
-            beside,
-            tile_sms,
             work.data_ptr(),
             stream(),
         )
@@ -204,11 +191,8 @@ class Kernels:
         batch: AttentionBatch,
         work: torch.Tensor,
         sms: int | None = None,
-        part: str = "all",
-        beside: bool = False,
     ) -> None:
-        """Attention of the requests that `work` was planned for, with scale D^-1/2; `beside` as it
-        was planned."""
+        """Attention of the requests that `work` was planned for, with scale D^-1/2."""
         kv_heads, page_size, head_dim = k_cache.shape[1:]
         arguments = AttentionArguments(
             q.data_ptr(),
@@ -228,8 +212,6 @@ class Kernels:
             work.data_ptr(),
             self._workspace.data_ptr(),
             sms or self.sms,
-            PARTS.index(part),
-            beside,
             stream(),
         )
         self._check(self._native.nf_attention(head_dim, DTYPES[q.dtype], ctypes.byref(arguments)))

@@ -34,13 +34,12 @@ void register_schedule(py::module_& m) {
       .def(py::self == py::self);
   py::class_<StageSpec>(m, "StageSpec", "Where a stage is cut and which lanes run its parts.")
       .def(py::init([](std::vector<double> split, const OneOrMore& lane, std::string reduce,
-                       std::vector<int> gather, bool in_turn, std::string prefill) {
-             return StageSpec{std::move(split),  lanes_of(lane), std::move(reduce),
-                              std::move(gather), in_turn,        std::move(prefill)};
+                       std::vector<int> gather, bool in_turn) {
+             return StageSpec{std::move(split), lanes_of(lane), std::move(reduce),
+                              std::move(gather), in_turn};
            }),
            py::arg("split") = std::vector<double>(), py::arg("lane") = "", py::arg("reduce") = "",
-           py::arg("gather") = std::vector<int>(), py::arg("in_turn") = false,
-           py::arg("prefill") = "")
+           py::arg("gather") = std::vector<int>(), py::arg("in_turn") = false)
       .def_readonly("split", &StageSpec::split)
       .def_readonly("lanes", &StageSpec::lanes, "One for all parts, or one for each.")
       .def_readonly("reduce", &StageSpec::reduce, "The lane of the stage's collectives.")
@@ -48,7 +47,6 @@ void register_schedule(py::module_& m) {
                     "Parts of stage o that gather attention outputs instead of summing products.")
       .def_readonly("in_turn", &StageSpec::in_turn,
                     "Whether its parts run one after the other, whatever lanes they are on.")
-      .def_readonly("prefill", &StageSpec::prefill, "Of attn: the lane of prompts' attention.")
       .def(py::self == py::self);
   py::class_<Schedule>(m, "Schedule", "Which nano-batches run on which lane in what order.")
       .def(py::init<std::string, std::vector<LaneSpec>, std::map<std::string, StageSpec>,

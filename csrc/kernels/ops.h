@@ -137,10 +137,6 @@ struct AttentionTables {
   Tensor page_indices;      // [pages in use] int32
 };
 
-/// Attention in two ops: of prompts, which arithmetic limits, and of decodes, which memory does.
-/// Which requests are which is up to the backend, as long as both together are all of them.
-enum class AttentionPart { kAll, kPrefill, kDecode };
-
 /// Turns the tables of the requests in segments [segment_begin, segment_end) into what the
 /// Attention ops of all layers of this window on a lane of this width read. Only for backends that
 /// ask for it (Backend::attention_work_bytes).
@@ -148,10 +144,9 @@ struct PlanAttention {
   AttentionTables tables;
   int segment_begin, segment_end;
   int num_heads, num_kv_heads, head_dim;
-  int window = 0;         // of the Attention ops
-  Tensor work;            // [words] int32, contents private to the backend
-  KvRows rows;            // the rows these segments hold
-  int prefill_width = 0;  // of the lane of ops of kPrefill, where they are apart from kDecode
+  int window = 0;  // of the Attention ops
+  Tensor work;     // [words] int32, contents private to the backend
+  KvRows rows;     // the rows these segments hold
 
   static constexpr std::string_view kName = "plan_attention";
   Regions reads() const;
@@ -171,7 +166,6 @@ struct Attention {
   int window = 0;  // 0: none
   Tensor work;     // PlanAttention's, or none
   KvRows rows;     // the rows these segments hold
-  AttentionPart part = AttentionPart::kAll;
 
   static constexpr std::string_view kName = "attention";
   Regions reads() const;

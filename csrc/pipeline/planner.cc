@@ -89,26 +89,6 @@ std::vector<LaneSpec> lanes_of(const Schedule& schedule, const PlanKey& key) {
   return schedule.lanes_of(stages);
 }
 
-/// The ops of attention with that of prompts apart, on a lane of this width.
-std::vector<Op> split_attention(std::vector<Op> ops, int prefill_width) {
-  std::vector<Op> apart;
-  for (Op& op : ops) {
-    if (auto* plan = std::get_if<PlanAttention>(&op)) plan->prefill_width = prefill_width;
-    if (auto* attention = std::get_if<Attention>(&op)) {
-      attention->part = AttentionPart::kPrefill;
-      apart.push_back(op);
-      attention->part = AttentionPart::kDecode;
-    }
-    apart.push_back(std::move(op));
-  }
-  return apart;
-}
-
-bool is_prefill(const Op& op) {
-  const auto* attention = std::get_if<Attention>(&op);
-  return attention != nullptr && attention->part == AttentionPart::kPrefill;
-}
-
 /// The parts of all layers in the order the schedule issues them.
 std::vector<PartKey> issue_order(const Schedule& schedule, int num_layers,
                                  const std::map<Stage, std::vector<RowRange>>& parts) {
@@ -240,12 +220,10 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
            "' has ", cuts.size() + 1, " segments, not ", key.segment_rows.size());
   std::vector<EmittedOp> program;
   const int collectives = schedule.collective_lane();
-  const std::string prefill_name = schedule.stage("attn").prefill;
-  const int prefill = prefill_name.empty() ? -1 : schedule.lane_index(prefill_name);
   const auto append = [&](std::vector<Op> ops, OpLabel label, int lane, bool in_turn = false) {
     for (Op& op : ops) {
       const bool is_apart = is_collective(op) && label.stage != Stage::kHead;
-      const int own = is_apart ? collectives : is_prefill(op) ? prefill : lane;
+      const int own = is_apart ? collectives : lane;
       program.push_back({std::move(op), label, own, in_turn});
     }
   };
@@ -256,11 +234,8 @@ std::vector<EmittedOp> emit_program(const Decoder& decoder, const Schedule& sche
       for (int part = 0; part < static_cast<int>(parts.size()); ++part) {
         if (parts[part].row_begin == parts[part].row_end) continue;
         const bool gathers = std::ranges::find(spec.gather, part) != spec.gather.end();
-        std::vector<Op> ops = decoder.emit(stage, layer, parts[part], gathers);
-        if (stage == Stage::kAttention && prefill >= 0) {
-          ops = split_attention(std::move(ops), schedule.lanes[prefill].width);
-        }
-        append(std::move(ops), {.stage = stage, .layer = layer, .part = part},
+        append(decoder.emit(stage, layer, parts[part], gathers),
+               {.stage = stage, .layer = layer, .part = part},
                schedule.lane_of(std::string(to_string(stage)), part), spec.in_turn);
       }
     }

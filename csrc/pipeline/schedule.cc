@@ -69,7 +69,7 @@ std::vector<LaneSpec> Schedule::lanes_of(const std::vector<std::string>& stage_n
       const StageSpec spec = stage(name);
       if (spec.lanes.empty() && lane == lanes[0]) return true;
       return std::ranges::find(spec.lanes, lane.name) != spec.lanes.end() ||
-             spec.reduce == lane.name || spec.prefill == lane.name;
+             spec.reduce == lane.name;
     });
     if (runs) used.push_back(lane);
   }
@@ -106,9 +106,6 @@ void Schedule::check_stages() const {
       NF_CHECK(std::ranges::find(lanes, lane, &LaneSpec::name) != lanes.end(), "schedule '", id,
                "': stage ", name, " runs on lane '", lane, "', which does not exist");
     }
-    NF_CHECK(stage.prefill.empty() || name == "attn", "schedule '", id, "': stage ", name,
-             " has no prompts to attend to on lane '", stage.prefill, "'; only attn has");
-    if (!stage.prefill.empty()) lane_index(stage.prefill);  // throws
     const size_t parts = stage.split.size() + 1;
     NF_CHECK(stage.lanes.size() <= 1 || stage.lanes.size() == parts, "schedule '", id, "': stage ",
              name, " has ", parts, " parts but ", stage.lanes.size(),

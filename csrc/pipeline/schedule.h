@@ -21,7 +21,6 @@ struct StageSpec {
   std::string reduce = {};         // of o and mlp: the lane of their collectives
   std::vector<int> gather = {};    // of o: parts that gather instead of reducing, see Decoder
   bool in_turn = false;            // parts run one after the other, whatever lanes they are on
-  std::string prefill = {};        // of attn: the lane of prompts' attention, an op of its own
 
   bool operator==(const StageSpec&) const = default;
 };
@@ -49,9 +48,6 @@ OrderItem parse_order_item(const std::string& text);
 /// Collectives of several ranks all run on one lane, so that ranks meet in one order: that which o
 /// or mlp name as `reduce`, else the lane of stage o; those of the head on its own. A rank alone
 /// has none.
-///
-/// Attention of prompts is limited by arithmetic, that of decodes by memory: the former may be on a
-/// lane of its own, attn's `prefill`.
 ///
 /// What is limited by something that lanes share, as attention is by memory, may be told to run
 /// in_turn: no two parts of such stages run at once, so that each has something else beside it.

@@ -24,15 +24,13 @@ std::string text(const Parts&... parts) {
 
 void check_structure(const Plan& plan, int device_width, std::vector<std::string>& findings) {
   int width = 0;
-  bool shares_all = true;  // each lane is as wide as the device
   for (const LaneSpec& lane : plan.lanes) {
     if (lane.width < 1) findings.push_back(text("lane ", lane.name, " has width ", lane.width));
     width += lane.width;
-    shares_all &= lane.width == device_width;
   }
   // A device narrower than its number of lanes shares itself between lanes of width 1.
   const int available = std::max(device_width, static_cast<int>(plan.lanes.size()));
-  if (width > available && !shares_all) {
+  if (width > available) {
     findings.push_back(text("lane widths add up to ", width, " but the device has ", available));
   }
   for (size_t i = 0; i < plan.ops.size(); ++i) {

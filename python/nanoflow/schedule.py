@@ -166,32 +166,27 @@ def _stage_to_json(stage: StageSpec) -> dict[str, Any]:
         content["gather"] = stage.gather
     if stage.in_turn:
         content["in_turn"] = True
-    if stage.prefill:
-        content["prefill"] = stage.prefill
     return content
 
 
 def _stage_from_json(name: str, stage: Any) -> StageSpec:
     what = f"stage {name!r}"
-    optional = ("split", "lane", "reduce", "gather", "in_turn", "prefill")
-    _check_object(what, stage, optional=optional)
+    _check_object(what, stage, optional=("split", "lane", "reduce", "gather", "in_turn"))
     split, lane = stage.get("split", []), stage.get("lane", [])
     lanes = [lane] if isinstance(lane, str) else lane
     reduce, gather = stage.get("reduce", ""), stage.get("gather", [])
-    prefill = stage.get("prefill", "")
     if not isinstance(split, list) or not all(type(cut) in (int, float) for cut in split):
         raise ValueError(f"'split' of {what} is {split!r}, not a list of fractions")
     if not isinstance(lanes, list) or not all(isinstance(name, str) for name in lanes):
         raise ValueError(f"'lane' of {what} is {lane!r}, not the name of a lane or a list of them")
-    for key, value in (("reduce", reduce), ("prefill", prefill)):
-        if not isinstance(value, str):
-            raise ValueError(f"{key!r} of {what} is {value!r}, not the name of a lane")
+    if not isinstance(reduce, str):
+        raise ValueError(f"'reduce' of {what} is {reduce!r}, not the name of a lane")
     if not isinstance(gather, list) or not all(type(part) is int for part in gather):
         raise ValueError(f"'gather' of {what} is {gather!r}, not a list of part numbers")
     in_turn = stage.get("in_turn", False)
     if not isinstance(in_turn, bool):
         raise ValueError(f"'in_turn' of {what} is {in_turn!r}, not true or false")
-    return StageSpec(split, lanes, reduce, gather, in_turn, prefill)
+    return StageSpec(split, lanes, reduce, gather, in_turn)
 
 
 def _check_object(

@@ -20,27 +20,12 @@ TEST_CASE("the choice is the kernel with the least expected time") {
       for (int i = 0; i < kNumGemmKernels; ++i) {
         const auto kernel = static_cast<GemmKernel>(i);
         const GemmTraits& traits = traits_of(kernel);
-        if (traits.is_beside) continue;                     // for other lanes
         if (rows <= 64 && traits.tile_rows > 64) continue;  // not for so few rows
         if (rows == 2048 && traits.is_stream_k) continue;   // nor for so many waves
         const int tiles = traits.k_parts * ((rows + 127) / 128) * (shape.features / 128);
         if (traits.k_parts > 1 && tiles > sms) continue;  // parts of K: for SMs that would be idle
         CHECK(least <= gemm_time_us(kernel, shape, sms));
       }
-    }
-  }
-}
-
-TEST_CASE("beside attention on the same SMs products leave room for it") {
-  for (bool is_silu_mul : {false, true}) {
-    for (int rows : {65, 512, 1024}) {
-      const GemmType type{
-          .x = DType::kBF16, .out = DType::kBF16, .is_silu_mul = is_silu_mul, .is_beside = true};
-      const GemmShape shape{.rows = rows, .features = 4096, .depth = 4096};
-      CHECK(traits_of(choose_gemm(shape, kSms, type)).is_beside);
-      GemmType half = type;
-      half.x = half.out = DType::kF16;  // there are no such kernels
-      CHECK_FALSE(traits_of(choose_gemm(shape, kSms, half)).is_beside);
     }
   }
 }

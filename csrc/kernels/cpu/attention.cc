@@ -140,7 +140,6 @@ void check(const Attention& op) {
 
 void CpuKernels::run(const Attention& op, Lane& lane) {
   check(op);
-  if (op.part == AttentionPart::kPrefill) return;  // all is left to kDecode
   const AttentionLoops& loops = loop_set(isa_).of(op.q.dtype(), Attention::kName).attention;
   const auto D = static_cast<int>(op.k_cache.size(3));
   const auto group = static_cast<int>(op.q.size(1) / (op.k_cache.size(1) * D));

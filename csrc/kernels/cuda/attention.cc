@@ -107,8 +107,6 @@ void CudaKernels::run(const PlanAttention& op, Lane& lane) {
                          .window = window_of(op.window),
                          .ctas = own.width(),
                          .tiles_all = batch_invariant_ || op.head_dim > kMaxStreamDim,
-                         .is_beside = own.shares_sms(),
-                         .tile_ctas = op.prefill_width,
                          .work = op.work.bytes(),
                          .stream = own.stream()});
 }
@@ -137,7 +135,6 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
            " holds no multiple of ", kv_heads, " heads of ", head_dim);
   NF_CHECK(attention_partial_bytes(own.width(), kv_heads, head_dim) <= CudaLane::kWorkspaceBytes,
            "attention: a lane of ", own.width(), " SMs has too little workspace");
-  const int group = static_cast<int>(match["Hq*D"]) / (head_dim * kv_heads);
   const AttentionArguments arguments{
       .q = op.q.bytes(),
       .out = op.out.bytes(),
@@ -149,7 +146,7 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
       .page_stride = op.k_cache.stride(0),
       .head_stride = op.k_cache.stride(1),
       .key_stride = op.k_cache.stride(2),
-      .group = group,
+      .group = static_cast<int>(match["Hq*D"]) / (head_dim * kv_heads),
       .kv_heads = kv_heads,
       .page_shift = std::countr_zero(static_cast<uint64_t>(op.k_cache.size(2))),
       .pages = static_cast<int>(op.k_cache.size(0)),
@@ -158,8 +155,6 @@ void CudaKernels::run(const Attention& op, Lane& lane) {
       .work = op.work.bytes(),
       .partials = reinterpret_cast<float*>(own.workspace()),
       .ctas = own.width(),
-      .part = op.part,
-      .is_beside = own.shares_sms(),
       .stream = own.stream()};
   launch(arguments, op.q.dtype());
 }

@@ -7,7 +7,6 @@
 #include <string>
 
 #include "core/dtype.h"
-#include "kernels/ops.h"
 
 #ifdef __CUDACC__
 #define NF_HOST_DEVICE __host__ __device__
@@ -40,7 +39,6 @@ inline constexpr int kTileWarps = 8;    // of a CTA: two warpgroups; one more wa
 inline constexpr int kStreamWarps = 7;  // of them; shared memory has room for no more
 inline constexpr int kLeastPageShift = 3;  // log2 of the least page size for streaming
 inline constexpr int kMaxStreamDim = 128;  // shared memory has no room for slots of larger heads
-inline constexpr int kBesideWarps = 4;     // that stream on an SM which has other work as well
 inline constexpr int kStreamHeads = 8;     // query heads of a streamed KV head, at most
 inline constexpr int kStreamKeys = 32;     // keys a warp takes at a time
 inline constexpr int kSharedChunks = 2;    // shared chunks for each that has an owner, at most
@@ -69,13 +67,11 @@ struct AttentionTile {
 
 struct AttentionWorkHeader {
   int ctas;       // the list is made for
-  int tile_ctas;  // its tiles
   int num_tiles;  // tiles of one KV head
   int num_streams;
   int num_owned_chunks, num_chunks;  // those with owners come first
   int requests;                      // capacity, see AttentionWork
   int taken;                         // shared chunks' heads, by the launch that runs
-  int left;                          // its CTAs that have ended, where all chunks are shared
 };
 
 /// Tiles and KV heads, tile-major, are dealt to the CTAs forwards and backwards in turn, because
@@ -115,18 +111,11 @@ struct AttentionWork {
   size_t stream_items;  // [requests] AttentionItem
   size_t stream_begin;  // [requests + 1] int: an item's first step
   size_t tile_items;    // [requests] AttentionItem
-  size_t resident;      // [kMaxAttentionCtas] int: whether a CTA that streams is on an SM
   size_t tiles;         // [2 * (rows * group / kTileRows + requests)] AttentionTile: the second
                         // half is the plan's own
 
   NF_HOST_DEVICE static int owned_chunks(int ctas, int kv_heads) {
     const int chunks = ctas * kStreamWarps / kv_heads;
-    return chunks > 0 ? chunks : 1;
-  }
-  /// On SMs that have other work no CTA may be there to take what it owns: all are shared, a large
-  /// one for each CTA first.
-  NF_HOST_DEVICE static int large_chunks(int ctas, int kv_heads) {
-    const int chunks = ctas / kv_heads;
     return chunks > 0 ? chunks : 1;
   }
   NF_HOST_DEVICE static size_t align(size_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -141,8 +130,7 @@ struct AttentionWork {
     w.stream_items = w.chunk_stream + align(chunks * sizeof(int));
     w.stream_begin = w.stream_items + r * sizeof(AttentionItem);
     w.tile_items = w.stream_begin + align((r + 1) * sizeof(int));
-    w.resident = w.tile_items + r * sizeof(AttentionItem);
-    w.tiles = w.resident + kMaxAttentionCtas * sizeof(int);
+    w.tiles = w.tile_items + r * sizeof(AttentionItem);
     return w;
   }
 };
@@ -160,8 +148,6 @@ struct AttentionPlanArguments {
   int window;  // or kNoWindow
   int ctas;
   bool tiles_all;  // streams nothing
-  bool is_beside;  // on SMs that have other work as well
-  int tile_ctas;   // of the kernel that has the tiles; 0: it is the one that streams
   std::byte* work;
   cudaStream_t stream;
 };
@@ -181,8 +167,6 @@ struct AttentionArguments {
   std::byte* work;
   float* partials;  // attention_partial_bytes()
   int ctas;
-  AttentionPart part;
-  bool is_beside;  // the plan's
   cudaStream_t stream;
 };
 

@@ -37,9 +37,10 @@ CUtensorMap map_of(const void* cache, const AttentionArguments& a, int head_dim,
 
 }  // namespace
 
-AttentionMaps make_attention_maps(const AttentionArguments& a, int head_dim, int stream_halves) {
-  return {.k = map_of(a.k_cache, a, head_dim, kStreamKeys, stream_halves),
-          .v = map_of(a.v_cache, a, head_dim, kStreamKeys, stream_halves),
+AttentionMaps make_attention_maps(const AttentionArguments& a, int head_dim) {
+  const int halves = head_dim / kRowElements;
+  return {.k = map_of(a.k_cache, a, head_dim, kStreamKeys, halves),
+          .v = map_of(a.v_cache, a, head_dim, kStreamKeys, halves),
           .tile_k = map_of(a.k_cache, a, head_dim, kTileKeys, 1),
           .tile_v = map_of(a.v_cache, a, head_dim, kTileKeys, 1)};
 }

@@ -14,7 +14,6 @@ struct AttentionMaps {
   CUtensorMap tile_k, tile_v;
 };
 
-AttentionMaps make_attention_maps(const AttentionArguments& arguments, int head_dim,
-                                  int stream_halves);
+AttentionMaps make_attention_maps(const AttentionArguments& arguments, int head_dim);
 
 }  // namespace nanoflow::cuda

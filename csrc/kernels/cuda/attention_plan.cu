@@ -1,5 +1,5 @@
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/check.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -14,11 +14,7 @@ constexpr int kMinSteps = 2;
 constexpr int kTileSteps = 1023;
 constexpr int kMaxOwnedChunks = kMaxAttentionCtas * kStreamWarps;
 /// One step in so many is shared: more than the warps' ends are apart.
-constexpr int kSharedPart = 8, kBesideSharedPart = 4;
-/// Small chunks for each large one.
-constexpr int kBesideSharedChunks = 6;
-static_assert(1 + kBesideSharedChunks <= kStreamWarps * (1 + kSharedChunks),
-              "there is room for them");
+constexpr int kSharedPart = 8;
 
 __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -81,7 +77,6 @@ struct Lists {
   AttentionItem* stream_items;
   int* stream_begin;
   AttentionItem* tile_items;
-  int* resident;
   AttentionTile* tiles;
 
   __device__ Lists(std::byte* work, const AttentionWork& at)
@@ -91,7 +86,6 @@ struct Lists {
         stream_items(reinterpret_cast<AttentionItem*>(work + at.stream_items)),
         stream_begin(reinterpret_cast<int*>(work + at.stream_begin)),
         tile_items(reinterpret_cast<AttentionItem*>(work + at.tile_items)),
-        resident(reinterpret_cast<int*>(work + at.resident)),
         tiles(reinterpret_cast<AttentionTile*>(work + at.tiles)) {}
 };
 
@@ -220,15 +214,11 @@ __global__ void __launch_bounds__(kThreads) plan_attention(AttentionPlanArgument
   const Counts counts = list_requests(a, lists, warp_sums);
   __syncthreads();
   sort_tiles(a, lists, counts.tiles, begins);
-  if (a.tile_ctas == 0) add_tile_costs(a, lists, counts.tiles, costs);
-  for (int i = threadIdx.x; i < kMaxAttentionCtas; i += kThreads) lists.resident[i] = 0;
+  add_tile_costs(a, lists, counts.tiles, costs);
   __syncthreads();
-  const int owned_chunks = a.is_beside ? AttentionWork::large_chunks(a.ctas, a.kv_heads)
-                                       : AttentionWork::owned_chunks(a.ctas, a.kv_heads);
-  const int shared = counts.steps / (a.is_beside ? kBesideSharedPart : kSharedPart);
-  const int owned = counts.steps - shared;
-  const int shared_chunks = (a.is_beside ? kBesideSharedChunks : kSharedChunks) * owned_chunks;
-  const int shared_size = max(kMinSteps, ceil_div(shared, shared_chunks));
+  const int owned_chunks = AttentionWork::owned_chunks(a.ctas, a.kv_heads);
+  const int shared = counts.steps / kSharedPart, owned = counts.steps - shared;
+  const int shared_size = max(kMinSteps, ceil_div(shared, kSharedChunks * owned_chunks));
   const int chunks = owned_chunks + ceil_div(shared, shared_size);
   for (int c = threadIdx.x; c < owned_chunks; c += kThreads) shares[c] = cost_of_chunk(a, costs, c);
   __syncthreads();
@@ -240,16 +230,13 @@ __global__ void __launch_bounds__(kThreads) plan_attention(AttentionPlanArgument
       begins[c] = begin;
       begin = min(begin + shares[c], owned);
     }
-    *reinterpret_cast<AttentionWorkHeader*>(a.work) = {
-        .ctas = a.ctas,
-        .tile_ctas = a.tile_ctas > 0 ? a.tile_ctas : a.ctas,
-        .num_tiles = counts.tiles,
-        .num_streams = counts.streams,
-        .num_owned_chunks = a.is_beside ? 0 : owned_chunks,
-        .num_chunks = chunks,
-        .requests = a.requests,
-        .taken = 0,
-        .left = 0};
+    *reinterpret_cast<AttentionWorkHeader*>(a.work) = {.ctas = a.ctas,
+                                                       .num_tiles = counts.tiles,
+                                                       .num_streams = counts.streams,
+                                                       .num_owned_chunks = owned_chunks,
+                                                       .num_chunks = chunks,
+                                                       .requests = a.requests,
+                                                       .taken = 0};
   }
   __syncthreads();
   const int unit = counts.steps < 16 * kMinSteps * owned_chunks ? kMinSteps : 1;
@@ -268,8 +255,8 @@ __global__ void __launch_bounds__(kThreads) plan_attention(AttentionPlanArgument
 }  // namespace
 
 void launch_attention_plan(const AttentionPlanArguments& arguments) {
-  launch_beside(plan_attention, {.grid = 1, .threads = kThreads, .stream = arguments.stream},
-                arguments);
+  plan_attention<<<1, kThreads, 0, arguments.stream>>>(arguments);
+  NF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace nanoflow::cuda

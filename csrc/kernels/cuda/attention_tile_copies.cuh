@@ -124,9 +124,9 @@ struct TileCopies {
     }
     Fills fills;
     const int tiles = header.num_tiles * a.kv_heads;
-    for (int cta = blockIdx.x; cta < header.tile_ctas; cta += gridDim.x) {
-      for (int i = 0; i * header.tile_ctas < tiles; ++i) {
-        const int pair = tile_of_cta(cta, i, header.tile_ctas);
+    for (int cta = blockIdx.x; cta < header.ctas; cta += gridDim.x) {
+      for (int i = 0; i * header.ctas < tiles; ++i) {
+        const int pair = tile_of_cta(cta, i, header.ctas);
         if (pair >= tiles) continue;
         const AttentionTile tile = list<AttentionTile>(at.tiles)[pair / a.kv_heads];
         run({list<AttentionItem>(at.tile_items)[tile.item], tile.index, pair % a.kv_heads}, fills);

@@ -30,7 +30,7 @@ template <int D>
 struct TileRing {
   /// Registers cannot hold the queries of large heads beside their outputs.
   static constexpr bool kQueriesStay = D > 128;
-  static constexpr int kSlots = D > 128 ? 5 : D > 64 ? 7 : kMaxTileSlots;
+  static constexpr int kSlots = kQueriesStay ? 5 : kMaxTileSlots;
   static constexpr int kHalves = D / 64;
   static constexpr int kRowBytes = 128;
   static constexpr int kHalfBytes = kTileKeys * kRowBytes;

@@ -56,9 +56,6 @@ class CudaBackend : public Backend {
 
   std::vector<std::unique_ptr<Lane>> make_lanes(const std::vector<int>& widths) override {
     const int sum = std::accumulate(widths.begin(), widths.end(), 0);
-    if (widths.size() > 1 && sum == device_.sm_count * static_cast<int>(widths.size())) {
-      return make_shared_lanes(widths.size());
-    }
     if (widths.size() < 2 || sum > device_.sm_count) return Backend::make_lanes(widths);
     for (int width : widths) NF_CHECK(width >= 1, "a lane cannot have ", width, " SMs");
     NF_CUDA_CHECK(cudaSetDevice(device_.index));
@@ -102,15 +99,6 @@ class CudaBackend : public Backend {
   }
 
  private:
-  std::vector<std::unique_ptr<Lane>> make_shared_lanes(size_t count) {
-    NF_CUDA_CHECK(cudaSetDevice(device_.index));
-    std::vector<std::unique_ptr<Lane>> lanes;
-    for (size_t i = 0; i < count; ++i) {
-      lanes.push_back(std::make_unique<CudaLane>(device_, device_.sm_count, /*shares_sms=*/true));
-    }
-    return lanes;
-  }
-
   DeviceInfo device_;
   CudaKernels kernels_;
 };

@@ -84,16 +84,6 @@ __device__ inline void copy_half(uint32_t to, const CUtensorMap& map, uint32_t b
       : "memory");
 }
 
-/// The same for what is read once.
-__device__ inline void copy_half(uint32_t to, const CUtensorMap& map, uint32_t barrier, int key,
-                                 int half, int head, int page, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(0), "r"(key), "r"(half), "r"(head), "r"(page), "l"(policy)
-      : "memory");
-}
-
 /// Copies bytes; all are multiples of 16.
 __device__ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile(

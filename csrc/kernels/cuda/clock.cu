@@ -1,5 +1,5 @@
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/clock.h"
-#include "kernels/cuda/launch.h"
 
 namespace nanoflow::cuda {
 namespace {
@@ -22,11 +22,13 @@ __global__ void delay_kernel(int64_t ns) {
 }  // namespace
 
 void launch_stamp(int64_t* ns, cudaStream_t stream) {
-  launch_beside(stamp_kernel, {.grid = 1, .threads = 1, .stream = stream}, ns);
+  stamp_kernel<<<1, 1, 0, stream>>>(ns);
+  NF_CUDA_CHECK(cudaGetLastError());
 }
 
 void launch_delay(int64_t ns, cudaStream_t stream) {
-  launch_beside(delay_kernel, {.grid = 1, .threads = 1, .stream = stream}, ns);
+  delay_kernel<<<1, 1, 0, stream>>>(ns);
+  NF_CUDA_CHECK(cudaGetLastError());
 }
 
 cudaError_t probe_kernel_image() {

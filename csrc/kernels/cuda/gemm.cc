@@ -51,9 +51,6 @@ constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"128x96 pair", 128, 96, 2, 1, false, false}, 5.5, 0.268, 1.3, 45, 1.09},
     {{"128x160", 128, 160, 2, 1, false, false}, 2.3, 0.375, 3.6, 40, 1.06},
     {{"128x128 halves", 128, 128, 1, 1, false, false, 2}, 6.8, 0.340, 1.3, 45, 1.08},
-    {{"128x256 beside", 128, 256, 2, 1, false, false, 1, true}, 1.2, 0.600, 5.7, 80, 1.0},
-    {{"128x192 beside", 128, 192, 2, 1, false, false, 1, true}, 2.3, 0.520, 4.3, 40, 1.05},
-    {{"128x128 beside", 128, 128, 2, 1, false, false, 1, true}, 2.3, 0.320, 3.6, 40, 1.06},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }
@@ -79,11 +76,7 @@ int64_t slots_of(const GemmTraits& t, int sms) {
 
 bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, const GemmType& type) {
   const GemmTraits& t = traits_of(kernel);
-  const bool is_bf16 = type.x == DType::kBF16 && type.out == DType::kBF16;
-  const bool is_common = is_bf16 && !type.is_silu_mul;
-  if (t.is_beside || (type.is_beside && is_bf16 && shape.rows > kFewRows)) {
-    return t.is_beside && type.is_beside && is_bf16 && shape.rows > kFewRows;
-  }
+  const bool is_common = type.x == DType::kBF16 && type.out == DType::kBF16 && !type.is_silu_mul;
   if (!t.is_general && !is_common) return false;
   if (shape.rows <= kFewRows) return t.tile_rows <= kFewRows;
   if (t.k_parts > 1) return tiles_of(t, shape) <= slots_of(t, sms);  // else no SM is idle

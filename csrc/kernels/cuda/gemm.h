@@ -21,7 +21,6 @@ struct GemmShape {
 struct GemmType {
   DType x, out;
   bool is_silu_mul = false;  // GemmSiluMul, of N rows of gate and up
-  bool is_beside = false;    // shares its SMs with attention, where there are kernels that can
 };
 
 /// Kernels that are compiled in, by their tile of rows × features. Cooperative: two warpgroups
@@ -38,11 +37,8 @@ enum class GemmKernel : uint8_t {
   k128x96Pair,     // cooperative; two CTAs share what they load of the features
   k128x160,        // cooperative: whole waves on 104 SMs where 128x192 and 128x256 leave many idle
   k128x128Halves,  // a cluster's two CTAs multiply half of K each: fills SMs that tiles leave idle
-  k128x256Beside,  // these three leave room on their SMs for attention
-  k128x192Beside,
-  k128x128Beside,
 };
-inline constexpr int kNumGemmKernels = 14;
+inline constexpr int kNumGemmKernels = 11;
 
 /// What the choice knows of a kernel.
 struct GemmTraits {
@@ -50,9 +46,8 @@ struct GemmTraits {
   int tile_rows, tile_features;
   int cluster_rows, cluster_features;  // tiles that run side by side and share operands
   bool is_stream_k;
-  bool is_general;         // exists for every type of product, not only of bfloat16 into bfloat16
-  int k_parts = 1;         // of K, multiplied side by side by the CTAs of a cluster
-  bool is_beside = false;  // leaves room on its SMs for attention
+  bool is_general;  // exists for every type of product, not only of bfloat16 into bfloat16
+  int k_parts = 1;  // of K, multiplied side by side by the CTAs of a cluster
 };
 
 const GemmTraits& traits_of(GemmKernel kernel);

@@ -80,9 +80,7 @@ void CudaKernels::run(const Gemm& op, Lane& lane) {
   if (op.bias) check_alignment(Gemm::kName, "bias", op.bias);
   arguments.bias = op.bias.bytes();
   arguments.accumulate = op.accumulate;
-  launch(Gemm::kName, arguments,
-         {.x = op.x.dtype(), .out = op.out.dtype(), .is_beside = cuda_lane(lane).shares_sms()},
-         batch_invariant_);
+  launch(Gemm::kName, arguments, {.x = op.x.dtype(), .out = op.out.dtype()}, batch_invariant_);
 }
 
 void CudaKernels::run(const GemmSiluMul& op, Lane& lane) {
@@ -90,11 +88,7 @@ void CudaKernels::run(const GemmSiluMul& op, Lane& lane) {
   GemmArguments arguments = arguments_of(op, op.weight, cuda_lane(lane));
   arguments.is_gelu = op.activation == Activation::kGeluTanh;
   launch(GemmSiluMul::kName, arguments,
-         {.x = op.x.dtype(),
-          .out = op.out.dtype(),
-          .is_silu_mul = true,
-          .is_beside = cuda_lane(lane).shares_sms()},
-         batch_invariant_);
+         {.x = op.x.dtype(), .out = op.out.dtype(), .is_silu_mul = true}, batch_invariant_);
 }
 
 void CudaKernels::run(const GroupedGemm& op, Lane& lane) {

@@ -5,9 +5,6 @@ namespace nanoflow::cuda {
 GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type) {
   const bool is_same = type.out == type.x, is_f32 = type.out == DType::kF32;
   if (type.x == DType::kBF16 && is_same) {
-    if (traits_of(kernel).is_beside) {
-      return type.is_silu_mul ? gemm_bf16_beside_silu_mul(kernel) : gemm_bf16_beside(kernel);
-    }
     if (type.is_silu_mul) return gemm_bf16_silu_mul(kernel);
     if (const GemmLauncher launcher = gemm_bf16_large(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_medium(kernel)) return launcher;

@@ -39,8 +39,6 @@ GemmLauncher gemm_bf16_medium(GemmKernel kernel);
 GemmLauncher gemm_bf16_odd(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);
 GemmLauncher gemm_bf16_parts(GemmKernel kernel);
-GemmLauncher gemm_bf16_beside(GemmKernel kernel);
-GemmLauncher gemm_bf16_beside_silu_mul(GemmKernel kernel);
 GemmLauncher gemm_bf16_f32(GemmKernel kernel);
 GemmLauncher gemm_bf16_silu_mul(GemmKernel kernel);
 GemmLauncher gemm_f16(GemmKernel kernel);

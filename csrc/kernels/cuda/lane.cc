@@ -44,10 +44,9 @@ cudaStream_t make_stream() {
 
 }  // namespace
 
-CudaLane::CudaLane(const DeviceInfo& device, int width, bool shares_sms)
+CudaLane::CudaLane(const DeviceInfo& device, int width)
     : device_(device),
       width_(width),
-      shares_sms_(shares_sms),
       workspace_(allocate_device(device.index, kWorkspaceBytes)),
       stream_(make_stream()) {}
 

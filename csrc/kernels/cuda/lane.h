@@ -26,9 +26,8 @@ class CudaLane : public Lane {
   /// Memory that the kernels of a lane share, one after another.
   static constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 
-  /// A lane of the whole device whose kernels are to fill `width` SMs; where it shares them with
-  /// another lane, they leave room for that one's.
-  CudaLane(const DeviceInfo& device, int width, bool shares_sms = false);
+  /// A lane of the whole device whose kernels are to fill `width` SMs.
+  CudaLane(const DeviceInfo& device, int width);
   /// A lane that only copies and stamps, which has no workspace.
   explicit CudaLane(const DeviceInfo& device);
   /// A lane of a partition, with all of its SMs.
@@ -43,8 +42,6 @@ class CudaLane : public Lane {
 
   /// SMs.
   int width() const override { return width_; }
-  /// Whether another lane has the same SMs.
-  bool shares_sms() const { return shares_sms_; }
   void wait(Event& event) override;
   void record(Event& event) override;
   /// Calls fn on a thread of the lane's own: the stream does not wait for it, and fn may take its
@@ -60,7 +57,6 @@ class CudaLane : public Lane {
  private:
   DeviceInfo device_;
   int width_;
-  bool shares_sms_ = false;
   std::unique_ptr<GreenContext> partition_;  // null for a lane of the whole device
   Buffer workspace_;
   cudaStream_t stream_;

@@ -1,8 +1,8 @@
 #include <algorithm>
 
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/grid.h"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.h"
 #include "kernels/cuda/pack.cuh"
 #include "kernels/shapes.h"
 
@@ -96,8 +96,8 @@ void launch_packs(const NormArgs<T>& args, const CudaLane& lane) {
   const int used = (args.packs + kPacks - 1) / kPacks;
   const int threads = (used + kWarp - 1) / kWarp * kWarp;
   const int grid = grid_size(args.rows, std::max(1, kThreadsPerSm / threads), lane);
-  launch_beside(norm_kernel<T, kPacks>, {.grid = grid, .threads = threads, .stream = lane.stream()},
-                args);
+  norm_kernel<T, kPacks><<<grid, threads, 0, lane.stream()>>>(args);
+  NF_CUDA_CHECK(cudaGetLastError());
 }
 
 template <typename T>

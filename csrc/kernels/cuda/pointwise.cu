@@ -1,7 +1,6 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/grid.h"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.h"
 #include "kernels/cuda/pack.cuh"
 #include "kernels/shapes.h"
 
@@ -311,9 +310,9 @@ void CudaKernels::run(const RopeAppend& op, Lane& lane) {
                            .norm_eps = op.norm_eps,
                            .norm_unit_offset = op.norm_unit_offset};
     const int grid = grid_of(rows, heads_apart(heads) * D / 2 / kPack, own);
-    launch_beside(rope_append_kernel<T>,
-                  {.grid = grid, .threads = kThreads, .stream = own.stream()}, args);
+    rope_append_kernel<<<grid, kThreads, 0, own.stream()>>>(args);
   });
+  NF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace nanoflow::cuda

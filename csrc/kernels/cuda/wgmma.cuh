@@ -85,26 +85,6 @@ __device__ __forceinline__ void start_product(float (&d)[8][4], uint64_t a, uint
   }(std::make_index_sequence<32>{});
 }
 
-template <class T, Major kMajor>
-struct NarrowProduct;
-template <Major kMajor>
-struct NarrowProduct<__nv_bfloat16, kMajor> {
-  using Type = cute::SM90::GMMA::MMA_64x8x16_F32BF16BF16_SS<kMajor, Major::K>;
-};
-template <Major kMajor>
-struct NarrowProduct<__half, kMajor> {
-  using Type = cute::SM90::GMMA::MMA_64x8x16_F32F16F16_SS<kMajor, Major::K>;
-};
-
-/// The same for d [64, 8]; kMajor is a's.
-template <class T, Major kMajor>
-__device__ __forceinline__ void start_narrow_product(float (&d)[4], uint64_t a, uint64_t b,
-                                                     bool adds) {
-  using cute::SM90::GMMA::ScaleOut;
-  NarrowProduct<T, kMajor>::Type::fma(a, b, d[0], d[1], d[2], d[3],
-                                      adds ? ScaleOut::One : ScaleOut::Zero);
-}
-
 /// What the compiler knows of these registers ends here: nothing moves across.
 template <class Register, int kTiles>
 __device__ __forceinline__ void fence_registers(Register (&r)[kTiles][4]) {
