@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,30 @@ def test_what_was_tuned_goes_first() -> None:
     newer = dataclasses.replace(key, version="next")
     assert load_result(key.path("tuned"), newer) is None
     assert newer.path("tuned") != key.path("tuned")
+
+
+NOT_INSTALLED = """
+from importlib import metadata
+
+known = metadata.version
+
+def version(name):
+    if name == "nanoflow":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+
+metadata.version = version
+
+from test_tune_auto import chosen, gpu
+
+print(*(schedule.id for schedule in chosen(gpu("NVIDIA Unheard-of")).schedules))
+"""
+
+
+def test_a_checkout_that_is_not_installed_chooses_too() -> None:
+    command = [sys.executable, "-c", NOT_INSTALLED]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert ended.stdout.split() == ["sequential", "overlap"], ended.stderr
 
 
 def test_an_unknown_gpu_tries_the_built_in_overlap_with_many_rows() -> None:

@@ -9,10 +9,10 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nanoflow
 from nanoflow._core import Backend
 from nanoflow.bench.default_model import cache_dir
 from nanoflow.tune.costs import Spec, shape_of
@@ -38,9 +38,8 @@ class Key:
 
 
 def key_of(backend: Backend, spec: Spec) -> Key:
-    return Key(
-        device_name(backend), backend.width, _driver(backend), shape_of(spec), version("nanoflow")
-    )
+    version = nanoflow.__version__
+    return Key(device_name(backend), backend.width, _driver(backend), shape_of(spec), version)
 
 
 def device_name(backend: Backend) -> str:
