@@ -24,7 +24,8 @@ class Operands {
     const Tensor tensor = as_tensor(array(name));
     return mirror_ == nullptr ? tensor : mirror_->of(tensor);
   }
-  Tensor in_or_none(const char* name) { return values_.contains(name) ? in(name) : Tensor(); }
+  bool has(const char* name) const { return values_.contains(name); }
+  Tensor in_or_none(const char* name) { return has(name) ? in(name) : Tensor(); }
   Tensor out(const char* name) {
     const py::array found = array(name);
     if (!found.writeable()) throw py::value_error(op_ + ": " + name + " is read-only");
@@ -236,7 +237,15 @@ Op make_combine_experts(Operands& a) {
                         .accumulate = a.scalar_or("accumulate", false)};
 }
 
-Op make_all_reduce(Operands& a) { return AllReduce{.x = a.out("x")}; }
+Op make_all_reduce(Operands& a) {
+  AllReduce op{.x = a.out("x")};
+  if (!a.has("normed")) return op;
+  op.normed = a.out("normed");
+  op.norm_weight = a.in("norm_weight");
+  op.norm_eps = a.scalar<float>("norm_eps");
+  op.norm_unit_offset = a.scalar_or("norm_unit_offset", false);
+  return op;
+}
 
 Op make_all_gather(Operands& a) {
   return AllGather{.x = a.in("x"), .out = a.out("out"), .work = {}};

@@ -20,6 +20,9 @@ class Communicator {
   /// How many ranks take part: one, where the others are only simulated.
   virtual int members() const { return size(); }
 
+  /// Whether AllReduce may norm: each row once, by the rank that sums it.
+  virtual bool norms_sums() const { return false; }
+
   /// Enqueue the op, whose shapes have been checked.
   virtual void run(const AllReduce& op, Lane& lane) = 0;
   virtual void run(const AllGather& op, Lane& lane) = 0;

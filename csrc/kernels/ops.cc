@@ -112,8 +112,14 @@ Regions CombineExperts::reads() const {
 }
 Regions CombineExperts::writes() const { return {memory(out)}; }
 
-Regions AllReduce::reads() const { return {memory(x)}; }
-Regions AllReduce::writes() const { return {memory(x)}; }
+Regions AllReduce::reads() const {
+  if (!normed) return {memory(x)};
+  return {memory(x), memory(norm_weight)};
+}
+Regions AllReduce::writes() const {
+  if (!normed) return {memory(x)};
+  return {memory(x), memory(normed)};
+}
 
 Regions AllGather::reads() const { return {memory(x)}; }
 Regions AllGather::writes() const {

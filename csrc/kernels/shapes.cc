@@ -221,10 +221,14 @@ void check_shapes(const CombineExperts& op) {
   match("out", op.out, {"T", "H"}).dtype(op.x.dtype()).contiguous_rows();
 }
 
-void check_shapes(const AllReduce& op) {
+void check_shapes(const AllReduce& op, bool norms_sums) {
   ShapeMatcher match(AllReduce::kName);
   match("x", op.x, {"T", "N"}).contiguous_rows();
   NF_CHECK(op.x.is_contiguous(), "all_reduce: x is ", op.x, ", not contiguous");
+  if (!op.normed) return;
+  NF_CHECK(norms_sums, "all_reduce: this backend norms no sums; run rms_norm after it");
+  match("normed", op.normed, {"T", "N"}).dtype(op.x.dtype()).contiguous_rows();
+  match("norm_weight", op.norm_weight, {"N"}).dtype(op.x.dtype()).contiguous_rows();
 }
 
 void check_shapes(const AllGather& op, int ranks) {

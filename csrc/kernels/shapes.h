@@ -24,7 +24,7 @@ void check_shapes(const SortByExpert& op);
 void check_shapes(const GroupedGemm& op);
 void check_shapes(const GroupedGemmSiluMul& op);
 void check_shapes(const CombineExperts& op);
-void check_shapes(const AllReduce& op);
+void check_shapes(const AllReduce& op, bool norms_sums);
 void check_shapes(const AllGather& op, int ranks);
 
 }  // namespace nanoflow

@@ -25,7 +25,10 @@ std::string_view to_string(Stage stage) {
 }
 
 Decoder::Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers)
-    : weights_(std::move(weights)), buffers_(std::move(buffers)) {
+    : weights_(std::move(weights)),
+      buffers_(std::move(buffers)),
+      norms_sums_(spec().ranks > 1 && !spec().post_norms &&
+                  weights_->backend()->communicator().norms_sums()) {
   const std::vector<int> windows = spec().distinct_windows();
   for (int layer = 0; layer < spec().num_layers; ++layer) {
     const auto found = std::find(windows.begin(), windows.end(), spec().window(layer));
@@ -63,7 +66,9 @@ std::vector<Op> Decoder::emit_qkv(int layer, const RowRange& range) const {
                         .out = rows(b.residual, range),
                         .scale = spec().embed_scale});
   }
-  ops.push_back(norm(rows(b.residual, range), w.input_norm, rows(b.normed, range)));
+  if (layer == 0 || !norms_sums_) {
+    ops.push_back(norm(rows(b.residual, range), w.input_norm, rows(b.normed, range)));
+  }
   ops.push_back(Gemm{
       .x = rows(b.normed, range), .weight = w.qkv, .out = rows(b.qkv, range), .bias = w.qkv_bias});
   ops.push_back(RopeAppend{.qkv = rows(b.qkv, range),
@@ -117,7 +122,7 @@ std::vector<Op> Decoder::emit_attention(int layer, const RowRange& range) const 
 std::vector<Op> Decoder::emit_o(int layer, const RowRange& range) const {
   const Weights::Layer w = weights_->layer(layer);
   std::vector<Op> ops;
-  add_to_residual(ops, rows(buffers_.attention_out, range), w.o, w.o_norm, range);
+  add_to_residual(ops, rows(buffers_.attention_out, range), w.o, w.o_norm, w.post_norm, range);
   return ops;
 }
 
@@ -134,6 +139,7 @@ std::vector<Op> Decoder::emit_gathered_o(int layer, const RowRange& range) const
       Gemm{.x = gathered, .weight = w.o_columns, .out = own, .accumulate = !w.o_norm},
       AllGather{.x = own, .out = out, .work = buffers_.gather_work}};
   if (w.o_norm) ops.push_back(norm_and_add(normed, w.o_norm, residual));
+  if (norms_sums_) ops.push_back(norm(residual, w.post_norm, normed));
   return ops;
 }
 
@@ -141,12 +147,14 @@ std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
   if (spec().has_experts()) return emit_experts(layer, range);
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
-  std::vector<Op> ops = {norm(rows(b.residual, range), w.post_norm, rows(b.normed, range)),
-                         GemmSiluMul{.x = rows(b.normed, range),
-                                     .weight = w.gate_up,
-                                     .out = rows(b.activated, range),
-                                     .activation = spec().activation}};
-  add_to_residual(ops, rows(b.activated, range), w.down, w.down_norm, range);
+  std::vector<Op> ops;
+  if (!norms_sums_)
+    ops.push_back(norm(rows(b.residual, range), w.post_norm, rows(b.normed, range)));
+  ops.push_back(GemmSiluMul{.x = rows(b.normed, range),
+                            .weight = w.gate_up,
+                            .out = rows(b.activated, range),
+                            .activation = spec().activation});
+  add_to_residual(ops, rows(b.activated, range), w.down, w.down_norm, next_norm(layer), range);
   return ops;
 }
 
@@ -164,13 +172,30 @@ RmsNorm Decoder::norm_and_add(const Tensor& x, const Tensor& weight, const Tenso
   return add;
 }
 
+Tensor Decoder::next_norm(int layer) const {
+  return layer + 1 < spec().num_layers ? weights_->layer(layer + 1).input_norm : Tensor();
+}
+
+AllReduce Decoder::sum_residual(const RowRange& range, const Tensor& next_norm) const {
+  AllReduce sum{.x = rows(buffers_.residual, range)};
+  if (!norms_sums_ || !next_norm) return sum;
+  sum.normed = rows(buffers_.normed, range);
+  sum.norm_weight = next_norm;
+  sum.norm_eps = spec().rms_norm_eps;
+  sum.norm_unit_offset = spec().norm_unit_offset;
+  return sum;
+}
+
 void Decoder::add_to_residual(std::vector<Op>& ops, const Tensor& x, const Tensor& weight,
-                              const Tensor& post_norm, const RowRange& range) const {
+                              const Tensor& post_norm, const Tensor& next_norm,
+                              const RowRange& range) const {
   const Tensor residual = rows(buffers_.residual, range), normed = rows(buffers_.normed, range);
   const Tensor out = post_norm ? normed : residual;
   const bool accumulates = !post_norm && spec().rank == 0;
   ops.push_back(Gemm{.x = x, .weight = weight, .out = out, .accumulate = accumulates});
-  if (spec().ranks > 1) ops.push_back(AllReduce{.x = out});
+  if (spec().ranks > 1) {
+    ops.push_back(post_norm ? AllReduce{.x = out} : sum_residual(range, next_norm));
+  }
   if (post_norm) ops.push_back(norm_and_add(normed, post_norm, residual));
 }
 
@@ -195,7 +220,6 @@ std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
   const Tensor offsets = e.offsets.select(0, range.segment_begin);
   const Tensor residual = rows(b.residual, range);
   std::vector<Op> ops = {
-      norm(residual, w.post_norm, rows(b.normed, range)),
       Gemm{.x = rows(b.normed, range), .weight = w.router, .out = rows(e.logits, range)},
       RouteExperts{.logits = rows(e.logits, range),
                    .experts = rows(e.chosen, range),
@@ -215,7 +239,8 @@ std::vector<Op> Decoder::emit_experts(int layer, const RowRange& range) const {
                      .weights = rows(e.weights, range),
                      .out = residual,
                      .accumulate = spec().rank == 0}};
-  if (spec().ranks > 1) ops.push_back(AllReduce{.x = residual});
+  if (!norms_sums_) ops.insert(ops.begin(), norm(residual, w.post_norm, rows(b.normed, range)));
+  if (spec().ranks > 1) ops.push_back(sum_residual(range, next_norm(layer)));
   return ops;
 }
 

@@ -102,7 +102,8 @@ struct HeadOptions {
 /// give. The usual way is a product with the rank's columns of a weight, summed by an all-reduce;
 /// rank 0's product alone includes what the residual held before. After a gather of the attention
 /// outputs, o is instead a product with the rank's rows of the weight, for its columns of the
-/// residual, and another gather (the two shapes of NanoFlow, OSDI'25, section 4.2).
+/// residual, and another gather (the two shapes of NanoFlow, OSDI'25, section 4.2). Where the
+/// communicator norms what it sums, the norm that comes next is part of the all-reduce.
 class Decoder {
  public:
   Decoder(std::shared_ptr<const Weights> weights, DecoderBuffers buffers);
@@ -123,13 +124,19 @@ class Decoder {
   std::vector<Op> emit_experts(int layer, const RowRange& range) const;
   RmsNorm norm(const Tensor& x, const Tensor& weight, const Tensor& out) const;
   RmsNorm norm_and_add(const Tensor& x, const Tensor& weight, const Tensor& out) const;
+  /// The weight of the norm that comes after the layer's MLP; none where the head's does.
+  Tensor next_norm(int layer) const;
+  /// Of all ranks, and normed with that weight where sums are.
+  AllReduce sum_residual(const RowRange& range, const Tensor& next_norm) const;
   /// Adds x · weightᵀ of all ranks to the residual, by way of a norm if the spec has them there.
   void add_to_residual(std::vector<Op>& ops, const Tensor& x, const Tensor& weight,
-                       const Tensor& post_norm, const RowRange& range) const;
+                       const Tensor& post_norm, const Tensor& next_norm,
+                       const RowRange& range) const;
   std::vector<Op> emit_logits(int samples) const;
 
   std::shared_ptr<const Weights> weights_;
   DecoderBuffers buffers_;
+  bool norms_sums_;  // of layers: the residual's norm belongs to what changed it last
   std::vector<int> plan_of_layer_;  // index of its window among the distinct ones
   std::vector<int> plan_layers_;    // first layer of each
 };

@@ -141,6 +141,10 @@ def test_the_papers_two_shapes_are_planned_on_the_network_lane(family: str, tmp_
     assert sorted(reduced) == sorted(
         f"layers.{layer}.{part}" for layer in (0, 1) for part in ("o.1", "mlp.0", "mlp.1")
     )
+    normed = {line[2] for line in lines if line[3] == "rms_norm"}  # all else by all-reduces
+    assert normed == {f"layers.0.qkv.{part}" for part in range(4)} | {
+        f"layers.{layer}.o.0" for layer in (0, 1)
+    }
     for name, lane in lane_of.items():
         assert (lane == "network") == (name.split()[1] in ("all_gather", "all_reduce"))
     assert " whole " in next(line for line in repr(head).splitlines() if "all_gather" in line)
@@ -292,6 +296,39 @@ def test_an_all_reduce_sums_in_order_and_rounds_once(ranks: int, dtype: str) -> 
     collect("all_reduce", _core.make_backends("cpu", ranks, 4), [{"x": x} for x in values])
     for value in values:
         np.testing.assert_array_equal(value, encode(expected, dtype))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 50])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_an_all_reduce_norms_as_the_norm_after_it_would(
+    ranks: int, rows: int, unit_offset: bool, dtype: str
+) -> None:
+    """Bit for bit, whoever sums a row; both where the ranks have it."""
+    rng = np.random.default_rng(7)
+    values = [encode(rng.standard_normal((rows, 33), np.float32), dtype) for _ in range(ranks)]
+    weight = encode(rng.standard_normal(33, np.float32), dtype)
+    backends = _core.make_backends("cpu", ranks, 4)
+    plain = [value.copy() for value in values]
+    collect("all_reduce", backends, [{"x": x} for x in plain])
+    expected = np.zeros_like(plain[0])
+    style = {"weight": weight, "eps": 1e-5, "unit_offset": unit_offset}
+    _core.run_op("rms_norm", backends[0], x=plain[0], out=expected, **style)
+    normed = [np.zeros_like(value) for value in values]
+    style = {"norm_weight": weight, "norm_eps": 1e-5, "norm_unit_offset": unit_offset}
+    operands = [{"x": x, "normed": out, **style} for x, out in zip(values, normed, strict=True)]
+    collect("all_reduce", backends, operands)
+    for rank in range(ranks):
+        np.testing.assert_array_equal(values[rank], plain[0])
+        np.testing.assert_array_equal(normed[rank], expected)
+        assert decode(normed[rank]).astype(np.float32).std() > 0.5
+
+
+def test_only_a_backend_that_norms_sums_is_asked_to() -> None:
+    x = np.ones((2, 32), np.float32)
+    (backend,) = _core.make_backends("cpu", 1, 2, simulated_ranks=2)
+    with pytest.raises(_core.EngineError, match="norms no sums; run rms_norm after it"):
+        _core.run_op("all_reduce", backend, x=x, normed=x.copy(), norm_weight=x[0], norm_eps=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -71,16 +71,17 @@ std::vector<std::shared_ptr<Backend>> make_cpu_backends(const BackendOptions& op
   NF_CHECK(options.threads >= 0 && options.threads <= cpu::kMaxThreads, "threads is ",
            options.threads, " but must be 0 (all cores) to ", cpu::kMaxThreads);
   const int width = options.threads > 0 ? options.threads : cpu::usable_cores();
+  const cpu::Isa isa = cpu::parse_isa(options.isa);
   std::vector<std::unique_ptr<Communicator>> communicators;
   if (options.simulated_ranks > 0) {
     communicators.push_back(cpu::make_copy_communicator(options.simulated_ranks));
   } else {
-    communicators = cpu::make_thread_communicators(ranks);
+    communicators = cpu::make_thread_communicators(ranks, isa);
   }
   std::vector<std::shared_ptr<Backend>> backends;
   for (std::unique_ptr<Communicator>& communicator : communicators) {
-    backends.push_back(std::make_shared<cpu::CpuBackend>(
-        std::max(1, width / ranks), cpu::parse_isa(options.isa), std::move(communicator)));
+    backends.push_back(std::make_shared<cpu::CpuBackend>(std::max(1, width / ranks), isa,
+                                                         std::move(communicator)));
   }
   return backends;
 }

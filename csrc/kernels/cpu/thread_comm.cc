@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/lane.h"
+#include "kernels/cpu/math_loops.h"
 #include "kernels/meeting.h"
 #include "kernels/shapes.h"
 
@@ -16,11 +17,14 @@ namespace nanoflow::cpu {
 namespace {
 
 constexpr int64_t kGrain = 64;  // values: whole cache lines of any dtype
+/// Fewer rows than so many a rank are not shared out whole: sums would wait for few of the threads.
+constexpr int64_t kLeastRows = 4;
 
 /// What a rank brings to a collective.
 struct Part {
   std::string_view op;
   Tensor x;
+  Tensor normed = {};  // of an AllReduce
 };
 
 struct Group {
@@ -33,10 +37,11 @@ struct Group {
 void check_alike(const std::vector<Part>& parts, int rank) {
   const Part& own = parts[rank];
   for (const Part& part : parts) {
-    NF_CHECK(part.op == own.op && part.x.dtype() == own.x.dtype() &&
-                 part.x.size(0) == own.x.size(0) && part.x.size(1) == own.x.size(1),
-             "ranks do not agree: one runs ", part.op, " of ", part.x, ", rank ", rank, " ", own.op,
-             " of ", own.x);
+    NF_CHECK(
+        part.op == own.op && part.x.dtype() == own.x.dtype() && part.x.size(0) == own.x.size(0) &&
+            part.x.size(1) == own.x.size(1) && bool{part.normed} == bool{own.normed},
+        "ranks do not agree: one runs ", part.op, " of ", part.x, part.normed ? ", normed" : "",
+        ", rank ", rank, " ", own.op, " of ", own.x, own.normed ? ", normed" : "");
   }
 }
 
@@ -53,6 +58,27 @@ void sum(const std::vector<Part>& parts, int64_t begin, int64_t end) {
       T* values = part.x.data<T>() + begin;
       for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(sums[i]);
     }
+  }
+}
+
+/// Into the rank's own `normed`.
+void norm(const AllReduce& op, const PointwiseLoops& loops, int64_t row) {
+  loops.rms_norm(op.x.select(0, row).bytes(), op.norm_weight.bytes(),
+                 op.normed.select(0, row).bytes(), op.x.size(1),
+                 {op.norm_eps, op.norm_unit_offset, /*accumulate=*/false});
+}
+
+/// Sums a row of all ranks, norms it, and gives all of them both.
+template <typename T>
+void sum_and_norm(const std::vector<Part>& parts, const AllReduce& op, const PointwiseLoops& loops,
+                  int64_t row) {
+  const int64_t columns = op.x.size(1);
+  sum<T>(parts, row * columns, (row + 1) * columns);
+  norm(op, loops, row);
+  const std::byte* const normed = op.normed.select(0, row).bytes();
+  for (const Part& part : parts) {
+    std::byte* const to = part.normed.select(0, row).bytes();
+    if (to != normed) std::memcpy(to, normed, static_cast<size_t>(columns) * sizeof(T));
   }
 }
 
@@ -76,14 +102,17 @@ void gather(const std::vector<Part>& parts, const Tensor& out, int64_t begin, in
 /// every rank does its share, and another meeting, after which the data may be overwritten.
 class ThreadCommunicator : public Communicator {
  public:
-  ThreadCommunicator(std::shared_ptr<Group> group, int rank)
-      : group_(std::move(group)), rank_(rank) {}
+  ThreadCommunicator(std::shared_ptr<Group> group, int rank, Isa isa)
+      : group_(std::move(group)), rank_(rank), isa_(isa) {}
 
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(group_->parts.size()); }
 
+  bool norms_sums() const override { return true; }
+
   void run(const AllReduce& op, Lane& lane) override {
-    enqueue({AllReduce::kName, op.x}, lane, [this, x = op.x](const Worker& worker) {
+    if (op.normed && op.x.size(0) >= kLeastRows * size()) return sum_rows(op, lane);
+    enqueue({AllReduce::kName, op.x, op.normed}, lane, [this, x = op.x](const Worker& worker) {
       const int64_t count = x.numel(), grains = (count + kGrain - 1) / kGrain;
       const int64_t first = std::min(count, grains * rank_ / size() * kGrain);
       const int64_t last = std::min(count, grains * (rank_ + 1) / size() * kGrain);
@@ -92,6 +121,7 @@ class ThreadCommunicator : public Communicator {
         sum<typename decltype(tag)::type>(group_->parts, first + begin, first + end);
       });
     });
+    if (op.normed) norm_rows(op, lane);
   }
 
   void run(const AllGather& op, Lane& lane) override {
@@ -107,6 +137,32 @@ class ThreadCommunicator : public Communicator {
   std::exception_ptr cause() const override { return group_->meeting.cause(); }
 
  private:
+  const PointwiseLoops& loops_of(const AllReduce& op) const {
+    return loop_set(isa_).of(op.x.dtype(), AllReduce::kName).pointwise;
+  }
+
+  /// Ranks share out whole rows, and norm them as well.
+  void sum_rows(const AllReduce& op, Lane& lane) {
+    const PointwiseLoops& loops = loops_of(op);
+    enqueue({AllReduce::kName, op.x, op.normed}, lane, [this, op, &loops](const Worker& worker) {
+      const int64_t rows = op.x.size(0), first = rows * rank_ / size();
+      const auto [begin, end] = worker.share(rows * (rank_ + 1) / size() - first);
+      dispatch_float(op.x.dtype(), AllReduce::kName, [&, begin = begin, end = end](auto tag) {
+        for (int64_t row = begin; row < end; ++row) {
+          sum_and_norm<typename decltype(tag)::type>(group_->parts, op, loops, first + row);
+        }
+      });
+    });
+  }
+
+  /// All rows, by each rank for itself.
+  void norm_rows(const AllReduce& op, Lane& lane) {
+    cpu_lane(lane).enqueue([op, &loops = loops_of(op)](const Worker& worker) {
+      const auto [begin, end] = worker.share(op.x.size(0));
+      for (int64_t row = begin; row < end; ++row) norm(op, loops, row);
+    });
+  }
+
   void enqueue(const Part& part, Lane& lane, std::function<void(const Worker&)> work) {
     CpuLane& own = cpu_lane(lane);
     own.enqueue_alone([this, part](std::exception_ptr& error) {
@@ -129,21 +185,22 @@ class ThreadCommunicator : public Communicator {
 
   std::shared_ptr<Group> group_;
   int rank_;
+  Isa isa_;
 };
 
 }  // namespace
 
-std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size) {
+std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size, Isa isa) {
   const auto group = std::make_shared<Group>(size);
   std::vector<std::unique_ptr<Communicator>> ranks;
   for (int rank = 0; rank < size; ++rank) {
-    ranks.push_back(std::make_unique<ThreadCommunicator>(group, rank));
+    ranks.push_back(std::make_unique<ThreadCommunicator>(group, rank, isa));
   }
   return ranks;
 }
 
 void CpuKernels::run(const AllReduce& op, Lane& lane) {
-  check_shapes(op);
+  check_shapes(op, communicator_->norms_sums());
   dispatch_float(op.x.dtype(), AllReduce::kName, [](auto) {});  // throws
   communicator_->run(op, lane);
 }

@@ -4,7 +4,7 @@
 namespace nanoflow::cuda {
 
 void CudaKernels::run(const AllReduce& op, Lane& lane) {
-  check_shapes(op);
+  check_shapes(op, communicator_->norms_sums());
   communicator_->run(op, lane);
 }
 
