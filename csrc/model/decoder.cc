@@ -148,8 +148,9 @@ std::vector<Op> Decoder::emit_mlp(int layer, const RowRange& range) const {
   const DecoderBuffers& b = buffers_;
   const Weights::Layer w = weights_->layer(layer);
   std::vector<Op> ops;
-  if (!norms_sums_)
+  if (!norms_sums_) {
     ops.push_back(norm(rows(b.residual, range), w.post_norm, rows(b.normed, range)));
+  }
   ops.push_back(GemmSiluMul{.x = rows(b.normed, range),
                             .weight = w.gate_up,
                             .out = rows(b.activated, range),
