@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <string_view>
 #include <variant>
-#include <vector>
 
 #include "core/tensor.h"
+#include "kernels/region.h"
 
 // One struct per operation. Dims: T rows (tokens), R requests, S sampled rows, H hidden, I
 // intermediate, V vocabulary, Hq/Hkv query and KV heads, D head dim, P pages, N/K GEMM dims, E
@@ -14,30 +14,6 @@
 // first op and constant while it runs, so ops do not list them among their reads.
 
 namespace nanoflow {
-
-/// A stretch of something that ops read and write: bytes of memory, or rows of a layer's KV cache
-/// (page numbers are data, so KV hazards are told by the rows whose keys and values they hold).
-struct Region {
-  static constexpr int64_t kMemory = -1;
-
-  int64_t space;  // kMemory, or the layer whose KV cache it is
-  uint64_t begin, end;
-
-  bool overlaps(const Region& other) const {
-    return space == other.space && begin < other.end && other.begin < end;
-  }
-  bool contains(const Region& other) const {
-    return space == other.space && begin <= other.begin && other.end <= end;
-  }
-};
-
-using Regions = std::vector<Region>;
-
-/// A row interval of the step, as a key into a layer's KV cache.
-struct KvRows {
-  int layer;
-  int64_t begin, end;  // rows of the padded step
-};
 
 /// out = table[token] * scale, with scale rounded to table's dtype. A token t < 0 stands for
 /// token_pool[-1 - t]: the last sample of that slot.
