@@ -240,10 +240,11 @@ Op make_combine_experts(Operands& a) {
 Op make_all_reduce(Operands& a) {
   AllReduce op{.x = a.out("x")};
   if (!a.has("normed")) return op;
-  op.normed = a.out("normed");
-  op.norm_weight = a.in("norm_weight");
-  op.norm_eps = a.scalar<float>("norm_eps");
-  op.norm_unit_offset = a.scalar_or("norm_unit_offset", false);
+  op.norm = RmsNorm{.x = op.x,
+                    .out = a.out("normed"),
+                    .weight = a.in("norm_weight"),
+                    .eps = a.scalar<float>("norm_eps"),
+                    .unit_offset = a.scalar_or("norm_unit_offset", false)};
   return op;
 }
 

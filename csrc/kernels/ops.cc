@@ -113,12 +113,12 @@ Regions CombineExperts::reads() const {
 Regions CombineExperts::writes() const { return {memory(out)}; }
 
 Regions AllReduce::reads() const {
-  if (!normed) return {memory(x)};
-  return {memory(x), memory(norm_weight)};
+  if (norm) return norm->reads();
+  return {memory(x)};
 }
 Regions AllReduce::writes() const {
-  if (!normed) return {memory(x)};
-  return {memory(x), memory(normed)};
+  if (norm) return {memory(x), memory(norm->out)};
+  return {memory(x)};
 }
 
 Regions AllGather::reads() const { return {memory(x)}; }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <variant>
 
@@ -342,14 +343,11 @@ struct CombineExperts {
   Regions writes() const;
 };
 
-/// x = the sum of all ranks' x, the same bits on every rank; then normed = RmsNorm of x, where the
-/// communicator norms what it sums (Communicator::norms_sums).
+/// x = the sum of all ranks' x, the same bits on every rank; then its norm, where the communicator
+/// norms what it sums (Communicator::norms_sums).
 struct AllReduce {
-  Tensor x;                 // [T, N], contiguous
-  Tensor normed = {};       // [T, N], or none
-  Tensor norm_weight = {};  // [N], if there is a normed
-  float norm_eps = 0;
-  bool norm_unit_offset = false;  // as in RmsNorm
+  Tensor x;                          // [T, N], contiguous
+  std::optional<RmsNorm> norm = {};  // of x, into another tensor
 
   static constexpr std::string_view kName = "all_reduce";
   Regions reads() const;

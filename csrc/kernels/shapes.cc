@@ -225,10 +225,14 @@ void check_shapes(const AllReduce& op, bool norms_sums) {
   ShapeMatcher match(AllReduce::kName);
   match("x", op.x, {"T", "N"}).contiguous_rows();
   NF_CHECK(op.x.is_contiguous(), "all_reduce: x is ", op.x, ", not contiguous");
-  if (!op.normed) return;
+  if (!op.norm) return;
   NF_CHECK(norms_sums, "all_reduce: this backend norms no sums; run rms_norm after it");
-  match("normed", op.normed, {"T", "N"}).dtype(op.x.dtype()).contiguous_rows();
-  match("norm_weight", op.norm_weight, {"N"}).dtype(op.x.dtype()).contiguous_rows();
+  check_shapes(*op.norm);
+  NF_CHECK(op.norm->x.bytes() == op.x.bytes() && op.norm->x.size(0) == op.x.size(0) &&
+               op.norm->x.size(1) == op.x.size(1),
+           "all_reduce: x is ", op.x, " but its norm is of another tensor, ", op.norm->x);
+  NF_CHECK(!op.norm->accumulate && op.norm->out.bytes() != op.x.bytes(),
+           "all_reduce: a norm of what it sums needs an out of its own, to which it does not add");
 }
 
 void check_shapes(const AllGather& op, int ranks) {

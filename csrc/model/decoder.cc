@@ -179,11 +179,7 @@ Tensor Decoder::next_norm(int layer) const {
 
 AllReduce Decoder::sum_residual(const RowRange& range, const Tensor& next_norm) const {
   AllReduce sum{.x = rows(buffers_.residual, range)};
-  if (!norms_sums_ || !next_norm) return sum;
-  sum.normed = rows(buffers_.normed, range);
-  sum.norm_weight = next_norm;
-  sum.norm_eps = spec().rms_norm_eps;
-  sum.norm_unit_offset = spec().norm_unit_offset;
+  if (norms_sums_ && next_norm) sum.norm = norm(sum.x, next_norm, rows(buffers_.normed, range));
   return sum;
 }
 

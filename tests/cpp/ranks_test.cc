@@ -150,8 +150,10 @@ TEST_CASE("ranks that do not all norm a sum are told so") {
   std::vector<float> values(4), others(4), normed(4), weight(4);
   ranks[0]->all_reduce(values);
   AllReduce norming{.x = Tensor(others.data(), DType::kF32, {}, {1, 4})};
-  norming.normed = Tensor(normed.data(), DType::kF32, {}, {1, 4});
-  norming.norm_weight = Tensor(weight.data(), DType::kF32, {}, {4});
+  norming.norm = RmsNorm{.x = norming.x,
+                         .out = Tensor(normed.data(), DType::kF32, {}, {1, 4}),
+                         .weight = Tensor(weight.data(), DType::kF32, {}, {4}),
+                         .eps = 1e-5f};
   ranks[1]->backend->kernels().run(norming, *ranks[1]->lane);
   CHECK_THROWS_WITH_AS(ranks[0]->finish(), doctest::Contains(", normed"), Error);
   CHECK_THROWS_AS(ranks[1]->finish(), Error);

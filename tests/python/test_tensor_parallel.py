@@ -331,6 +331,14 @@ def test_only_a_backend_that_norms_sums_is_asked_to() -> None:
         _core.run_op("all_reduce", backend, x=x, normed=x.copy(), norm_weight=x[0], norm_eps=1e-5)
 
 
+def test_a_sum_is_not_normed_in_place() -> None:
+    x = np.ones((2, 32), np.float32)
+    (backend,) = _core.make_backends("cpu", 1, 2)
+    weight = np.ones(32, np.float32)
+    with pytest.raises(_core.EngineError, match="a norm of what it sums needs an out of its own"):
+        _core.run_op("all_reduce", backend, x=x, normed=x, norm_weight=weight, norm_eps=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("spare", [0, 5])
 def test_an_all_gather_puts_columns_side_by_side(ranks: int, spare: int) -> None:

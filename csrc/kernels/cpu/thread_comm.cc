@@ -61,21 +61,19 @@ void sum(const std::vector<Part>& parts, int64_t begin, int64_t end) {
   }
 }
 
-/// Into the rank's own `normed`.
-void norm(const AllReduce& op, const PointwiseLoops& loops, int64_t row) {
-  loops.rms_norm(op.x.select(0, row).bytes(), op.norm_weight.bytes(),
-                 op.normed.select(0, row).bytes(), op.x.size(1),
-                 {op.norm_eps, op.norm_unit_offset, /*accumulate=*/false});
+void norm_row(const RmsNorm& op, const PointwiseLoops& loops, int64_t row) {
+  loops.rms_norm(op.x.select(0, row).bytes(), op.weight.bytes(), op.out.select(0, row).bytes(),
+                 op.x.size(1), {op.eps, op.unit_offset, op.accumulate});
 }
 
 /// Sums a row of all ranks, norms it, and gives all of them both.
 template <typename T>
-void sum_and_norm(const std::vector<Part>& parts, const AllReduce& op, const PointwiseLoops& loops,
+void sum_and_norm(const std::vector<Part>& parts, const RmsNorm& op, const PointwiseLoops& loops,
                   int64_t row) {
   const int64_t columns = op.x.size(1);
   sum<T>(parts, row * columns, (row + 1) * columns);
-  norm(op, loops, row);
-  const std::byte* const normed = op.normed.select(0, row).bytes();
+  norm_row(op, loops, row);
+  const std::byte* const normed = op.out.select(0, row).bytes();
   for (const Part& part : parts) {
     std::byte* const to = part.normed.select(0, row).bytes();
     if (to != normed) std::memcpy(to, normed, static_cast<size_t>(columns) * sizeof(T));
@@ -111,8 +109,9 @@ class ThreadCommunicator : public Communicator {
   bool norms_sums() const override { return true; }
 
   void run(const AllReduce& op, Lane& lane) override {
-    if (op.normed && op.x.size(0) >= kLeastRows * size()) return sum_rows(op, lane);
-    enqueue({AllReduce::kName, op.x, op.normed}, lane, [this, x = op.x](const Worker& worker) {
+    if (op.norm && op.x.size(0) >= kLeastRows * size()) return sum_rows(*op.norm, lane);
+    const Tensor normed = op.norm ? op.norm->out : Tensor();
+    enqueue({AllReduce::kName, op.x, normed}, lane, [this, x = op.x](const Worker& worker) {
       const int64_t count = x.numel(), grains = (count + kGrain - 1) / kGrain;
       const int64_t first = std::min(count, grains * rank_ / size() * kGrain);
       const int64_t last = std::min(count, grains * (rank_ + 1) / size() * kGrain);
@@ -121,7 +120,7 @@ class ThreadCommunicator : public Communicator {
         sum<typename decltype(tag)::type>(group_->parts, first + begin, first + end);
       });
     });
-    if (op.normed) norm_rows(op, lane);
+    if (op.norm) norm_rows(*op.norm, lane);
   }
 
   void run(const AllGather& op, Lane& lane) override {
@@ -137,14 +136,14 @@ class ThreadCommunicator : public Communicator {
   std::exception_ptr cause() const override { return group_->meeting.cause(); }
 
  private:
-  const PointwiseLoops& loops_of(const AllReduce& op) const {
+  const PointwiseLoops& loops_of(const RmsNorm& op) const {
     return loop_set(isa_).of(op.x.dtype(), AllReduce::kName).pointwise;
   }
 
   /// Ranks share out whole rows, and norm them as well.
-  void sum_rows(const AllReduce& op, Lane& lane) {
+  void sum_rows(const RmsNorm& op, Lane& lane) {
     const PointwiseLoops& loops = loops_of(op);
-    enqueue({AllReduce::kName, op.x, op.normed}, lane, [this, op, &loops](const Worker& worker) {
+    enqueue({AllReduce::kName, op.x, op.out}, lane, [this, op, &loops](const Worker& worker) {
       const int64_t rows = op.x.size(0), first = rows * rank_ / size();
       const auto [begin, end] = worker.share(rows * (rank_ + 1) / size() - first);
       dispatch_float(op.x.dtype(), AllReduce::kName, [&, begin = begin, end = end](auto tag) {
@@ -156,10 +155,10 @@ class ThreadCommunicator : public Communicator {
   }
 
   /// All rows, by each rank for itself.
-  void norm_rows(const AllReduce& op, Lane& lane) {
+  void norm_rows(const RmsNorm& op, Lane& lane) {
     cpu_lane(lane).enqueue([op, &loops = loops_of(op)](const Worker& worker) {
       const auto [begin, end] = worker.share(op.x.size(0));
-      for (int64_t row = begin; row < end; ++row) norm(op, loops, row);
+      for (int64_t row = begin; row < end; ++row) norm_row(op, loops, row);
     });
   }
 
