@@ -195,13 +195,13 @@ class Chooser:
                 self._groups.remove(group)
                 self._group = None
         elif trial.is_over:
+            like = group.first  # the same for all, as they were measured in different steps
             logger.info(
-                "schedule %s takes %.3g times its prediction in steps like one of %d rows, of "
-                "which %d decode",
+                "schedule %s takes %.2f ms for a step of %d rows, of which %d decode",
                 self.options[number].name,
-                trial.correction,
-                mix.rows,
-                mix.decodes,
+                1e3 * trial.correction * self._expected(number, like),
+                like.rows,
+                like.decodes,
             )
 
     def _group_of(self, mix: Mix) -> _Group:
