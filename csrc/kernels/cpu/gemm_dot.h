@@ -174,11 +174,10 @@ class DotGemm {
   const int64_t slab_;   // activation rows that stay in the second cache
 };
 
-size_t no_scratch(const GemmArgs&, int) { return 0; }
-
 template <typename Simd>
 constexpr GemmKernels dot_kernels() {
   using Element = typename Simd::Element;
+  constexpr auto no_scratch = [](const GemmArgs&, int) -> size_t { return 0; };
   return {.same = {DotGemm<Simd, Element>::run, no_scratch},
           .f32 = {DotGemm<Simd, float>::run, no_scratch},
           .silu_mul = {DotGemm<Simd, Element, true>::run, no_scratch}};
