@@ -13,6 +13,7 @@ from nanoflow.metrics import counted_by, make_metrics
 from nanoflow.scheduler import choose
 from nanoflow.scheduler.choose import (
     KEEP_SECONDS,
+    NEAR,
     SETTLE_SECONDS,
     SETTLE_STEPS,
     TURN_SECONDS,
@@ -52,7 +53,7 @@ def serve(chooser: Chooser, mix: Mix, speed: dict[int, float], steps: int) -> li
 
 def test_those_near_the_best_are_tried_and_the_fastest_is_kept() -> None:
     chooser = Chooser(options(4), predict)
-    speed = {0: 1.0, 1: 0.9, 2: 1.1}
+    speed = {0: 1.0, 1: 0.95, 2: 1.05}
     assert not chooser.is_trying
     chosen = serve(chooser, FULL, speed, 200)
     assert chooser.is_trying
@@ -77,6 +78,21 @@ def test_the_log_tells_what_each_takes_for_the_same_step(caplog: pytest.LogCaptu
         "schedule s0 takes 37.50 ms for a step of 750 rows, of which 375 decode",
         "schedule s1 takes 30.00 ms for a step of 750 rows, of which 375 decode",
     ]
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_one_that_is_far_from_the_best_takes_one_turn(slow: int) -> None:
+    """Also where it was the first, and nothing was known of the others yet."""
+    chooser = Chooser(options(3), lambda number, mix: float(mix.rows))
+    speed = {number: 1.0 + number / 100 for number in range(3)} | {slow: 1.02 * NEAR}
+    chosen = serve(chooser, FULL, speed, 400)
+    begins = [i for i, n in enumerate(chosen) if i == 0 or n != chosen[i - 1]]
+    turns = [chosen[i] for i in begins]
+    assert turns.count(slow) == 1
+    best, second = (number for number in range(3) if number != slow)
+    assert turns.count(second) == TURNS
+    assert not chooser.is_trying
+    assert chosen[-1] == best
 
 
 def test_few_requests_run_with_the_plan_for_few_at_once() -> None:

@@ -4,13 +4,14 @@ Only schedules that are predicted to come near the best one for a step stand. Th
 tried in real traffic: what a schedule's steps took, over what they were predicted to take, says by
 how much predictions of it are wrong. They take several short turns each, for while they are tried
 the device warms up and the load may still grow, which is not to count against those that come
-first. Then the one whose corrected predictions are best comes into use, for some minutes or until
-another's have been better for a while: at once where the load changes much, and not for a step now
-and then. What is in use goes on being measured: of several that are alike, the one that was fast by
-chance comes first. So few requests get the plan for few requests, a load may grow after the trials,
-and the tables that predictions come from need not be exact. Steps are corrected, and schedules
-tried, in groups of steps that are alike. A group is known by its first step, and goes on while
-steps are like that one or, now and then, are not: a load that varies has one group.
+first; one that is far from the best takes no second one. Then the one whose corrected predictions
+are best comes into use, for some minutes or until another's have been better for a while: at once
+where the load changes much, and not for a step now and then. What is in use goes on being measured:
+of several that are alike, the one that was fast by chance comes first. So few requests get the plan
+for few requests, a load may grow after the trials, and the tables that predictions come from need
+not be exact. Steps are corrected, and schedules tried, in groups of steps that are alike. A group
+is known by its first step, and goes on while steps are like that one or, now and then, are not: a
+load that varies has one group.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ LATEST_TURNS = 9  # those that count
 # Of a turn that are not measured: graphs are captured, and a GPU's clock follows the schedule.
 SETTLE_STEPS, SETTLE_SECONDS = 8, 1.0
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
-NEAR = 1.15  # a schedule predicted to take more times the best one's time does not stand
+# A schedule predicted to take more times the best one's time does not stand, and one that does take
+# more in its first turn has no second one.
+NEAR = 1.15
 STANDING = 4  # at most
 # What another option must gain to come into use, on the mean of about so many steps: after a switch
 # it takes a while until the device's clock suits what runs.
@@ -87,10 +90,7 @@ class _Trial:
     seconds: float = 0.0  # of those that are
     ratios: list[float] = field(default_factory=list)  # of each one's time to the predicted one
     turns: list[float] = field(default_factory=list)  # the median ratio of each that is over
-
-    @property
-    def is_over(self) -> bool:
-        return len(self.turns) >= TURNS
+    is_over: bool = False  # decides what comes into use
 
     @property
     def correction(self) -> float:
@@ -187,22 +187,36 @@ class Chooser:
         if was_over and number != self._measured:
             trial.begin_turn()
         self._measured = number
-        if trial.measure(seconds, self._expected(number, mix)) and number == group.trying:
-            group.trying = None
+        if trial.measure(seconds, self._expected(number, mix)):
+            if number == group.trying:
+                group.trying = None
+            self._end_trials(group)
         if was_over:
             group.seconds += seconds
             if group.seconds >= KEEP_SECONDS:
                 self._groups.remove(group)
                 self._group = None
-        elif trial.is_over:
-            like = group.first  # the same for all, as they were measured in different steps
+
+    def _end_trials(self, group: _Group) -> None:
+        """Of those that have had their turns, and of those that are far from the best."""
+        times = {n: self._seconds(group, n) for n, trial in group.trials.items() if trial.turns}
+        for number, seconds in times.items():
+            trial = group.trials[number]
+            is_far = seconds > NEAR * min(times.values())
+            if trial.is_over or not (is_far or len(trial.turns) >= TURNS):
+                continue
+            trial.is_over = True
             logger.info(
                 "schedule %s takes %.2f ms for a step of %d rows, of which %d decode",
                 self.options[number].name,
-                1e3 * trial.correction * self._expected(number, like),
-                like.rows,
-                like.decodes,
+                1e3 * seconds,
+                group.first.rows,
+                group.first.decodes,
             )
+
+    def _seconds(self, group: _Group, number: int) -> float:
+        """Of the same step for all options, though they were measured in different ones."""
+        return group.trials[number].correction * self._expected(number, group.first)
 
     def _group_of(self, mix: Mix) -> _Group:
         """That of a step to come."""
