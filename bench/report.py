@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path("bench/results")
 BEGIN = "<!-- results: python bench/report.py -->\n"
 END = "<!-- end of results -->\n"
-USUAL = ("sequential", "nano")  # schedules with columns of their own
+USUAL = ("sequential", "nano", "auto")  # schedules with columns of their own
 FIRST = "512x512"  # of the workloads
 
 Result = Mapping[str, Any]
@@ -170,7 +170,7 @@ def beside_peers(root: Path) -> Iterator[tuple[str, Result]]:
 def gpu_table(root: Path) -> str:
     """A row for every workload of a model: its schedules beside each other, and beside peers."""
     lines = [
-        "| model, workload | sequential | nano-batches alone | overlap | beside sequential | vLLM "
+        "| model, workload | sequential | nano-batches alone | best overlap | `auto` | vLLM "
         "| W | MHz | mJ/token | step, its kernels in turn (ms) | GPU idle | of GEMM peak |",
         "| --- " * 12 + "|",
     ]
@@ -183,11 +183,10 @@ def gpu_table(root: Path) -> str:
     return (
         f"Total tokens (of prompts and outputs) a second and GPU, on {' or '.join(gpus)}, random "
         "weights of the named shape, in a steady state as "
-        "[steady.py](python/nanoflow/bench/steady.py) defines it; W (of a GPU) to mJ/token are the "
-        "overlap's, the rest sequential's. vLLM's is the highest count of `bench/peer_result.py`; "
-        "ours beside it is of its GPU, which is not the row's. Each JSON has its command.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        "[steady.py](python/nanoflow/bench/steady.py) defines it; bold: beside sequential. `auto` "
+        "is the default. W (of a GPU) to mJ/token are the overlap's, the rest sequential's. vLLM's "
+        "is the highest count of `bench/peer_result.py`; ours beside it is of its GPU, which is "
+        "not the row's. Each JSON has its command.\n\n" + "\n".join(lines) + "\n"
     )
 
 
@@ -225,15 +224,14 @@ def gpu_row(what: str, group: Mapping[str, tuple[str, Result]]) -> str:
     sequential, overlap = group.get("sequential"), group.get(best or "")
     basis = (sequential or overlap or next(iter(group.values())))[1]
     power = (overlap or sequential or next(iter(group.values())))[1]
-    ratio = _rate(overlap) / _rate(sequential) if overlap and sequential else None
     ceiling = power["gemm_ceiling_tflops"]
     steps = (_number(basis["step_ms"], 1), _number(basis["kernel_sum_ms"], 1))
     cells = [
         what,
         _linked(sequential),
         _linked(group.get("nano")),
-        _linked(overlap),
-        "" if ratio is None else f"**{ratio:.3f}**",
+        _beside(overlap, sequential),
+        _beside(group.get("auto"), sequential),
         ", ".join(_peer(name, group[name]) for name in peers),
         _number(power["watts"], 0, 1 / (power.get("boards") or 1)),
         _number(power["sm_mhz"], 0),
@@ -252,6 +250,11 @@ def _rate(found: tuple[str, Result]) -> float:
 
 def _linked(found: tuple[str, Result] | None) -> str:
     return "" if found is None else f"[{_rate(found):,.0f}]({found[0]})"
+
+
+def _beside(found: tuple[str, Result] | None, basis: tuple[str, Result] | None) -> str:
+    ratio = f", **{_rate(found) / _rate(basis):.3f}**" if found and basis else ""
+    return _linked(found) + ratio
 
 
 def _peer(name: str, found: tuple[str, Result]) -> str:

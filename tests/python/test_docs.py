@@ -159,14 +159,16 @@ def test_report_shows_schedules_and_peers_of_a_workload_in_a_row(tmp_path):
     peer = {"schedule": "vllm-0.26.0", "steady_total_tok_s": 22900.0, "engine": "x"}
     other = {"workload": "chats", "watts": None, "gemm_ceiling_tflops": None}
     whole = {"measured": "whole run", "steady_total_tok_s": None}
-    changes = {"a": {}, "b": overlap, "c": slower, "d": peer, "e": other, "f": whole}
+    chosen = {"schedule": "auto", "steady_total_tok_s": 27000.0}
+    changes = {"a": {}, "b": overlap, "c": slower, "d": peer, "e": other, "f": whole, "g": chosen}
     for name, change in changes.items():
         (folder / f"{name}.json").write_text(json.dumps(GPU_RESULT | change))
     (folder / "cuda-gemm.json").write_text("{}")
     first, second = [line for line in report.gpu_table(tmp_path).splitlines() if "json)" in line]
     at = "(bench/results/h100"
     assert first == (
-        f"| llama-3.1-8b 512x512 | [24,321]{at}/a.json) |  | [26,000]{at}/b.json) | **1.069** "
+        f"| llama-3.1-8b 512x512 | [24,321]{at}/a.json) |  | [26,000]{at}/b.json), **1.069** "
+        f"| [27,000]{at}/g.json), **1.110** "
         f"| [22,900]{at}/d.json) (0.26.0) | 690 | 1701 | 28.4 | 42.1, 41.8 | 0.4 % | 50 % |"
     )
     assert second == (

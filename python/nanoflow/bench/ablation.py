@@ -107,7 +107,7 @@ def table(found: Mapping[str, Any]) -> str:
 def draw_ablations(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Total tokens a second as a PNG: a group of bars for each result, a bar for each kind.
 
-    Of schedules that overlap, the fastest is shown; "auto", which may not, is left out.
+    Of schedules that overlap, the fastest is shown, and beside it what "auto" gave.
     """
     from matplotlib.figure import Figure  # slow to import, and needed here only
 
@@ -134,5 +134,6 @@ def draw_ablations(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _kinds(rates: Mapping[str, float]) -> dict[str, float]:
     in_turn = {name: rates[name] for name in ("sequential", "nano") if name in rates}
-    others = [rate for name, rate in rates.items() if name not in (*in_turn, AUTO)]
-    return in_turn | ({"overlap": max(others)} if others else {})
+    chosen = {AUTO: rates[AUTO]} if AUTO in rates else {}
+    others = [rate for name, rate in rates.items() if name not in in_turn | chosen]
+    return in_turn | ({"overlap": max(others)} if others else {}) | chosen
