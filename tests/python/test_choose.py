@@ -13,6 +13,7 @@ from nanoflow.metrics import counted_by, make_metrics
 from nanoflow.scheduler import choose
 from nanoflow.scheduler.choose import (
     KEEP_SECONDS,
+    MEAN_STEPS,
     NEAR,
     SETTLE_SECONDS,
     SETTLE_STEPS,
@@ -286,12 +287,14 @@ def test_a_choice_is_looked_at_again_after_a_while() -> None:
 
 
 def test_what_was_fast_by_chance_is_found_out() -> None:
-    """The second takes 5 % less than it should in the trials, and 3 % more than the first later."""
+    """The second takes 5 % less than it should in the trials, and 3 % more than the first later: as
+    soon as there are more turns that say so, and then some steps."""
     chooser = Chooser(options(2), predict)
     serve(chooser, FULL, {0: 1.0, 1: 0.98}, 280)
     assert not chooser.is_trying and chooser.choose(FULL) == 1
     chosen = serve(chooser, FULL, {0: 1.0, 1: 1.03}, round(0.3 * KEEP_SECONDS / STEP))
     assert chosen[-1] == 0 and not chooser.is_trying
+    assert chosen.index(0) * STEP < (TURNS + 1) * TURN_SECONDS + 2 * MEAN_STEPS * STEP
     assert sum(a != b for a, b in pairwise(chosen)) == 1
 
 

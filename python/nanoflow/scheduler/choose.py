@@ -109,10 +109,11 @@ class _Trial:
         if self.seconds < TURN_SECONDS:
             return False
         self.turns.append(median(self.ratios))
-        self.begin_turn()
+        self.seconds, self.ratios = 0.0, []  # goes on with the next one, settled
         return True
 
     def begin_turn(self) -> None:
+        """After a switch."""
         self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
 
 
