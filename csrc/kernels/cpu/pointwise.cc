@@ -90,6 +90,15 @@ void rope_append_row(const RopeAppend& op, const PointwiseLoops& loops, int64_t 
 
 }  // namespace
 
+void norm_row(const RmsNorm& op, const PointwiseLoops& loops, int64_t row) {
+  loops.rms_norm(row_of(op.x, row), op.weight.bytes(), row_of(op.out, row), op.x.size(1),
+                 {op.eps, op.unit_offset, op.accumulate});
+}
+
+void norm_rows(const RmsNorm& op, const PointwiseLoops& loops, Lane& lane) {
+  for_rows(lane, op.x.size(0), [op, &loops](int64_t row) { norm_row(op, loops, row); });
+}
+
 void CpuKernels::run(const Embed& op, Lane& lane) {
   const PointwiseLoops& loops = loop_set(isa_).of(op.table.dtype(), Embed::kName).pointwise;
   check_shapes(op);
@@ -108,10 +117,7 @@ void CpuKernels::run(const Embed& op, Lane& lane) {
 void CpuKernels::run(const RmsNorm& op, Lane& lane) {
   const PointwiseLoops& loops = loop_set(isa_).of(op.x.dtype(), RmsNorm::kName).pointwise;
   check_shapes(op);
-  for_rows(lane, op.x.size(0), [op, &loops](int64_t row) {
-    loops.rms_norm(row_of(op.x, row), op.weight.bytes(), row_of(op.out, row), op.x.size(1),
-                   {op.eps, op.unit_offset, op.accumulate});
-  });
+  norm_rows(op, loops, lane);
 }
 
 void CpuKernels::run(const RopeAppend& op, Lane& lane) {

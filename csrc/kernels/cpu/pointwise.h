@@ -2,6 +2,11 @@
 
 #include <cstdint>
 
+namespace nanoflow {
+class Lane;
+struct RmsNorm;
+}  // namespace nanoflow
+
 namespace nanoflow::cpu {
 
 /// How a norm ends: see RmsNorm.
@@ -23,5 +28,9 @@ struct PointwiseLoops {
   void (*add_weighted)(const void* x, int64_t x_stride, const int32_t* rows, const float* weights,
                        int64_t count, void* out, int64_t H, bool accumulate);
 };
+
+void norm_row(const RmsNorm& op, const PointwiseLoops& loops, int64_t row);
+/// Queues all rows, which the lane's threads share.
+void norm_rows(const RmsNorm& op, const PointwiseLoops& loops, Lane& lane);
 
 }  // namespace nanoflow::cpu

@@ -61,11 +61,6 @@ void sum(const std::vector<Part>& parts, int64_t begin, int64_t end) {
   }
 }
 
-void norm_row(const RmsNorm& op, const PointwiseLoops& loops, int64_t row) {
-  loops.rms_norm(op.x.select(0, row).bytes(), op.weight.bytes(), op.out.select(0, row).bytes(),
-                 op.x.size(1), {op.eps, op.unit_offset, op.accumulate});
-}
-
 /// Sums a row of all ranks, norms it, and gives all of them both.
 template <typename T>
 void sum_and_norm(const std::vector<Part>& parts, const RmsNorm& op, const PointwiseLoops& loops,
@@ -120,7 +115,7 @@ class ThreadCommunicator : public Communicator {
         sum<typename decltype(tag)::type>(group_->parts, first + begin, first + end);
       });
     });
-    if (op.norm) norm_rows(*op.norm, lane);
+    if (op.norm) norm_rows(*op.norm, loops_of(*op.norm), lane);  // all rows, each rank for itself
   }
 
   void run(const AllGather& op, Lane& lane) override {
@@ -151,14 +146,6 @@ class ThreadCommunicator : public Communicator {
           sum_and_norm<typename decltype(tag)::type>(group_->parts, op, loops, first + row);
         }
       });
-    });
-  }
-
-  /// All rows, by each rank for itself.
-  void norm_rows(const RmsNorm& op, Lane& lane) {
-    cpu_lane(lane).enqueue([op, &loops = loops_of(op)](const Worker& worker) {
-      const auto [begin, end] = worker.share(op.x.size(0));
-      for (int64_t row = begin; row < end; ++row) norm_row(op, loops, row);
     });
   }
 
