@@ -134,6 +134,6 @@ def draw_ablations(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _kinds(rates: Mapping[str, float]) -> dict[str, float]:
     in_turn = {name: rates[name] for name in ("sequential", "nano") if name in rates}
+    others = [rate for name, rate in rates.items() if name not in (*in_turn, AUTO)]
     chosen = {AUTO: rates[AUTO]} if AUTO in rates else {}
-    others = [rate for name, rate in rates.items() if name not in in_turn | chosen]
     return in_turn | ({"overlap": max(others)} if others else {}) | chosen

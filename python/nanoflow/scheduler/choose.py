@@ -113,7 +113,7 @@ class _Trial:
         return True
 
     def begin_turn(self) -> None:
-        """After a switch."""
+        """What follows is measured once the device has settled."""
         self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
 
 
@@ -201,10 +201,10 @@ class Chooser:
     def _end_trials(self, group: _Group) -> None:
         """Of those that have had their turns, and of those that are far from the best."""
         times = {n: self._seconds(group, n) for n, trial in group.trials.items() if trial.turns}
+        limit = NEAR * min(times.values())
         for number, seconds in times.items():
             trial = group.trials[number]
-            is_far = seconds > NEAR * min(times.values())
-            if trial.is_over or not (is_far or len(trial.turns) >= TURNS):
+            if trial.is_over or (seconds <= limit and len(trial.turns) < TURNS):
                 continue
             trial.is_over = True
             logger.info(
