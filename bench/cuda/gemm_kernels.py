@@ -2,7 +2,7 @@
 term is fitted to.
 
 Usage: python bench/cuda/gemm_kernels.py LIBRARY OUT.json COMMIT [--shapes o down] [--rows 256]
-    [--kernels 2 7 10] [--seconds 0.3] [--accumulate]
+    [--kernels 2 7 10] [--sms 132 108] [--seconds 0.3] [--accumulate]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEW_ROWS = 128  # kernels with tiles of fewer rows are left out
 
 
 def measure(
-    kernels: Kernels, shape: str, rows: int, options: argparse.Namespace
+    kernels: Kernels, shape: str, rows: int, sms: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     features, depth = SHAPES[shape]
     x = torch.randn(rows, depth, device="cuda").bfloat16()
@@ -31,9 +31,11 @@ def measure(
         (torch.randn(features, depth, device="cuda") * 0.02).bfloat16() for _ in range(COPIES)
     ]
     out = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
-    more = {"accumulate": options.accumulate}
-    runs: dict[str, Any] = {"cublas": lambda i: torch.matmul(x, weights[i % COPIES].T, out=out)}
-    if options.accumulate:
+    more = {"accumulate": options.accumulate, "sms": sms}
+    runs: dict[str, Any] = {}
+    if sms == kernels.sms:
+        runs["cublas"] = lambda i: torch.matmul(x, weights[i % COPIES].T, out=out)
+    if runs and options.accumulate:
         runs["cublas"] = lambda i: torch.addmm(out, x, weights[i % COPIES].T, out=out)
     for kernel, name in enumerate(kernels.gemm_names()):
         is_asked_for = options.kernels is None or kernel in options.kernels
@@ -43,9 +45,12 @@ def measure(
     for name, run in runs.items():
         replay, count = replayed(run)
         result = sustained(replay, options.seconds)
-        entry = {"shape": shape, "rows": rows, "kernel": name, "us": result["us"] / count}
+        entry = {"shape": shape, "rows": rows, "sms": sms, "kernel": name}
+        entry["us"] = result["us"] / count
         entries.append({**entry, "sm_mhz": result["sm_mhz"], "watts": result["watts"]})
-        print(f"{shape:8}{rows:6} {name:18} {entry['us']:7.1f} us {result['sm_mhz']:5.0f} MHz")
+        print(
+            f"{shape:8}{rows:6} {sms:4} {name:18} {entry['us']:7.1f} us {result['sm_mhz']:5.0f} MHz"
+        )
     return entries
 
 
@@ -57,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--kernels", nargs="+", type=int, help="by number (default: all)")
+    parser.add_argument("--sms", nargs="+", type=int, help="of the GPU (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--accumulate", action="store_true", help="out += product")
     return parser.parse_args()
@@ -66,8 +72,13 @@ def main() -> None:
     options = parse()
     kernels = Kernels(options.library)
     torch.manual_seed(0)
-    cases = [(shape, rows) for rows in options.rows for shape in options.shapes]
-    results = [one for shape, rows in cases for one in measure(kernels, shape, rows, options)]
+    results = [
+        one
+        for rows in options.rows
+        for shape in options.shapes
+        for sms in options.sms or [kernels.sms]
+        for one in measure(kernels, shape, rows, sms, options)
+    ]
     record = {**environment(options.commit), "results": results}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 
