@@ -51,6 +51,9 @@ constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"128x96 pair", 128, 96, 2, 1, false, false}, 5.5, 0.268, 1.3, 45, 1.09},
     {{"128x160", 128, 160, 2, 1, false, false}, 2.3, 0.375, 3.6, 40, 1.06},
     {{"128x128 halves", 128, 128, 1, 1, false, false, 2}, 6.8, 0.340, 1.3, 45, 1.08},
+    {{"128x256 columns", 128, 256, 1, 2, false, false}, 1.2, 0.584, 5.7, 80, 1.0},
+    {{"128x192 columns", 128, 192, 1, 2, false, false}, 2.3, 0.443, 4.3, 40, 1.05},
+    {{"128x160 columns", 128, 160, 1, 2, false, false}, 2.3, 0.375, 3.6, 40, 1.06},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }

@@ -7,6 +7,7 @@ GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type) {
   if (type.x == DType::kBF16 && is_same) {
     if (type.is_silu_mul) return gemm_bf16_silu_mul(kernel);
     if (const GemmLauncher launcher = gemm_bf16_large(kernel)) return launcher;
+    if (const GemmLauncher launcher = gemm_bf16_columns(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_medium(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_odd(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_small(kernel)) return launcher;

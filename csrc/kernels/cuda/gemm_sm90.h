@@ -35,6 +35,7 @@ GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type);
 /// The launchers by translation unit (each file instantiates two or three kernels, which takes a
 /// compiler 2 to 4 GB); null for kernels of another one.
 GemmLauncher gemm_bf16_large(GemmKernel kernel);
+GemmLauncher gemm_bf16_columns(GemmKernel kernel);
 GemmLauncher gemm_bf16_medium(GemmKernel kernel);
 GemmLauncher gemm_bf16_odd(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);

@@ -5,8 +5,14 @@ namespace nanoflow::cuda {
 
 GemmLauncher gemm_bf16_odd(GemmKernel kernel) {
   using T = cutlass::bfloat16_t;
-  if (kernel != GemmKernel::k128x160) return nullptr;
-  return GemmSm90<T, T, 128, 160, 64, PairOfRows, Cooperative>::launch;
+  switch (kernel) {
+    case GemmKernel::k128x160:
+      return GemmSm90<T, T, 128, 160, 64, PairOfRows, Cooperative>::launch;
+    case GemmKernel::k128x160Columns:
+      return GemmSm90<T, T, 128, 160, 64, PairOfColumns, Cooperative>::launch;
+    default:
+      return nullptr;
+  }
 }
 
 }  // namespace nanoflow::cuda
