@@ -66,9 +66,7 @@ def _operands(name: str, rows: int) -> tuple[torch.Tensor, list[torch.Tensor], t
     return x, weights, torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16)
 
 
-def measure(
-    kernels: Kernels, rows: int, widths: list[int], seconds: float
-) -> list[dict[str, Any]]:
+def measure(kernels: Kernels, rows: int, widths: list[int], seconds: float) -> list[dict[str, Any]]:
     layers = Layers(kernels, rows)
     graphs = {sms: replayed(layers.run_on(sms)) for sms in widths}
     samples: dict[int, list[Mapping[str, float]]] = {sms: [] for sms in widths}

@@ -60,6 +60,9 @@ TEST_CASE("tiles fit the rows and the SMs") {
   CHECK(choose({.rows = 256, .features = 4096, .depth = 14336}) == GemmKernel::k128x128Halves);
   // 8 × 26 tiles of 128 × 160 are two waves on 104 SMs.
   CHECK(choose(shape, 104) == GemmKernel::k128x160);
+  // Five tiles of rows have no sixth beside them: 5 x 26 tiles of 128 x 160, 5 x 22 of 128 x 192.
+  CHECK(choose({.rows = 640, .features = 4096, .depth = 14336}) == GemmKernel::k128x160Columns);
+  CHECK(choose({.rows = 640, .features = 4096, .depth = 4096}, 116) == GemmKernel::k128x192Columns);
   // Many rows: tiles that read the least, whatever the waves.
   CHECK(choose({.rows = 2048, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
   // Few rows are bound by the weights: no tile of 128 rows.
