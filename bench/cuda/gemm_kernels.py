@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import COPIES, SHAPES, replayed
 from native import Kernels
-from timing import environment, sustained
+from products import SHAPES, Operands, Run, operands, timed
+from timing import environment
 
 ROWS = (256, 512, 1024)
 SECONDS = 0.5  # of a run, the first half dropped
@@ -23,35 +23,42 @@ FEW_ROWS = 128  # kernels with tiles of fewer rows are left out
 
 
 def measure(
-    kernels: Kernels, shape: str, rows: int, sms: int, options: argparse.Namespace
+    kernels: Kernels, shape: str, rows: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    features, depth = SHAPES[shape]
-    x = torch.randn(rows, depth, device="cuda").bfloat16()
-    weights = [
-        (torch.randn(features, depth, device="cuda") * 0.02).bfloat16() for _ in range(COPIES)
-    ]
-    out = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
-    more = {"accumulate": options.accumulate, "sms": sms}
-    runs: dict[str, Any] = {}
+    product = operands(shape, rows)
+    entries = []
+    for sms in options.sms or [kernels.sms]:
+        for name, run in runs_of(kernels, product, sms, options).items():
+            time = timed(run, options.seconds)
+            entry = {"shape": shape, "rows": rows, "sms": sms, "kernel": name, **time}
+            entries.append(entry)
+            print(
+                f"{shape:8}{rows:6} {sms:4} {name:18} {time['us']:7.1f} us "
+                f"{time['sm_mhz']:5.0f} MHz",
+                flush=True,
+            )
+    return entries
+
+
+def runs_of(
+    kernels: Kernels, product: Operands, sms: int, options: argparse.Namespace
+) -> dict[str, Run]:
+    """Of each kernel asked for, and of cuBLAS where the product has all SMs."""
+    x, _, out = product
+    runs: dict[str, Run] = {}
     if sms == kernels.sms:
-        runs["cublas"] = lambda i: torch.matmul(x, weights[i % COPIES].T, out=out)
-    if runs and options.accumulate:
-        runs["cublas"] = lambda i: torch.addmm(out, x, weights[i % COPIES].T, out=out)
+        runs["cublas"] = (
+            (lambda i: torch.addmm(out, x, product.weight(i).T, out=out))
+            if options.accumulate
+            else (lambda i: torch.matmul(x, product.weight(i).T, out=out))
+        )
     for kernel, name in enumerate(kernels.gemm_names()):
         is_asked_for = options.kernels is None or kernel in options.kernels
         if is_asked_for and int(name.split("x")[0]) >= FEW_ROWS:
-            runs[name] = lambda i, k=kernel: kernels.gemm(x, weights[i % COPIES], out, k, **more)
-    entries = []
-    for name, run in runs.items():
-        replay, count = replayed(run)
-        result = sustained(replay, options.seconds)
-        entry = {"shape": shape, "rows": rows, "sms": sms, "kernel": name}
-        entry["us"] = result["us"] / count
-        entries.append({**entry, "sm_mhz": result["sm_mhz"], "watts": result["watts"]})
-        print(
-            f"{shape:8}{rows:6} {sms:4} {name:18} {entry['us']:7.1f} us {result['sm_mhz']:5.0f} MHz"
-        )
-    return entries
+            runs[name] = lambda i, k=kernel: kernels.gemm(
+                x, product.weight(i), out, k, sms, accumulate=options.accumulate
+            )
+    return runs
 
 
 def parse() -> argparse.Namespace:
@@ -76,8 +83,7 @@ def main() -> None:
         one
         for rows in options.rows
         for shape in options.shapes
-        for sms in options.sms or [kernels.sms]
-        for one in measure(kernels, shape, rows, sms, options)
+        for one in measure(kernels, shape, rows, options)
     ]
     record = {**environment(options.commit), "results": results}
     options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import COPIES, SHAPES, replayed
 from native import Kernels
-from timing import environment, sustained
+from products import Run, operands, timed_in_turns
+from timing import environment
 
 ROWS = (512, 576, 640, 1024)
 SMS = (132, 116, 108)  # the first is what the others are compared with
@@ -27,6 +26,7 @@ FUSED: dict[str, dict[str, bool]] = {
     "gate_up": {"silu_mul": True},
     "down": {"accumulate": True},
 }
+GATED = "gate_up"
 
 
 class Layers:
@@ -34,12 +34,13 @@ class Layers:
 
     def __init__(self, kernels: Kernels, rows: int) -> None:
         self._kernels = kernels
-        self._operands = {name: _operands(name, rows) for name in SHAPES}
+        self._operands = {name: operands(name, rows, name == GATED) for name in FUSED}
 
-    def run_on(self, sms: int) -> Callable[[int], None]:
+    def run_on(self, sms: int) -> Run:
         def run(i: int) -> None:
-            for name, (x, weights, out) in self._operands.items():
-                self._kernels.gemm(x, weights[i % COPIES], out, sms=sms, **FUSED[name])
+            for name, product in self._operands.items():
+                x, _, out = product
+                self._kernels.gemm(x, product.weight(i), out, sms=sms, **FUSED[name])
 
         return run
 
@@ -47,38 +48,18 @@ class Layers:
         """The kernel of each product."""
         names = self._kernels.gemm_names()
         return {
-            name: names[
-                self._kernels.choose_gemm(
-                    x, weights[0], out, sms, FUSED[name].get("silu_mul", False)
-                )
-            ]
+            name: names[self._kernels.choose_gemm(x, weights[0], out, sms, name == GATED)]
             for name, (x, weights, out) in self._operands.items()
         }
 
 
-def _operands(name: str, rows: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    features, depth = SHAPES[name]
-    x = torch.randn(rows, depth, device="cuda").bfloat16()
-    weights = [
-        (torch.randn(features, depth, device="cuda") * 0.02).bfloat16() for _ in range(COPIES)
-    ]
-    columns = features // 2 if FUSED[name].get("silu_mul") else features
-    return x, weights, torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16)
-
-
 def measure(kernels: Kernels, rows: int, widths: list[int], seconds: float) -> list[dict[str, Any]]:
     layers = Layers(kernels, rows)
-    graphs = {sms: replayed(layers.run_on(sms)) for sms in widths}
-    samples: dict[int, list[Mapping[str, float]]] = {sms: [] for sms in widths}
-    for sms in (*widths, *reversed(widths)):
-        replay, count = graphs[sms]
-        result = sustained(replay, seconds)
-        samples[sms].append({**result, "us": result["us"] / count})
+    times = timed_in_turns({sms: layers.run_on(sms) for sms in widths}, seconds)
     entries: list[dict[str, Any]] = []
-    for sms, pair in samples.items():
-        mean = {key: sum(sample[key] for sample in pair) / len(pair) for key in pair[0]}
-        entry = {"rows": rows, "sms": sms, "kernels": layers.chosen(sms), **mean}
-        entry["of_all"] = mean["us"] / (entries[0]["us"] if entries else mean["us"])
+    for sms, time in times.items():
+        entry = {"rows": rows, "sms": sms, "kernels": layers.chosen(sms), **time}
+        entry["of_all"] = time["us"] / times[widths[0]]["us"]
         entries.append(entry)
         print(
             f"{rows:5} rows, {sms:3} SMs {entry['us']:7.1f} us {entry['of_all']:.3f} "

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import COPIES, SHAPES
 from native import Kernels
+from products import SHAPES, operands
 from timing import burst_us, environment
 
 ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
@@ -22,13 +22,10 @@ FEW_ROWS = 256  # kernels for few rows are not timed on more
 
 def measure(kernels: Kernels, shape: str, rows: int) -> dict[str, Any]:
     features, depth = SHAPES[shape]
-    x = torch.randn(rows, depth, device="cuda").bfloat16()
-    weights = [
-        (torch.randn(features, depth, device="cuda") * 0.02).bfloat16() for _ in range(COPIES)
-    ]
-    out = torch.empty(rows, features, device="cuda", dtype=torch.bfloat16)
+    product = operands(shape, rows)
+    x, _, out = product
     entry: dict[str, Any] = {"shape": shape, "rows": rows, "N": features, "K": depth}
-    entry["cublas_us"] = burst_us(lambda i: torch.matmul(x, weights[i % COPIES].T, out=out))
+    entry["cublas_us"] = burst_us(lambda i: torch.matmul(x, product.weight(i).T, out=out))
     for sms in WIDTHS:
         times = entry[str(sms)] = []
         for kernel, name in enumerate(kernels.gemm_names()):
@@ -37,7 +34,7 @@ def measure(kernels: Kernels, shape: str, rows: int) -> dict[str, Any]:
                 None
                 if skipped
                 else burst_us(
-                    lambda i, k=kernel, s=sms: kernels.gemm(x, weights[i % COPIES], out, k, s)
+                    lambda i, k=kernel, s=sms: kernels.gemm(x, product.weight(i), out, k, s)
                 )
             )
     return entry

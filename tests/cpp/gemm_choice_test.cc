@@ -63,6 +63,9 @@ TEST_CASE("tiles fit the rows and the SMs") {
   // Five tiles of rows have no sixth beside them: 5 x 26 tiles of 128 x 160, 5 x 22 of 128 x 192.
   CHECK(choose({.rows = 640, .features = 4096, .depth = 14336}) == GemmKernel::k128x160Columns);
   CHECK(choose({.rows = 640, .features = 4096, .depth = 4096}, 116) == GemmKernel::k128x192Columns);
+  // 4 x 29 tiles of 128 x 144 are one wave on 116 SMs, 5 x 20 of 128 x 208 one on 108.
+  CHECK(choose({.rows = 512, .features = 4096, .depth = 14336}, 116) == GemmKernel::k128x144);
+  CHECK(choose({.rows = 640, .features = 4096, .depth = 4096}, 108) == GemmKernel::k128x208Columns);
   // Many rows: tiles that read the least, whatever the waves.
   CHECK(choose({.rows = 2048, .features = 28672, .depth = 4096}) == GemmKernel::k128x256);
   // Few rows are bound by the weights: no tile of 128 rows.

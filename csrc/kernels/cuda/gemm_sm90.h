@@ -32,12 +32,13 @@ using GemmLauncher = void (*)(const GemmArguments&);
 /// The kernel for a type of product, or null where there is none.
 GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type);
 
-/// The launchers by translation unit (each file instantiates two or three kernels, which takes a
+/// The launchers by translation unit (each file instantiates up to four kernels, which takes a
 /// compiler 2 to 4 GB); null for kernels of another one.
 GemmLauncher gemm_bf16_large(GemmKernel kernel);
 GemmLauncher gemm_bf16_columns(GemmKernel kernel);
 GemmLauncher gemm_bf16_medium(GemmKernel kernel);
 GemmLauncher gemm_bf16_odd(GemmKernel kernel);
+GemmLauncher gemm_bf16_odd_columns(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);
 GemmLauncher gemm_bf16_parts(GemmKernel kernel);
 GemmLauncher gemm_bf16_f32(GemmKernel kernel);

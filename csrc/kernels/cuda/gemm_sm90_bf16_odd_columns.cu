@@ -1,0 +1,22 @@
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // products of such widths; a large header
+#include "kernels/cuda/gemm_sm90.cuh"
+
+namespace nanoflow::cuda {
+
+GemmLauncher gemm_bf16_odd_columns(GemmKernel kernel) {
+  using T = cutlass::bfloat16_t;
+  switch (kernel) {
+    case GemmKernel::k128x160Columns:
+      return GemmSm90<T, T, 128, 160, 64, PairOfColumns, Cooperative>::launch;
+    case GemmKernel::k128x144Columns:
+      return GemmSm90<T, T, 128, 144, 64, PairOfColumns, Cooperative>::launch;
+    case GemmKernel::k128x208Columns:
+      return GemmSm90<T, T, 128, 208, 64, PairOfColumns, Cooperative>::launch;
+    case GemmKernel::k128x240Columns:
+      return GemmSm90<T, T, 128, 240, 64, PairOfColumns, Cooperative>::launch;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace nanoflow::cuda
