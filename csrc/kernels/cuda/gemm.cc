@@ -77,6 +77,11 @@ int64_t tiles_of(const GemmTraits& t, const GemmShape& shape) {
          tiles_along(shape.features, t.tile_features, t.cluster_features) * t.k_parts;
 }
 
+/// Those of `tiles_of` that read anything: not what only completes a cluster.
+int64_t tiles_with_work(const GemmTraits& t, const GemmShape& shape) {
+  return ceil_div(shape.rows, t.tile_rows) * ceil_div(shape.features, t.tile_features) * t.k_parts;
+}
+
 /// CTAs that run at a time.
 int64_t slots_of(const GemmTraits& t, int sms) {
   const int cluster = t.cluster_rows * t.cluster_features * t.k_parts;
@@ -108,7 +113,8 @@ double gemm_burst_us(const GemmCost& cost, const GemmShape& shape, int sms) {
   const bool is_crowded = shape.rows > kManyRows && t.tile_features <= kFewFeatures;
   const double multiply_us = (is_crowded ? kManyRowsFactor : 1.0) * waves *
                              (cost.step_us * shape.depth / kStepDepth / t.k_parts + cost.wave_us);
-  const auto busy = static_cast<double>(t.is_stream_k ? slots : std::min(tiles, slots));
+  const auto busy =
+      static_cast<double>(t.is_stream_k ? slots : std::min(tiles_with_work(t, shape), slots));
   const double memory_us = bytes_of(shape) * 1e-3 / std::min(kMemoryGbs, busy * cost.sm_gbs);
   return cost.fixed_us + std::max(multiply_us, memory_us);
 }
