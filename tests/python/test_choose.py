@@ -13,6 +13,8 @@ from nanoflow.metrics import counted_by, make_metrics
 from nanoflow.scheduler import choose
 from nanoflow.scheduler.choose import (
     KEEP_SECONDS,
+    LATEST_TURNS,
+    LIKE_TURNS,
     MEAN_STEPS,
     NEAR,
     SETTLE_SECONDS,
@@ -205,6 +207,38 @@ def test_a_load_that_grows_after_the_trials_gets_what_is_best_for_it_then() -> N
     assert last_of(655_360) == {0}  # the other takes 1056, where 960 are predicted
     assert last_of(786_432) == {0}  # 1021
     assert last_of(917_504) == {1}  # 986
+
+
+@pytest.mark.parametrize("like_turns", [LIKE_TURNS, 1.0])
+def test_what_is_best_while_a_load_grows_does_not_last(
+    like_turns: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While prompts fill the batch the second takes up to a fifth more than is predicted of it;
+    then it takes as much, and is the best. Turns of both count the same without the limit."""
+    monkeypatch.setattr(choose, "LIKE_TURNS", like_turns)
+    chooser = Chooser(options(2), lambda number, mix: mix.rows * (1.0 - 0.03 * number))
+    chosen = []
+    for step in range(700):
+        part = min(1.0, 0.6 + step / 600)  # of the decodes of a full batch
+        mix = Mix(2048, round(1024 * part), round(780_000 * part))
+        chosen.append(chooser.choose(mix))
+        growing = 0.5 * (1 - part) if chosen[-1] == 1 else 0.0
+        seconds = STEP * (1.0 - 0.03 * chosen[-1]) * (1 + growing)
+        chooser.observe(chosen[-1], mix, seconds)
+    turn = (SETTLE_SECONDS + TURN_SECONDS) / STEP
+    assert (set(chosen[round(240 + 2 * (TURNS + 1) * turn) :]) == {1}) == (like_turns < 1)
+
+
+def test_a_load_that_never_settles_is_tried_nevertheless() -> None:
+    chooser = Chooser(options(2), predict)
+    turn = round((SETTLE_SECONDS + TURN_SECONDS) / STEP)
+    chosen = []
+    for step in range(3 * LATEST_TURNS * turn):
+        mix = Mix(1000, 500 + 90 * (step // (2 * turn) % 2), 400_000)
+        chosen.append(chooser.choose(mix))
+        chooser.observe(chosen[-1], mix, STEP * (0.9 if chosen[-1] == 1 else 1.0))
+    assert 0 in chosen[2 * TURNS * (turn + 3) :]
+    assert set(chosen[2 * LATEST_TURNS * (turn + 3) :]) == {1}
 
 
 def test_options_that_are_as_good_do_not_take_turns() -> None:

@@ -4,14 +4,14 @@ Only schedules that are predicted to come near the best one for a step stand. Th
 tried in real traffic: what a schedule's steps took, over what they were predicted to take, says by
 how much predictions of it are wrong. They take several short turns each, for while they are tried
 the device warms up and the load may still grow, which is not to count against those that come
-first; one that is far from the best takes no second one. Then the one whose corrected predictions
-are best comes into use, for some minutes or until another's have been better for a while: at once
-where the load changes much, and not for a step now and then. What is in use goes on being measured:
-of several that are alike, the one that was fast by chance comes first. So few requests get the plan
-for few requests, a load may grow after the trials, and the tables that predictions come from need
-not be exact. Steps are corrected, and schedules tried, in groups of steps that are alike. A group
-is known by its first step, and goes on while steps are like that one or, now and then, are not: a
-load that varies has one group.
+first: turns under a load that has become another do not count. One that is far from the best takes
+no second one. Then the one whose corrected predictions are best comes into use, for some minutes or
+until another's have been better for a while: at once where the load changes much, and not for a
+step now and then. What is in use goes on being measured: of several that are alike, the one that
+was fast by chance comes first. So few requests get the plan for few requests, a load may grow after
+the trials, and the tables that predictions come from need not be exact. Steps are corrected, and
+schedules tried, in groups of steps that are alike. A group is known by its first step, and goes on
+while steps are like that one or, now and then, are not: a load that varies has one group.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import astuple, dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 from nanoflow.scheduler.deal import Dealer
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 TURNS = 3  # of a trial
 TURN_SECONDS = 1.0  # of measured steps
-LATEST_TURNS = 9  # those that count
+LATEST_TURNS = 9  # those that count, and most of a trial
+LIKE_TURNS = 0.25  # at most the distance of their loads from the latest one's
 # Of a turn that are not measured: graphs are captured, and a GPU's clock follows the schedule.
 SETTLE_STEPS, SETTLE_SECONDS = 8, 1.0
 KEEP_SECONDS = 600.0  # of steps until a choice is looked at again
@@ -69,6 +70,12 @@ class Mix:
 
 
 @dataclass(frozen=True, slots=True)
+class _Turn:
+    load: Mix  # the mean of its steps
+    ratio: float  # the median of each one's time to the predicted one
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     """A schedule, and how requests are dealt to its segments."""
 
@@ -89,15 +96,21 @@ class _Trial:
     settling: float = 0.0  # seconds of those that are not measured
     seconds: float = 0.0  # of those that are
     ratios: list[float] = field(default_factory=list)  # of each one's time to the predicted one
-    turns: list[float] = field(default_factory=list)  # the median ratio of each that is over
+    loads: list[Mix] = field(default_factory=list)  # each one's
+    turns: list[_Turn] = field(default_factory=list)  # that are over, and count
+    taken: int = 0  # turns, whether they count or not
     is_over: bool = False  # decides what comes into use
 
     @property
     def correction(self) -> float:
         """Of predictions. Of the turns too the median counts: the first may be unlike the rest."""
-        return median(self.turns[-LATEST_TURNS:])
+        return median(turn.ratio for turn in self.turns)
 
-    def measure(self, seconds: float, expected: float) -> bool:
+    @property
+    def is_enough(self) -> bool:
+        return len(self.turns) >= TURNS or self.taken >= LATEST_TURNS
+
+    def measure(self, mix: Mix, seconds: float, expected: float) -> bool:
         """A step, and whether it ended a turn. The median counts, for now and then one waits for a
         graph to be captured."""
         self.steps += 1
@@ -106,15 +119,23 @@ class _Trial:
             return False
         self.seconds += seconds
         self.ratios.append(seconds / expected)
+        self.loads.append(mix)
         if self.seconds < TURN_SECONDS:
             return False
-        self.turns.append(median(self.ratios))
-        self.seconds, self.ratios = 0.0, []  # goes on with the next one, settled
+        turn = _Turn(_mean(self.loads), median(self.ratios))
+        alike = [old for old in self.turns if old.load.distance(turn.load) <= LIKE_TURNS]
+        self.turns = [*alike, turn][-LATEST_TURNS:]
+        self.taken += 1
+        self._begin_measuring()  # goes on with the next one, settled
         return True
 
     def begin_turn(self) -> None:
         """What follows is measured once the device has settled."""
-        self.steps, self.settling, self.seconds, self.ratios = 0, 0.0, 0.0, []
+        self.steps, self.settling = 0, 0.0
+        self._begin_measuring()
+
+    def _begin_measuring(self) -> None:
+        self.seconds, self.ratios, self.loads = 0.0, [], []
 
 
 @dataclass(slots=True)
@@ -156,7 +177,7 @@ class Chooser:
         if group.trying not in near:
             untried = [number for number in standing if not trials[number].is_over]
             # Those that have had fewer turns are next.
-            group.trying = min(untried, key=lambda n: len(trials[n].turns), default=None)
+            group.trying = min(untried, key=lambda n: trials[n].taken, default=None)
             if group.trying is not None:
                 trials[group.trying].begin_turn()
         if group.trying is not None:
@@ -188,7 +209,7 @@ class Chooser:
         if was_over and number != self._measured:
             trial.begin_turn()
         self._measured = number
-        if trial.measure(seconds, self._expected(number, mix)):
+        if trial.measure(mix, seconds, self._expected(number, mix)):
             if number == group.trying:
                 group.trying = None
             self._end_trials(group)
@@ -204,7 +225,7 @@ class Chooser:
         limit = NEAR * min(times.values())
         for number, seconds in times.items():
             trial = group.trials[number]
-            if trial.is_over or (seconds <= limit and len(trial.turns) < TURNS):
+            if trial.is_over or (seconds <= limit and not trial.is_enough):
                 continue
             trial.is_over = True
             logger.info(
@@ -252,6 +273,10 @@ class Chooser:
         if (number, like) not in self._memo:
             self._memo[number, like] = self._predict(number, like)
         return self._memo[number, like] * mix.rows / max(1, like.rows)
+
+
+def _mean(mixes: Sequence[Mix]) -> Mix:
+    return Mix(*(round(fmean(values)) for values in zip(*map(astuple, mixes), strict=True)))
 
 
 def _apart(a: int, b: int, limit: float) -> float:
