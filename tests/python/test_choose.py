@@ -274,6 +274,18 @@ def test_turns_are_ended_whatever_is_predicted_meanwhile() -> None:
     assert set(chosen[-100:]) == {2}
 
 
+def test_what_begins_to_stand_after_the_trials_is_tried_if_predicted_to_be_the_best() -> None:
+    def predict(number: int, mix: Mix) -> float:
+        third = 1.3 if mix.keys < 450_000 else 1.02 if mix.keys < 550_000 else 0.98
+        return mix.rows * (1.0, 1.05, third)[number]
+
+    chooser = Chooser(options(3), predict)
+    speed = {0: 1.0, 1: 1.03, 2: 0.9}
+    seen = [set(serve(chooser, Mix(1000, 500, k), speed, 400)) for k in (400_000, 500_000, 600_000)]
+    assert seen == [{0, 1}, {0}, {0, 2}]
+    assert chooser.choose(Mix(1000, 500, 600_000)) == 2
+
+
 def test_what_is_better_for_a_step_now_and_then_is_not_switched_to() -> None:
     chooser = Chooser(
         options(2), lambda number, mix: float(mix.rows + 60 * number * (mix.rows > 950))

@@ -144,6 +144,7 @@ class _Group:
     trying: int | None = None  # the option whose turn has begun
     trials: defaultdict[int, _Trial] = field(default_factory=lambda: defaultdict(_Trial))
     seconds: float = 0.0  # of steps with options that have been tried
+    was_decided: bool = False  # trials were over
 
 
 class Chooser:
@@ -175,7 +176,7 @@ class Chooser:
         group = self._group_of(mix)
         trials = group.trials
         if group.trying not in near:
-            untried = [number for number in standing if not trials[number].is_over]
+            untried = [number for number in standing if self._is_worth_trying(group, number, near)]
             # Those that have had fewer turns are next.
             group.trying = min(untried, key=lambda n: trials[n].taken, default=None)
             if group.trying is not None:
@@ -183,8 +184,17 @@ class Chooser:
         if group.trying is not None:
             self.is_trying = True
             return group.trying
+        group.was_decided = True
         self._keep({n: near[n] * trials[n].correction for n in near if trials[n].is_over})
         return self._kept
+
+    def _is_worth_trying(self, group: _Group, number: int, near: Mapping[int, float]) -> bool:
+        """Once the trials have been over, what only stands now and then has to be predicted to be
+        better than what is in use."""
+        trial = group.trials[number]
+        if trial.is_over or not group.was_decided or trial.taken > 0:
+            return not trial.is_over
+        return near[number] < near.get(self._kept, math.inf)
 
     def _keep(self, times: Mapping[int, float]) -> None:
         """What is in use, unless one of these has been better for a while."""
