@@ -23,6 +23,7 @@ struct GemmCost {
 
 constexpr double kStepDepth = 64;
 constexpr double kMemoryGbs = 2950;  // of the whole device
+constexpr int kDeviceSms = 132;      // of the device that this is fitted to
 /// Under sustained load the clock is what the power limit leaves: about kLoadedMhz instead of a
 /// burst's kBurstMhz. A product that keeps the SMs less busy has a higher one, at which an
 /// operation takes more energy: by the clock's power of kEnergyExponent.
@@ -88,8 +89,16 @@ int64_t slots_of(const GemmTraits& t, int sms) {
   return int64_t{std::max(sms / cluster, 1)} * cluster;
 }
 
+bool is_pair_of_columns(const GemmTraits& t) {
+  return t.cluster_features > 1 && t.tile_features > kFewFeatures;
+}
+
 bool is_candidate(GemmKernel kernel, const GemmShape& shape, int sms, const GemmType& type) {
   const GemmTraits& t = traits_of(kernel);
+  // On fewer SMs than all, something runs beside a product and shares the device's power: its
+  // energy counts, of which pairs of columns take more, and less the SMs that other tiles leave
+  // idle.
+  if (is_pair_of_columns(t) && sms < kDeviceSms) return false;
   const bool is_common = type.x == DType::kBF16 && type.out == DType::kBF16 && !type.is_silu_mul;
   if (!t.is_general && !is_common) return false;
   if (shape.rows <= kFewRows) return t.tile_rows <= kFewRows;

@@ -38,7 +38,7 @@ enum class GemmKernel : uint8_t {
   k128x160,        // cooperative: whole waves on 104 SMs where 128x192 and 128x256 leave many idle
   k128x128Halves,  // a cluster's two CTAs multiply half of K each: fills SMs that tiles leave idle
   // As those above, but two tiles of a cluster share their rows, not their features: an odd number
-  // of tiles along the rows leaves none of them empty.
+  // of tiles along the rows leaves none of them empty. For products that have all SMs.
   k128x256Columns,
   k128x192Columns,
   k128x160Columns,
