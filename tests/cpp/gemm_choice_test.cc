@@ -83,7 +83,7 @@ TEST_CASE("pairs of columns are for products that have all SMs") {
       }
     }
   }
-  CHECK(choose({.rows = 640, .features = 6144, .depth = 4096}) == GemmKernel::k128x240Columns);
+  CHECK(choose({.rows = 640, .features = 6144, .depth = 4096}) == GemmKernel::k128x256Columns);
 }
 
 TEST_CASE("time grows by whole waves") {

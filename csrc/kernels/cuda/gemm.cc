@@ -56,11 +56,8 @@ constexpr std::array<GemmCost, kNumGemmKernels> kCosts = {{
     {{"128x256 columns", 128, 256, 1, 2, false, false}, 1.2, 0.584, 5.7, 80, 1.08},
     {{"128x192 columns", 128, 192, 1, 2, false, false}, 2.3, 0.443, 4.3, 40, 1.134},
     {{"128x160 columns", 128, 160, 1, 2, false, false}, 2.3, 0.375, 3.6, 40, 1.145},
-    {{"128x144", 128, 144, 2, 1, false, false}, 2.3, 0.339, 3.3, 40, 1.07},
+    {{"128x144", 128, 144, 2, 1, false, false}, 2.3, 0.339, 5.3, 40, 1.1},
     {{"128x224", 128, 224, 2, 1, false, false}, 2.3, 0.515, 5.0, 40, 1.025},
-    {{"128x144 columns", 128, 144, 1, 2, false, false}, 2.3, 0.339, 3.3, 40, 1.156},
-    {{"128x208 columns", 128, 208, 1, 2, false, false}, 2.3, 0.480, 4.7, 40, 1.123},
-    {{"128x240 columns", 128, 240, 1, 2, false, false}, 2.3, 0.550, 5.4, 40, 1.091},
 }};
 
 const GemmCost& cost_of(GemmKernel kernel) { return kCosts[static_cast<size_t>(kernel)]; }

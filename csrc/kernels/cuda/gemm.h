@@ -42,14 +42,10 @@ enum class GemmKernel : uint8_t {
   k128x256Columns,
   k128x192Columns,
   k128x160Columns,
-  // Tiles in between, each for products that the others leave with a nearly empty last wave.
-  k128x144,
+  k128x144,  // cooperative, as the next: whole waves on 116 SMs
   k128x224,
-  k128x144Columns,
-  k128x208Columns,
-  k128x240Columns,
 };
-inline constexpr int kNumGemmKernels = 19;
+inline constexpr int kNumGemmKernels = 16;
 
 /// What the choice knows of a kernel.
 struct GemmTraits {

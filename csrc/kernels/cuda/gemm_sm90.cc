@@ -10,7 +10,6 @@ GemmLauncher gemm_launcher(GemmKernel kernel, const GemmType& type) {
     if (const GemmLauncher launcher = gemm_bf16_columns(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_medium(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_odd(kernel)) return launcher;
-    if (const GemmLauncher launcher = gemm_bf16_odd_columns(kernel)) return launcher;
     if (const GemmLauncher launcher = gemm_bf16_small(kernel)) return launcher;
     return gemm_bf16_parts(kernel);
   }

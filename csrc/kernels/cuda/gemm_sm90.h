@@ -38,7 +38,6 @@ GemmLauncher gemm_bf16_large(GemmKernel kernel);
 GemmLauncher gemm_bf16_columns(GemmKernel kernel);
 GemmLauncher gemm_bf16_medium(GemmKernel kernel);
 GemmLauncher gemm_bf16_odd(GemmKernel kernel);
-GemmLauncher gemm_bf16_odd_columns(GemmKernel kernel);
 GemmLauncher gemm_bf16_small(GemmKernel kernel);
 GemmLauncher gemm_bf16_parts(GemmKernel kernel);
 GemmLauncher gemm_bf16_f32(GemmKernel kernel);

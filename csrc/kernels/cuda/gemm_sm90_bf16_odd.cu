@@ -8,6 +8,8 @@ GemmLauncher gemm_bf16_odd(GemmKernel kernel) {
   switch (kernel) {
     case GemmKernel::k128x160:
       return GemmSm90<T, T, 128, 160, 64, PairOfRows, Cooperative>::launch;
+    case GemmKernel::k128x160Columns:
+      return GemmSm90<T, T, 128, 160, 64, PairOfColumns, Cooperative>::launch;
     case GemmKernel::k128x144:
       return GemmSm90<T, T, 128, 144, 64, PairOfRows, Cooperative>::launch;
     case GemmKernel::k128x224:
