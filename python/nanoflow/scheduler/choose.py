@@ -192,8 +192,10 @@ class Chooser:
         """Once the trials have been over, what only stands now and then has to be predicted to be
         better than what is in use."""
         trial = group.trials[number]
-        if trial.is_over or not group.was_decided or trial.taken > 0:
-            return not trial.is_over
+        if trial.is_over:
+            return False
+        if not group.was_decided or trial.taken > 0:
+            return True
         return near[number] < near.get(self._kept, math.inf)
 
     def _keep(self, times: Mapping[int, float]) -> None:
