@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from native import Kernels
-from products import SHAPES, Operands, Run, operands, timed
+from products import SHAPES, Operands, Run, operands, timer
 from timing import environment
 
 ROWS = (256, 512, 1024)
@@ -29,7 +29,7 @@ def measure(
     entries = []
     for sms in options.sms or [kernels.sms]:
         for name, run in runs_of(kernels, product, sms, options).items():
-            time = timed(run, options.seconds)
+            time = timer(run)(options.seconds)
             entry = {"shape": shape, "rows": rows, "sms": sms, "kernel": name, **time}
             entries.append(entry)
             print(

@@ -26,7 +26,6 @@ FUSED: dict[str, dict[str, bool]] = {
     "gate_up": {"silu_mul": True},
     "down": {"accumulate": True},
 }
-GATED = "gate_up"
 
 
 class Layers:
@@ -34,7 +33,9 @@ class Layers:
 
     def __init__(self, kernels: Kernels, rows: int) -> None:
         self._kernels = kernels
-        self._operands = {name: operands(name, rows, name == GATED) for name in FUSED}
+        self._operands = {
+            name: operands(name, rows, "silu_mul" in fused) for name, fused in FUSED.items()
+        }
 
     def run_on(self, sms: int) -> Run:
         def run(i: int) -> None:
@@ -48,7 +49,9 @@ class Layers:
         """The kernel of each product."""
         names = self._kernels.gemm_names()
         return {
-            name: names[self._kernels.choose_gemm(x, weights[0], out, sms, name == GATED)]
+            name: names[
+                self._kernels.choose_gemm(x, weights[0], out, sms, "silu_mul" in FUSED[name])
+            ]
             for name, (x, weights, out) in self._operands.items()
         }
 

@@ -38,31 +38,28 @@ def operands(shape: str, rows: int, is_gated: bool = False) -> Operands:
     )
 
 
-def replayed(run: Run) -> tuple[Run, int]:
-    """Replays a graph of runs, and how many: so that launching never limits."""
+def timer(run: Run) -> Callable[[float], dict[str, float]]:
+    """Takes seconds: `sustained` for so long, its µs those of one run. A graph of many is replayed,
+    so that launching never limits."""
     count = max(COPIES, int(GRAPH_US / burst_us(run, 3)) // COPIES * COPIES)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(count):
             run(i)
-    return lambda _: graph.replay(), count
 
+    def time(seconds: float) -> dict[str, float]:
+        result = sustained(lambda _: graph.replay(), seconds)
+        return result | {"us": result["us"] / count}
 
-def timed(run: Run, seconds: float) -> dict[str, float]:
-    """`sustained` of a graph of runs, its µs of one run."""
-    replay, count = replayed(run)
-    result = sustained(replay, seconds)
-    return result | {"us": result["us"] / count}
+    return time
 
 
 def timed_in_turns(runs: Mapping[Name, Run], seconds: float) -> dict[Name, dict[str, float]]:
     """The mean of two sustained runs of `seconds` of each, the second ones in reverse."""
-    graphs = {name: replayed(run) for name, run in runs.items()}
+    timers = {name: timer(run) for name, run in runs.items()}
     samples: dict[Name, list[dict[str, float]]] = {name: [] for name in runs}
     for name in (*runs, *reversed(list(runs))):
-        replay, count = graphs[name]
-        result = sustained(replay, seconds)
-        samples[name].append(result | {"us": result["us"] / count})
+        samples[name].append(timers[name](seconds))
     return {
         name: {key: sum(sample[key] for sample in pair) / len(pair) for key in pair[0]}
         for name, pair in samples.items()
